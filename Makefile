@@ -1,0 +1,51 @@
+# make train    GRPO-D training of the embedded Qwen2-VL on the CPU; options in ARGS, e.g. make train ARGS="--task vc"
+# make test     the tests
+# make check    lint, format, types
+# Each sets up .venv first if it is missing or out of date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: train test check format setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(READY)
+
+# torch comes first: the extension is built against it, and an isolated build would download a second one.
+$(READY): $(SOURCES)
+	@echo "==> setting up $(VENV) (once; a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools wheel ninja
+	@echo "==> torch"
+	@$(PIP) torch
+	@echo "==> mr1fast, its extension and the development tools"
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+train: $(READY)
+	@echo "==> python -m mr1fast.train $(ARGS)"
+	@$(BIN)/python -m mr1fast.train $(ARGS)
+
+test: $(READY)
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p mr1fast
+	$(BIN)/mypy benchmarks tests
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info mr1fast/*.so

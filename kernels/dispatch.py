@@ -1,0 +1,53 @@
+"""Which backend runs a call: an ordered table, first match wins.
+
+Every backend but `torch` (the reference, differentiated by autograd) offers the same three functions; see `Backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the loss head.
+
+    why_not(logits) -> None if it can run on such logits here, else one sentence that says why it cannot.
+
+    grpo_forward(logits, ids, mask, advantages, rewards, num_generations, scale_rewards, old_logps, ref_logps, is_ratio,
+                 token_weight, entropy_weight, beta, spec, grad)
+        -> (loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)
+        The one pass. Tensors as in `reference.LossBatch`. `grad` is None, or a tensor like the logits (or the logits
+        themselves) that receives dloss/dlogits. coef [B, L] is token_weight * dloss/dlogp; kl None without ref_logps.
+    score_forward(logits, ids, mask, temperature) -> (logps, entropies, lse), float32 [B, L]
+    score_backward(logits, ids, mask, lse, entropies, grad_logps, grad_entropies, temperature, grad) -> None
+        Writes the gradient into `grad`, which may be the logits; grad_entropies may be None.
+    """
+
+    name: str
+    why_not: Callable[[Tensor], str | None]
+    grpo_forward: Callable[..., tuple]
+    score_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    score_backward: Callable[..., None]
+
+
+BACKENDS: tuple[Backend, ...] = ()
+NAMES = ("auto", "torch", *(backend.name for backend in BACKENDS))
+
+
+def find(name: str) -> Backend:
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
+def resolve(name: str, logits: Tensor) -> str:
+    """The backend that runs: `name` itself or, for "auto", the first that can. Raises ValueError if it cannot."""
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    if name == "auto":
+        return next((backend.name for backend in BACKENDS if backend.why_not(logits) is None), "torch")
+    if name != "torch" and (reason := find(name).why_not(logits)):
+        raise ValueError(f"backend={name!r} cannot run here: {reason}")
+    return name

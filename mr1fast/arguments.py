@@ -1,0 +1,208 @@
+"""Checks the arguments of the public loss functions and brings them to one form.
+
+Whatever is wrong raises ValueError with the argument's name, what came and what is wanted. Nothing here reads the value
+of a tensor: that would be a synchronisation on a GPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mr1fast.kernels import reference
+from mr1fast.kernels.reference import LOSS_TYPES, SCALE_REWARDS, LossBatch, LossSpec
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def choice(name: str, value: object, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
+    wanted = f"> {above}" if above is not None else f">= {at_least}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number {wanted}, got {_describe(value)}")
+    if (
+        not math.isfinite(value)
+        or (above is not None and value <= above)
+        or (at_least is not None and value < at_least)
+    ):
+        raise ValueError(f"{name} must be a finite number {wanted}, got {value}")
+    return float(value)
+
+
+def floating(name: str, tensor: Any, dims: str) -> Tensor:
+    """A floating-point tensor whose number of dimensions is that of e.g. "[B, L, V]"."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != dims.count(",") + 1 or tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{name} must be a float32, bfloat16, float16 or float64 tensor {dims}, got {_describe(tensor)}"
+        )
+    return tensor
+
+
+def token_ids(ids: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor:
+    """ids [B, L] as int64 on the device of `like`."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be an int64 tensor [B, L] = {list(shape)}, got {_describe(ids)}")
+    return _shaped(name, ids, [shape], like).long()
+
+
+def token_mask(mask: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = _shaped(name, mask, [shape], like)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def loss_spec(
+    *,
+    loss_type: str,
+    importance_sampling_level: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    use_bias_correction_kl: bool,
+    sapo_temperature_pos: float,
+    sapo_temperature_neg: float,
+    temperature: float,
+) -> LossSpec:
+    choice("loss_type", loss_type, LOSS_TYPES)
+    choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    return LossSpec(
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        epsilon_low=number("epsilon_low", epsilon_low, at_least=0),
+        epsilon_high=number("epsilon_high", epsilon_high, at_least=0),
+        delta=None if delta is None else number("delta", delta, above=0),
+        use_bias_correction_kl=bool(use_bias_correction_kl),
+        sapo_temperature_pos=number("sapo_temperature_pos", sapo_temperature_pos, above=0),
+        sapo_temperature_neg=number("sapo_temperature_neg", sapo_temperature_neg, above=0),
+        temperature=number("temperature", temperature, above=0),
+    )
+
+
+def loss_batch(
+    like: Tensor,
+    shape: tuple[int, int],
+    completion_ids: Tensor,
+    advantages: Tensor | None,
+    *,
+    rewards: Tensor | None,
+    num_generations: int | None,
+    scale_rewards: str,
+    completion_mask: Tensor | None,
+    old_per_token_logps: Tensor | None,
+    ref_per_token_logps: Tensor | None,
+    beta: float | Tensor,
+    loss_type: str,
+    importance_sampling_ratio: Tensor | None,
+    entropy_coef: float,
+    max_completion_length: int | None,
+    num_items_in_batch: int | Tensor | None,
+    reduction: str,
+) -> LossBatch:
+    """Everything but the logits; `like` (logits or hidden states) gives dtype and device, `shape` is (B, L)."""
+    B, L = shape
+    dtype = reference.compute_dtype(like.dtype)
+    choice("reduction", reduction, ("mean", "none"))
+    ids = token_ids(completion_ids, shape, like, "completion_ids")
+    mask = token_mask(completion_mask, shape, like, "completion_mask")
+
+    if (advantages is None) == (rewards is None):
+        which = "neither" if rewards is None else "both"
+        raise ValueError(
+            f"advantages or rewards (with num_generations) must be given, exactly one of them, got {which}"
+        )
+    if rewards is None:
+        advantages = _shaped("advantages", advantages, [(B,), (B, L)], like).detach().to(dtype)
+        advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(B, L)
+        num_generations = 1
+    else:
+        rewards = _shaped("rewards", rewards, [(B,)], like).detach().to(dtype)
+        check_groups(B, num_generations, scale_rewards)
+
+    def per_token(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> Tensor | None:
+        return None if tensor is None else _shaped(name, tensor, shapes, like).detach().to(dtype).expand(B, L)
+
+    old_logps = per_token("old_per_token_logps", old_per_token_logps, (B, L))
+    ref_logps = per_token("ref_per_token_logps", ref_per_token_logps, (B, L))
+    is_ratio = per_token("importance_sampling_ratio", importance_sampling_ratio, (B, L), (B, 1))
+
+    if isinstance(beta, Tensor):
+        beta = _shaped("beta", beta, [(), (1,)], None).detach().reshape(()).to(like.device, dtype)
+        no_kl = False
+    else:
+        no_kl = number("beta", beta, at_least=0) == 0
+        beta = torch.full((), beta, dtype=dtype, device=like.device)
+    if ref_logps is None and not no_kl:
+        raise ValueError("ref_per_token_logps [B, L] must be given unless beta is the float 0.0, got None")
+
+    if loss_type == "dr_grpo" and max_completion_length is None:
+        raise ValueError("max_completion_length must be given for loss_type='dr_grpo' (its normaliser), got None")
+    if max_completion_length is not None:
+        number("max_completion_length", max_completion_length, above=0)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = _shaped("num_items_in_batch", num_items_in_batch, [(), (1,)], None)
+        num_items_in_batch = num_items_in_batch.detach().reshape(()).to(like.device)
+    elif num_items_in_batch is not None:
+        number("num_items_in_batch", num_items_in_batch, at_least=0)
+    weight = reference.token_weight(ids, mask, dtype, loss_type, max_completion_length, num_items_in_batch)
+
+    entropy_weight = None
+    if entropy_coef := _any_number("entropy_coef", entropy_coef):
+        if reduction == "none":
+            raise ValueError(f"entropy_coef must be 0 with reduction='none' (the bonus is a mean), got {entropy_coef}")
+        entropy_weight = entropy_coef / reference.token_count(ids, mask, dtype)
+    return LossBatch(
+        ids=ids,
+        mask=mask,
+        advantages=advantages,
+        rewards=rewards,
+        num_generations=int(num_generations or 1),
+        scale_rewards=scale_rewards,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        is_ratio=is_ratio,
+        token_weight=weight,
+        entropy_weight=entropy_weight,
+        beta=beta,
+    )
+
+
+def check_groups(B: int, num_generations: int | None, scale_rewards: str) -> None:
+    choice("scale_rewards", scale_rewards, SCALE_REWARDS)
+    if not isinstance(num_generations, int) or num_generations < 1 or B % num_generations:
+        raise ValueError(
+            f"num_generations must be an integer >= 1 that divides the number of rewards ({B}), got {num_generations}"
+        )
+
+
+def _any_number(name: str, value: Any) -> float:
+    return number(name, value, at_least=-math.inf)
+
+
+def _shaped(name: str, tensor: Any, shapes: Iterable[tuple[int, ...]], like: Tensor | None) -> Tensor:
+    """`tensor` has one of the shapes, and lies where `like` lies."""
+    shapes = list(shapes)
+    wanted = " or ".join(str(list(shape)) for shape in shapes)
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must be a tensor of shape {wanted}, got {_describe(tensor)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the logits, got {tensor.device}")
+    return tensor
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value)
