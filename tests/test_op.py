@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from mr1fast import grpo_loss, token_logprobs
@@ -36,7 +37,7 @@ def test_compile_fullgraph_and_beta_as_a_tensor(level, inplace, backend):
         return output.loss, output.per_token_logps
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for beta in (0.0, 0.04, 0.1):
         expected = torch.autograd.grad(step(hidden, weight, torch.tensor(beta))[0] * 2, (hidden, weight))
