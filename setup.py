@@ -41,7 +41,6 @@ EXTRAS = {
 EXTRAS["dev"] = EXTRAS["integrations"] + EXTRAS["test"] + EXTRAS["lint"]
 
 
-
 def extensions() -> list[Extension]:
     """The CPU kernel, built against the torch that is installed; none, with a warning, where there is no torch.
 
