@@ -82,7 +82,7 @@ class _OnePass(torch.autograd.Function):
         ctx.argument_count = 3 + len(args)
         ctx.mark_dirty_used = mark_dirty
         if inplace:
-            outputs = tuple(grpo_loss_inplace_op(logits, *args))
+            outputs = grpo_loss_inplace_op(logits, *args)
             gradient = logits
         else:
             *outputs, gradient = grpo_loss_op(logits, *args, True)
@@ -175,19 +175,21 @@ _SPEC = (
     "bool use_bias_correction_kl, float sapo_temperature_pos, float sapo_temperature_neg, float temperature"
 )
 _BATCH_SIZE = len(fields(LossBatch))
+# A tuple, not Tensor[]: an op that mutates an argument and returns a list cannot be functionalised by torch.compile.
+_OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 
-def _run_grpo(logits: Tensor, args: tuple, gradient: Tensor | None) -> list[Tensor]:
+def _run_grpo(logits: Tensor, args: tuple, gradient: Tensor | None) -> tuple[Tensor, ...]:
     batch, spec, backend = args[:_BATCH_SIZE], LossSpec(*args[_BATCH_SIZE:-1]), dispatch.find(args[-1])
     loss, _, logps, entropies, kl, is_low, is_high, _ = backend.grpo_forward(logits, *batch, spec, gradient)
-    return [loss, logps, entropies, logps.new_empty(0) if kl is None else kl, is_low, is_high]
+    return loss, logps, entropies, logps.new_empty(0) if kl is None else kl, is_low, is_high
 
 
-def _fake_grpo(logits: Tensor, args: tuple) -> list[Tensor]:
+def _fake_grpo(logits: Tensor, args: tuple) -> tuple[Tensor, ...]:
     values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
     flags = logits.new_empty(logits.shape[:2], dtype=torch.bool)
     kl = values.new_empty(0) if LossBatch(*args[:_BATCH_SIZE]).ref_logps is None else torch.empty_like(values)
-    return [values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags)]
+    return values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags)
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -197,32 +199,32 @@ def _new_gradient(logits: Tensor) -> Tensor:
 @custom_op(
     "mr1fast::grpo_loss",
     mutates_args=(),
-    schema=f"(Tensor logits, {_BATCH}, {_SPEC}, str backend, bool need_gradient) -> Tensor[]",
+    schema=f"(Tensor logits, {_BATCH}, {_SPEC}, str backend, bool need_gradient) -> ({_OUTPUTS}, Tensor)",
 )
-def grpo_loss_op(logits: Tensor, *args) -> list[Tensor]:
-    """[loss, logps, entropies, kl or empty, is_low, is_high, dloss/dlogits or empty]."""
+def grpo_loss_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
+    """(loss, logps, entropies, kl or empty, is_low, is_high, dloss/dlogits or empty)."""
     gradient = _new_gradient(logits) if args[-1] else None
     outputs = _run_grpo(logits, args[:-1], gradient)
-    return [*outputs, logits.new_empty(0) if gradient is None else gradient]
+    return *outputs, logits.new_empty(0) if gradient is None else gradient
 
 
 @grpo_loss_op.register_fake
-def _(logits: Tensor, *args) -> list[Tensor]:
-    return [*_fake_grpo(logits, args), _new_gradient(logits) if args[-1] else logits.new_empty(0)]
+def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
+    return *_fake_grpo(logits, args), _new_gradient(logits) if args[-1] else logits.new_empty(0)
 
 
 @custom_op(
     "mr1fast::grpo_loss_",
     mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {_BATCH}, {_SPEC}, str backend) -> Tensor[]",
+    schema=f"(Tensor(a!) logits, {_BATCH}, {_SPEC}, str backend) -> ({_OUTPUTS})",
 )
-def grpo_loss_inplace_op(logits: Tensor, *args) -> list[Tensor]:
-    """[loss, logps, entropies, kl or empty, is_low, is_high]; dloss/dlogits overwrites the logits."""
+def grpo_loss_inplace_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
+    """(loss, logps, entropies, kl or empty, is_low, is_high); dloss/dlogits overwrites the logits."""
     return _run_grpo(logits, args, logits)
 
 
 @grpo_loss_inplace_op.register_fake
-def _(logits: Tensor, *args) -> list[Tensor]:
+def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
     return _fake_grpo(logits, args)
 
 

@@ -141,7 +141,7 @@ def test_checkpoint_around_the_inplace_loss_alone(backend):
     def step(logits):
         return grpo_loss(logits, inplace=True, backend=backend, **batch).loss
 
-    with pytest.raises(RuntimeError, match="already consumed"):
+    with pytest.raises(RuntimeError, match=r"already consumed|modified by an inplace operation"):
         checkpoint(step, logits, use_reentrant=False).backward()
 
 
