@@ -99,8 +99,10 @@ def _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy):
     log2_p = exponent(x, base, scale) - log2_sum
     p = tl.exp2(log2_p)
     if on_entropy is None:
-        return -on_logp * p
-    return p * (on_entropy * (log2_p * LN_2 + entropy) - on_logp)
+        gradient = -on_logp * p
+    else:
+        gradient = p * (on_entropy * (log2_p * LN_2 + entropy) - on_logp)
+    return gradient
 
 
 @triton.jit
@@ -168,7 +170,7 @@ def tile_settings(op: str, V: int, itemsize: int, aligned: bool) -> dict[str, in
     threads = 32 * warps
     return {
         "V": V,
-        "C": max(block // (threads * width), 1),
+        "C": max(min(block, triton.next_power_of_2(V)) // (threads * width), 1),
         "T": threads,
         "W": width,
         "STAGES": stages,
@@ -176,6 +178,7 @@ def tile_settings(op: str, V: int, itemsize: int, aligned: bool) -> dict[str, in
         # For tl.device_assert, which is compiled in with debug only; without the overflow checks that debug implies.
         "debug": True,
         "sanitize_overflow": False,
+        "enable_fp_fusion": True,  # spelled out because Triton 3.10 changes the default
     }
 
 
