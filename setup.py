@@ -4,10 +4,15 @@ Install torch first, then `pip install --no-build-isolation -e .`: the extension
 Without torch or a compiler at build time the install still succeeds, in pure Python, with a warning.
 """
 
+import os
+import platform
 import re
+import sys
+import warnings
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("mr1fast/__init__.py").read_text(encoding="utf-8")).group(1)
 
@@ -35,6 +40,53 @@ EXTRAS = {
 }
 EXTRAS["dev"] = EXTRAS["integrations"] + EXTRAS["test"] + EXTRAS["lint"]
 
+
+def extensions() -> list[Extension]:
+    """The CPU kernel, built against the torch that is installed; none, with a warning, where there is no torch.
+
+    Windows has no build: the kernel uses GCC's and Clang's language extensions.
+    """
+    if sys.platform == "win32":
+        return []
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:
+        warnings.warn(f"{NOT_BUILT}: torch is not importable at build time", stacklevel=2)
+        return []
+    flags = ["-std=c++20", "-O3", "-fvisibility=hidden"]
+    # at::parallel_for is a header, and serial without OpenMP. Apple's compiler has none.
+    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
+    sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g"] if os.environ.get("MR1FAST_SANITIZE") else []
+    return [
+        Extension(
+            "mr1fast._C",
+            sources=["csrc/bindings.cpp", "csrc/grpo_cpu.cpp"],
+            depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["c10", "torch_cpu", "torch"],
+            extra_compile_args=[*flags, *openmp, *sanitize],
+            extra_link_args=[*openmp, *sanitize],
+        )
+    ]
+
+
+class BuildOrWarn(build_ext):
+    """A failed build is a warning: everything but `backend="cpp"` works without it.
+
+    Extension(optional=True) is not enough: without a compiler an editable install then fails on the missing file.
+    """
+
+    def run(self):
+        try:
+            super().run()
+        except Exception as error:
+            warnings.warn(f"{NOT_BUILT}: {error}", stacklevel=2)
+            self.extensions = []
+
+
+NOT_BUILT = "mr1fast is installed without its C++ extension, and backend='cpp' will not be available"
+
 setup(
     name="mr1fast",
     version=VERSION,
@@ -48,6 +100,8 @@ setup(
     # while `import kernels` still finds Hugging Face's package of that name.
     package_dir={"mr1fast": "mr1fast", "mr1fast.kernels": "kernels"},
     package_data={"mr1fast": ["embedded/*"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildOrWarn},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mr1fast.kernels import native
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -34,7 +36,9 @@ class Backend:
     score_backward: Callable[..., None]
 
 
-BACKENDS: tuple[Backend, ...] = ()
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpp", native.why_not, native.grpo_forward, native.score_forward, native.score_backward),
+)
 NAMES = ("auto", "torch", *(backend.name for backend in BACKENDS))
 
 

@@ -1,0 +1,53 @@
+// Vectors of four floats for row_kernels.h in GCC's vector extension (also Clang's): SSE2 or NEON, or plain scalar code.
+
+struct Simd {
+  typedef float Vec __attribute__((vector_size(16)));
+  typedef int32_t Int __attribute__((vector_size(16)));
+  static constexpr int kWidth = 4;
+  static constexpr float kLevels = 1.0f;  // no table: a lookup would be four scalar loads
+
+  static MR1_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
+  static MR1_INLINE Vec add(Vec a, Vec b) { return a + b; }
+  static MR1_INLINE Vec sub(Vec a, Vec b) { return a - b; }
+  static MR1_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+  static MR1_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static MR1_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
+  static MR1_INLINE float hmax(Vec a) {
+    const float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
+    return x > y ? x : y;
+  }
+  static MR1_INLINE float hsum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+  // 2^(y / kLevels) for y <= about 0; y is at least kFloor * kLevels, where the result is exactly 0.
+  static MR1_INLINE Vec exp2_levels(Vec y) {
+    const Vec magic = set1(kRoundMagic);
+    const Vec t = y + magic;  // the low bits of t are round(y)
+    const Vec r = y - (t - magic);
+    const Int power = (((Int)t) << 23) + 0x3f800000;
+    Vec p = set1(0x1.5bba1399b51c0p-10f) * r + set1(0x1.3cea87b928444p-7f);
+    p = p * r + set1(0x1.c6b752e2084d8p-5f);
+    p = p * r + set1(0x1.ebf9bb8972b62p-3f);
+    p = (p * r + set1(0x1.62e42920327a8p-1f)) * r + set1(1.0f);
+    return (Vec)power * p;
+  }
+
+  static MR1_INLINE Vec load(const float* p) {
+    Vec a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
+  }
+  template <typename Half>
+  static MR1_INLINE Vec load(const Half* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  static MR1_INLINE void store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof a); }
+  template <typename Half>
+  static MR1_INLINE void store(Half* p, Vec a) {
+    for (int i = 0; i < kWidth; ++i) from_float(a[i], p + i);
+  }
+  template <typename T>
+  static MR1_INLINE void stream(T* p, Vec a) {
+    store(p, a);
+  }
+  static MR1_INLINE void fence() {}
+};

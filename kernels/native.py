@@ -1,0 +1,129 @@
+"""The `cpp` backend: csrc/grpo_cpu.cpp through the ops that `mr1fast._C` registers. CPU, float32, bfloat16, float16.
+
+One visit of each row of logits, with AVX-512, AVX2 or portable code chosen at run time; `MR1FAST_CPU=avx2|portable`,
+set before the first call, asks for a lesser one. The three functions are those of `dispatch.Backend`; `num_threads` of
+torch applies, and the results have the same bits whatever it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from mr1fast.kernels.reference import LossSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    """Load the extension; None, or why it is not there."""
+    try:
+        importlib.import_module("mr1fast._C")
+    except ModuleNotFoundError:
+        return (
+            "the C++ extension was not built; install a C++ compiler, then run "
+            "`pip install --no-build-isolation -e .` with torch already installed"
+        )
+    except ImportError as error:  # built against another torch or Python, or a library is missing
+        return f"the C++ extension does not load ({error}); rebuild it with `pip install --no-build-isolation -e .`"
+    return None
+
+
+MISSING = _load()
+
+
+def why_not(logits: Tensor) -> str | None:
+    if MISSING is not None:
+        return MISSING
+    if logits.device.type != "cpu":
+        return f"it runs on the CPU, the logits are on {logits.device}"
+    if logits.dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16 logits, got {logits.dtype}"
+    if logits.shape[-1] == 0:
+        return "the vocabulary is empty"
+    return None
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Logits whose last stride is 1; a copy only if it is not."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def grpo_forward(
+    logits: Tensor,  # [B, L, V]
+    ids: Tensor,  # [B, L] int64
+    mask: Tensor | None,  # [B, L] bool
+    advantages: Tensor | None,  # [B, L] float32, as all that follow
+    rewards: Tensor | None,  # [B]
+    num_generations: int,
+    scale_rewards: str,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    is_ratio: Tensor | None,
+    token_weight: Tensor,
+    entropy_weight: Tensor | None,  # 0-d
+    beta: Tensor,  # 0-d
+    spec: LossSpec,
+    grad: Tensor | None,  # like the logits, or the logits themselves
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """(loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)."""
+    assert spec.importance_sampling_level == "token"
+    outputs = torch.ops.mr1fast_native.grpo_forward(
+        logits if grad is logits else _rows(logits),
+        ids,
+        mask,
+        advantages,
+        rewards,
+        num_generations,
+        scale_rewards,
+        old_logps,
+        ref_logps,
+        is_ratio,
+        token_weight,
+        entropy_weight,
+        beta,
+        spec.loss_type,
+        spec.epsilon_low,
+        spec.epsilon_high,
+        spec.delta,
+        spec.use_bias_correction_kl,
+        spec.sapo_temperature_pos,
+        spec.sapo_temperature_neg,
+        spec.temperature,
+        grad,
+    )
+    loss, per_token_loss, logps, entropies, kl, is_low, is_high, coef = outputs
+    return loss, per_token_loss, logps, entropies, None if ref_logps is None else kl, is_low, is_high, coef
+
+
+def score_forward(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, entropies, lse), float32 [B, L]."""
+    return torch.ops.mr1fast_native.score_forward(_rows(logits), ids, mask, temperature)
+
+
+def score_backward(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    entropies: Tensor,
+    grad_logps: Tensor,
+    grad_entropies: Tensor | None,
+    temperature: float,
+    grad: Tensor,
+) -> None:
+    torch.ops.mr1fast_native.score_backward(
+        logits if grad is logits else _rows(logits),
+        ids,
+        mask,
+        lse,
+        entropies,
+        grad_logps,
+        grad_entropies,
+        temperature,
+        grad,
+    )

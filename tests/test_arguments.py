@@ -1,0 +1,121 @@
+"""Every bad argument raises ValueError that names it, says what came and what is wanted."""
+
+import pytest
+import torch
+
+from mr1fast import group_advantages, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from mr1fast.kernels.testing import available_backends, random_batch
+
+B, L, V = 4, 3, 11
+
+BAD = [
+    ("logits", torch.zeros(B, L), r"logits must be .* \[B, L, V\], got float32 \[4, 3\]"),
+    ("logits", torch.zeros(B, L, V, dtype=torch.int32), "logits must be .* got int32"),
+    ("logits", [[1.0]], r"logits must be .* got \[\[1.0\]\]"),
+    ("logits", torch.zeros(B, L, V * 2)[..., ::2], "contiguous"),
+    ("completion_ids", torch.zeros(B, L + 1).long(), r"completion_ids must be .* \[4, 3\], got int64 \[4, 4\]"),
+    ("completion_ids", torch.zeros(B, L), "completion_ids must be an int64"),
+    ("completion_ids", torch.full((B, L), V), r"completion_ids must lie in \[0, 11\)"),
+    ("completion_ids", torch.full((B, L), -100), r"completion_ids must lie in \[0, 11\).*-100"),
+    ("advantages", torch.zeros(B + 1), r"advantages must be .* \[4\] or \[4, 3\], got float32 \[5\]"),
+    ("advantages", None, "advantages or rewards"),
+    ("completion_mask", torch.ones(B), "completion_mask must be"),
+    ("old_per_token_logps", torch.zeros(B), "old_per_token_logps must be"),
+    ("ref_per_token_logps", torch.zeros(L, B), "ref_per_token_logps must be"),
+    ("ref_per_token_logps", None, "ref_per_token_logps .* must be given unless beta is the float 0.0"),
+    ("importance_sampling_ratio", torch.ones(B), r"importance_sampling_ratio must be .*\[4, 3\] or \[4, 1\]"),
+    ("beta", -0.1, "beta must be .* >= 0"),
+    ("beta", float("nan"), "beta must be"),
+    ("beta", "0.1", "beta must be"),
+    ("beta", torch.zeros(2), "beta must be"),
+    ("epsilon_low", -0.1, "epsilon_low"),
+    ("epsilon_high", float("inf"), "epsilon_high"),
+    ("delta", 0.0, "delta must be"),
+    ("loss_type", "gpro", "loss_type must be one of .*did you mean 'grpo'"),
+    ("loss_type", "dr_grpo", "max_completion_length must be given"),
+    ("importance_sampling_level", "batch", "importance_sampling_level must be one of token, sequence"),
+    ("sapo_temperature_pos", 0.0, "sapo_temperature_pos"),
+    ("sapo_temperature_neg", -1.0, "sapo_temperature_neg"),
+    ("entropy_coef", float("nan"), "entropy_coef"),
+    ("max_completion_length", 0, "max_completion_length"),
+    ("num_items_in_batch", -1, "num_items_in_batch"),
+    ("temperature", 0.0, "temperature must be .* > 0"),
+    ("reduction", "sum", "reduction must be one of mean, none"),
+    ("backend", "cudaa", "backend must be one of"),
+    ("scale_rewards", "grup", "did you mean 'group'"),
+    ("num_generations", 3, "num_generations must be .* divides .*4.* got 3"),
+    ("num_generations", None, "num_generations"),
+    ("rewards", torch.zeros(B, 1), "rewards must be"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(BAD)])
+def test_grpo_loss(name, value, message):
+    keywords = random_batch(B, L, V) | {"completion_mask": None, "beta": 0.1}
+    if name in ("scale_rewards", "num_generations", "rewards"):
+        keywords |= {"advantages": None, "rewards": torch.zeros(B), "num_generations": 2}
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**(keywords | {name: value}))
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_ids_out_of_range_on_every_backend(backend):
+    batch = random_batch(B, L, V)
+    batch["completion_ids"][0, 0] = V
+    if backend == "triton":
+        with pytest.raises(AssertionError):  # a device-side assert, in the interpreter
+            grpo_loss(**batch, backend=backend)
+        return
+    with pytest.raises(ValueError, match="ids must lie in"):
+        grpo_loss(**batch, backend=backend)
+    with pytest.raises(ValueError, match="ids must lie in"):
+        token_logprobs(batch["logits"], batch["completion_ids"], backend=backend)
+
+
+def test_both_advantages_and_rewards():
+    with pytest.raises(ValueError, match=r"advantages or rewards .* exactly one of them, got both"):
+        grpo_loss(**random_batch(B, L, V), rewards=torch.zeros(B), num_generations=2)
+
+
+def test_entropy_bonus_needs_the_mean():
+    with pytest.raises(ValueError, match="entropy_coef must be 0 with reduction='none'"):
+        grpo_loss(**random_batch(B, L, V), entropy_coef=0.1, reduction="none")
+
+
+def test_linear():
+    batch = random_batch(B, L, V)
+    del batch["logits"]
+    hidden, weight = torch.zeros(B, L, 8), torch.zeros(V, 8)
+    for bad, message in [
+        ({"lm_head_weight": torch.zeros(V, 9)}, r"lm_head_weight must be \[V, H\] with H = 8"),
+        ({"lm_head_weight": torch.zeros(V)}, "lm_head_weight"),
+        ({"hidden": torch.zeros(B, 8)}, "hidden"),
+        ({"lm_head_bias": torch.zeros(V + 1)}, "lm_head_bias"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            linear_grpo_loss(**({"hidden": hidden, "lm_head_weight": weight} | batch | bad))
+        with pytest.raises(ValueError, match=message):
+            linear_token_logprobs(
+                **({"hidden": hidden, "lm_head_weight": weight} | {"ids": batch["completion_ids"]} | bad)
+            )
+    with pytest.raises(TypeError, match="inplace"):
+        linear_grpo_loss(hidden, weight, **batch, inplace=True)
+
+
+def test_token_logprobs():
+    batch = random_batch(B, L, V)
+    with pytest.raises(ValueError, match="ids must be"):
+        token_logprobs(batch["logits"], batch["completion_ids"][:, :-1])
+    with pytest.raises(ValueError, match="mask must be"):
+        token_logprobs(batch["logits"], batch["completion_ids"], mask=torch.ones(L))
+    with pytest.raises(ValueError, match="temperature"):
+        token_logprobs(batch["logits"], batch["completion_ids"], temperature=-1.0)
+
+
+def test_group_advantages():
+    with pytest.raises(ValueError, match=r"num_generations must be .* got 5"):
+        group_advantages(torch.zeros(8), 5)
+    with pytest.raises(ValueError, match="scale_rewards"):
+        group_advantages(torch.zeros(8), 4, scale_rewards="all")
+    with pytest.raises(ValueError, match="rewards"):
+        group_advantages(torch.zeros(4, 2), 2)

@@ -1,0 +1,301 @@
+"""grpo_loss against the float64 oracle: every backend, loss type, level, mask and option, forward and gradient."""
+
+import pytest
+import torch
+from oracle import group_relative, oracle
+
+from mr1fast import group_advantages, grpo_loss, token_logprobs
+from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels.testing import assert_within_budget, available_backends, random_batch
+
+BACKENDS = available_backends()
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # gradients: one rounding of the dtype
+PER_TOKEN = ("per_token_logps", "entropies", "kl")
+FLAGS = ("is_low_clipped", "is_high_clipped")
+
+# Each option stands for one way in which the call can differ from the plain on-policy one.
+OPTIONS = {
+    "on_policy": lambda batch: {"old_per_token_logps": None, "ref_per_token_logps": None, "beta": 0.0},
+    "old_and_ref": lambda batch: {"beta": 0.1},
+    "beta_tensor": lambda batch: {"beta": torch.tensor(0.04), "temperature": 0.7},
+    "beta_zero_with_ref": lambda batch: {"beta": 0.0},
+    "no_mask": lambda batch: {"beta": 0.1, "completion_mask": None},
+    "delta": lambda batch: {"beta": 0.1, "delta": 1.3, "epsilon_high": 0.28},
+    "small_delta": lambda batch: {"beta": 0.1, "delta": 0.9},
+    "bias_correction": lambda batch: {"beta": 0.1, "use_bias_correction_kl": True, "delta": 1.3},
+    "is_ratio_per_token": lambda batch: {"beta": 0.1, "importance_sampling_ratio": batch["old_per_token_logps"].exp()},
+    "is_ratio_per_completion": lambda batch: {
+        "beta": 0.1,
+        "importance_sampling_ratio": torch.rand(len(batch["logits"]), 1),
+    },
+    "entropy": lambda batch: {"beta": 0.1, "entropy_coef": 0.3, "temperature": 1.3},
+    "entropy_cost": lambda batch: {"beta": 0.1, "entropy_coef": -0.3},
+    "rewards": lambda batch: {"beta": 0.1, "advantages": None, "num_generations": 3, "rewards": REWARDS},
+    "rewards_batch": lambda batch: {
+        "advantages": None,
+        "num_generations": 3,
+        "rewards": REWARDS,
+        "scale_rewards": "batch",
+    },
+    "rewards_none": lambda batch: {
+        "advantages": None,
+        "num_generations": 2,
+        "rewards": REWARDS,
+        "scale_rewards": "none",
+    },
+    "token_advantages": lambda batch: {"beta": 0.1, "advantages": torch.randn(batch["logits"].shape[:2])},
+    "num_items": lambda batch: {"beta": 0.1, "num_items_in_batch": torch.tensor(29)},
+}
+REWARDS = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0, 0.0])
+
+
+def run(function, logits, batch, **settings):
+    """(outputs as a dict, gradient) of `function` on a leaf copy of the logits."""
+    logits = logits.detach().clone().requires_grad_()
+    keywords = {name: value for name, value in batch.items() if name != "logits"} | settings
+    ids, advantages = keywords.pop("completion_ids"), keywords.pop("advantages")
+    if function is not grpo_loss:
+        keywords.pop("backend", None)
+    output = function(logits, ids, advantages, **keywords)
+    output = output if isinstance(output, dict) else vars(output)
+    output["loss"].sum().backward()
+    return output, logits.grad
+
+
+def check(batch, backend, **settings):
+    logits = batch["logits"]
+    exact, exact_gradient = run(oracle, logits.double(), batch, **settings)
+    peer, peer_gradient = run(grpo_loss, logits, batch, backend="torch", **settings)
+    actual, gradient = run(grpo_loss, logits, batch, backend=backend, **settings)
+    assert gradient.dtype == logits.dtype
+    assert actual["loss"].dtype == torch.float32
+    assert_within_budget("loss", actual["loss"], exact["loss"], peer["loss"], 2e-6)
+    for name in PER_TOKEN:
+        if exact[name] is None:
+            assert actual[name] is None
+        else:
+            assert actual[name].dtype == torch.float32
+            assert not actual[name].requires_grad
+            assert_within_budget(name, actual[name], exact[name], peer[name], 5e-6)
+    for name in FLAGS:
+        assert torch.equal(actual[name], exact[name]), name
+    scale = exact_gradient.abs().max().clamp(min=1e-30)
+    assert_within_budget(
+        "gradient", gradient / scale, exact_gradient / scale, peer_gradient / scale, FLOOR[logits.dtype]
+    )
+    if batch["completion_mask"] is not None and settings.get("completion_mask", True) is not None:
+        assert (gradient[~batch["completion_mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_float32(option, loss_type, level, backend, poisoned_memory):
+    batch = random_batch(6, 5, 37, seed=len(option))
+    settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 7}
+    if loss_type == "cispo":
+        settings["epsilon_high"] = 1.1
+    check(batch, backend, **(settings | OPTIONS[option](batch)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_16_bits(loss_type, level, dtype, backend, poisoned_memory):
+    if backend == "triton" and not torch.cuda.is_available() and dtype == torch.bfloat16:
+        dtype = torch.float16  # the interpreter truncates float32 to bfloat16 instead of rounding
+    batch = random_batch(4, 6, 130, dtype=dtype, seed=3)
+    check(batch, backend, loss_type=loss_type, importance_sampling_level=level, max_completion_length=7, beta=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (2, 3, 15), (3, 1, 256), (1, 2, 1027), (2, 2, 4099)], ids=str)
+def test_shapes(shape, dtype, backend, poisoned_memory):
+    batch = random_batch(*shape, dtype=dtype, seed=1)
+    check(batch, backend, beta=0.2, entropy_coef=0.01)
+    check(batch, backend, beta=0.2, completion_mask=None, importance_sampling_level="sequence")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_reduction_none(loss_type, backend):
+    batch = random_batch(4, 5, 33)
+    check(batch, backend, loss_type=loss_type, beta=0.1, reduction="none", max_completion_length=5)
+    output, _ = run(grpo_loss, batch["logits"], batch, backend=backend, beta=0.1, reduction="none")
+    assert output["loss"].shape == (4, 5)
+    assert (output["loss"][~batch["completion_mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strided_logits_need_no_copy(backend, inplace):
+    batch = random_batch(3, 6, 40)
+    whole = torch.cat([batch["logits"], torch.randn(3, 1, 40)], 1).clone()
+    exact, exact_gradient = run(oracle, batch["logits"].double(), batch, beta=0.1)
+    leaf = whole.clone().requires_grad_()
+    shifted = (leaf * 1)[:, :-1]
+    output = grpo_loss(shifted, beta=0.1, inplace=inplace, backend=backend, **without_logits(batch))
+    output.loss.backward()
+    torch.testing.assert_close(output.loss.double(), exact["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad[:, :-1].double(), exact_gradient, rtol=1e-4, atol=1e-7)
+    assert (leaf.grad[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_masked_positions_may_hold_anything(loss_type, level, backend):
+    settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 5, "beta": 0.1}
+    settings |= {"entropy_coef": 0.1, "use_bias_correction_kl": True}
+    batch = random_batch(4, 5, 33)
+    batch["importance_sampling_ratio"] = torch.rand(4, 5)
+    clean, clean_gradient = run(grpo_loss, batch["logits"], batch, backend=backend, **settings)
+    masked = ~batch["completion_mask"]
+    for poison in (float("nan"), float("inf"), -float("inf")):
+        dirty = {name: value.clone() for name, value in batch.items()}
+        dirty["completion_ids"][masked] = -100
+        for name in ("logits", "old_per_token_logps", "ref_per_token_logps", "importance_sampling_ratio"):
+            dirty[name][masked] = poison
+        output, gradient = run(grpo_loss, dirty["logits"], dirty, backend=backend, **settings)
+        assert torch.equal(gradient, clean_gradient)
+        for name in ("loss", *PER_TOKEN, *FLAGS):
+            assert torch.equal(output[name], clean[name]), name
+        for name in (*PER_TOKEN, *FLAGS):
+            assert (output[name][masked] == 0).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("with_old", [True, False])
+def test_banned_tokens(loss_type, with_old, backend):
+    batch = random_batch(2, 4, 20)
+    batch["logits"][:, :, 3:7] = -float("inf")
+    batch["completion_ids"] = batch["completion_ids"] % 3
+    if not with_old:
+        batch["old_per_token_logps"] = None
+    settings = {"loss_type": loss_type, "max_completion_length": 4, "beta": 0.1, "entropy_coef": 0.2}
+    check(batch, backend, **settings)
+    # An id that was itself banned: logp -inf, KL 0, no gradient, and a finite loss.
+    batch["completion_ids"][0, 1] = 4
+    settings["entropy_coef"] = 0.0
+    output, gradient = run(grpo_loss, batch["logits"], batch, backend=backend, **settings)
+    assert output["per_token_logps"][0, 1] == -float("inf")
+    assert output["kl"][0, 1] == 0
+    assert (gradient[0, 1] == 0).all()
+    assert output["loss"].isfinite()
+    assert gradient.isfinite().all()
+    assert (gradient[1].abs().sum(-1) > 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gap", [80.5, 100.0, 1e4])
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_k3_does_not_overflow(gap, bias_correction, backend):
+    batch = random_batch(2, 3, 16)
+    batch["ref_per_token_logps"] = batch["ref_per_token_logps"] + gap
+    output, gradient = run(
+        grpo_loss, batch["logits"], batch, backend=backend, beta=0.04, use_bias_correction_kl=bias_correction
+    )
+    assert output["loss"].isfinite()
+    assert gradient.isfinite().all()
+    if not bias_correction:  # with it, the two exponentials cancel: the exact slope is -ratio * (ref_logp - logp)
+        assert (gradient.abs().amax(-1)[batch["completion_mask"]] > 0).all(), "the pull towards the reference is lost"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("gap", [-float("inf"), -1e4, -90.0, 90.0, 1e4])
+def test_extreme_old_log_probs(gap, loss_type, backend):
+    batch = random_batch(2, 3, 16)
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] + gap
+    output, gradient = run(
+        grpo_loss, batch["logits"], batch, backend=backend, loss_type=loss_type, beta=0.04, max_completion_length=3
+    )
+    assert output["loss"].isfinite()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_logits(backend):
+    batch = random_batch(2, 3, 64, scale=3e3)
+    check(batch, backend, beta=0.1)
+    batch = random_batch(2, 3, 64)
+    batch["logits"] += 1e4
+    check(batch, backend, beta=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_coefficient_gives_exactly_zero_gradient(backend):
+    batch = random_batch(3, 4, 50) | {"advantages": torch.zeros(3)}
+    _, gradient = run(grpo_loss, batch["logits"], batch, backend=backend, beta=0.0)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradient_the_logits_stay(backend):
+    batch = random_batch(3, 4, 50)
+    before = batch["logits"].clone()
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled):
+            output = grpo_loss(batch["logits"], beta=0.1, inplace=True, backend=backend, **without_logits(batch))
+    assert torch.equal(batch["logits"], before)
+    assert not output.loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, 0.25, -3.0])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_incoming_gradient_scales(factor, inplace, backend):
+    batch = random_batch(3, 4, 50)
+    _, expected = run(grpo_loss, batch["logits"], batch, backend="torch", beta=0.1)
+    logits = batch["logits"].clone().requires_grad_()
+    output = grpo_loss(logits * 1, beta=0.1, inplace=inplace, backend=backend, **without_logits(batch))
+    (output.loss * factor).backward()
+    torch.testing.assert_close(logits.grad, expected * factor, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_token_logprobs(dtype, inplace_backward, backend, poisoned_memory):
+    batch = random_batch(3, 5, 70, dtype=dtype)
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    results = []
+    for source, name in ((batch["logits"].double(), "torch"), (batch["logits"], "torch"), (batch["logits"], backend)):
+        leaf = source.clone().requires_grad_()
+        logps, entropies = token_logprobs(
+            leaf * 1, ids, mask=mask, temperature=0.8, entropy=True, inplace_backward=inplace_backward, backend=name
+        )
+        (logps.sin() * entropies.cos()).sum().backward()
+        results.append((logps.detach(), entropies.detach(), leaf.grad))
+    for name, exact, peer, actual in zip(("logps", "entropies", "gradient"), *results):
+        assert_within_budget(name, actual, exact, peer, FLOOR[dtype] if name == "gradient" else 5e-6)
+    assert torch.equal(token_logprobs(batch["logits"], ids, mask=mask, temperature=0.8, backend=backend), results[2][0])
+
+
+def test_float64_runs_on_torch_only():
+    batch = random_batch(2, 3, 9)
+    output, gradient = run(grpo_loss, batch["logits"].double(), batch, backend="auto", beta=0.1)
+    assert output["loss"].dtype == gradient.dtype == torch.float64
+    for backend in set(BACKENDS) - {"torch"}:
+        with pytest.raises(ValueError, match="float64"):
+            run(grpo_loss, batch["logits"].double(), batch, backend=backend, beta=0.1)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("num_generations", [1, 2, 4])
+def test_group_advantages(num_generations, scale_rewards):
+    nan = float("nan")
+    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, nan, 1.0, nan, nan, 3.0, 3.0, 3.0, 3.0])
+    rewards = torch.cat([rewards, torch.full((4,), nan)])
+    actual = group_advantages(rewards, num_generations, scale_rewards=scale_rewards)
+    expected = torch.tensor(group_relative(rewards, num_generations, scale_rewards))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert (actual[rewards.isnan()] == 0).all()
+
+
+def without_logits(batch):
+    return {name: value for name, value in batch.items() if name != "logits"}

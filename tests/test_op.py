@@ -1,0 +1,214 @@
+"""The loss as an op: torch.compile, checkpointing, autocast, opcheck, and the misuse of inplace."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from mr1fast import grpo_loss, token_logprobs
+from mr1fast.kernels import op
+from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels.testing import available_backends, random_batch
+
+# Compiled graphs call the kernels natively; the interpreter is no part of that.
+KERNELS = [name for name in available_backends() if name not in ("torch", "triton")]
+EVERY = ["torch", *KERNELS]
+
+
+def head(batch, *, seed=0, width=16, dtype=torch.float32):
+    """(hidden, lm_head weight), both leaves, and the batch without logits."""
+    g = torch.Generator().manual_seed(seed)
+    B, L, V = batch["logits"].shape
+    hidden = torch.randn(B, L, width, generator=g).to(dtype).requires_grad_()
+    weight = (torch.randn(V, width, generator=g) / 4).to(dtype).requires_grad_()
+    return hidden, weight, {name: value for name, value in batch.items() if name != "logits"}
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_compile_fullgraph_and_beta_as_a_tensor(level, inplace, backend):
+    hidden, weight, batch = head(random_batch(3, 4, 40))
+
+    def step(hidden, weight, beta):
+        output = grpo_loss(
+            hidden @ weight.T, beta=beta, inplace=inplace, backend=backend, importance_sampling_level=level, **batch
+        )
+        return output.loss, output.per_token_logps
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for beta in (0.0, 0.04, 0.1):
+        expected = torch.autograd.grad(step(hidden, weight, torch.tensor(beta))[0] * 2, (hidden, weight))
+        loss, logps = compiled(hidden, weight, torch.tensor(beta))
+        actual = torch.autograd.grad(loss * 2, (hidden, weight))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+        assert not logps.requires_grad
+    assert counter.frame_count == 1, "beta as a tensor must not compile again"
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_around_head_and_loss(use_reentrant, inplace, backend):
+    hidden, weight, batch = head(random_batch(3, 4, 40))
+
+    def step(hidden):
+        return grpo_loss(hidden @ weight.T, beta=0.1, inplace=inplace, backend=backend, **batch).loss
+
+    expected = torch.autograd.grad(step(hidden), (hidden, weight))
+    checkpoint(step, hidden, use_reentrant=use_reentrant).backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_autocast(inplace, backend):
+    hidden, weight, batch = head(random_batch(3, 4, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = hidden @ weight.T
+        assert logits.dtype == torch.bfloat16
+        output = grpo_loss(logits, beta=0.1, inplace=inplace, backend=backend, **batch)
+    output.loss.backward()
+    assert output.loss.dtype == hidden.grad.dtype == torch.float32
+    exact = grpo_loss((hidden @ weight.T), beta=0.1, **batch)
+    assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("with_ref", [True, False])
+def test_opcheck(with_ref, backend):
+    batch = random_batch(3, 4, 40)
+    ref = batch["ref_per_token_logps"] if with_ref else None
+    tensors = (
+        batch["completion_ids"],
+        batch["completion_mask"],
+        batch["advantages"][:, None].expand(3, 4),
+        None,
+        1,
+        "group",
+        batch["old_per_token_logps"],
+        ref,
+        None,
+        torch.full((3, 4), 1 / 12),
+        torch.tensor(0.01),
+        torch.tensor(0.1),
+    )
+    spec = op._flat(LossSpec(delta=1.5))
+    for need_gradient in (True, False):
+        torch.library.opcheck(op.grpo_loss_op, (batch["logits"], *tensors, *spec, backend, need_gradient))
+    torch.library.opcheck(op.grpo_loss_inplace_op, (batch["logits"].clone(), *tensors, *spec, backend))
+    torch.library.opcheck(op.score_op, (batch["logits"], *tensors[:2], 0.9, backend))
+    scored = op.score_op(batch["logits"], *tensors[:2], 0.9, backend)
+    scored = (scored[2], scored[1], torch.randn(3, 4), torch.randn(3, 4))
+    torch.library.opcheck(op.score_backward_op, (batch["logits"], *tensors[:2], *scored, 0.9, backend))
+    torch.library.opcheck(op.score_backward_inplace_op, (batch["logits"].clone(), *tensors[:2], *scored, 0.9, backend))
+    torch.library.opcheck(op.scale_op, (torch.randn(3, 4), torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("view", [False, True])
+def test_logits_used_again_after_an_inplace_call(view, backend):
+    hidden, weight, batch = head(random_batch(3, 4, 40))
+
+    def logits_of():
+        whole = (torch.cat([hidden, hidden[:, :1]], 1) if view else hidden) @ weight.T
+        return whole, (whole[:, :-1] if view else whole)
+
+    whole, logits = logits_of()
+    grpo_loss(logits, inplace=True, backend=backend, **batch)
+    with pytest.raises(RuntimeError, match="already consumed"):
+        grpo_loss(whole[:, : logits.shape[1]] if view else logits, inplace=True, backend=backend, **batch)
+    # A use before the loss that needs the old values in backward.
+    whole, logits = logits_of()
+    other = (whole**2).sum()
+    output = grpo_loss(logits, inplace=True, backend=backend, **batch)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (output.loss + other).backward()
+    if not view:  # a use after the loss
+        whole, logits = logits_of()
+        output = grpo_loss(logits, inplace=True, backend=backend, **batch)
+        with pytest.raises(RuntimeError, match=r"replaced these logits by their gradient"):
+            (output.loss + logits.sum()).backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_checkpoint_around_the_inplace_loss_alone(backend):
+    hidden, weight, batch = head(random_batch(3, 4, 40))
+    logits = hidden @ weight.T
+
+    def step(logits):
+        return grpo_loss(logits, inplace=True, backend=backend, **batch).loss
+
+    with pytest.raises(RuntimeError, match="already consumed"):
+        checkpoint(step, logits, use_reentrant=False).backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inplace_reuse_of_a_buffer_that_was_filled_again(backend):
+    batch = random_batch(3, 4, 40)
+    source = batch.pop("logits")
+    buffer = torch.empty_like(source).requires_grad_()
+    for _ in range(2):
+        with torch.no_grad():
+            buffer.copy_(source)
+        buffer.grad = None
+        grpo_loss(buffer, inplace=True, backend=backend, beta=0.1, **batch).loss.backward()
+        leaf = source.clone().requires_grad_()
+        grpo_loss(leaf, backend="torch", beta=0.1, **batch).loss.backward()
+        torch.testing.assert_close(buffer.grad, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inplace_overwrites_and_allocates_nothing_of_the_logits_size(backend):
+    batch = random_batch(3, 4, 40)
+    logits = batch.pop("logits") * 1
+    leaf = logits.clone().requires_grad_()
+    grpo_loss(leaf, backend="torch", beta=0.1, **batch).loss.backward()
+    live = logits.requires_grad_() * 1
+    pointer = live.data_ptr()
+    grpo_loss(live, inplace=True, backend=backend, beta=0.1, **batch)
+    assert live.data_ptr() == pointer
+    torch.testing.assert_close(live.detach(), leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_backward_twice(backend):
+    batch = random_batch(3, 4, 40)
+    leaf = batch.pop("logits").requires_grad_()
+    loss = grpo_loss(leaf, backend=backend, beta=0.1, **batch).loss
+    (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    once = once.clone()
+    (twice,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert torch.equal(once, twice)
+    if backend != "torch":
+        torch.autograd.grad(loss * 2, leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, leaf)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_token_logprobs_inplace_backward_runs_once(backend):
+    batch = random_batch(3, 4, 40)
+    leaf = batch["logits"].requires_grad_()
+    logps = token_logprobs(leaf * 1, batch["completion_ids"], inplace_backward=True, backend=backend)
+    logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_thread_count_does_not_change_a_bit(backend):
+    batch = random_batch(5, 7, 1003)
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        leaf = batch["logits"].clone().requires_grad_()
+        output = grpo_loss(**(batch | {"logits": leaf}), beta=0.1, backend=backend)
+        output.loss.backward()
+        torch.set_num_threads(before)
+        results.append((output.loss.detach(), output.entropies, leaf.grad))
+    for first, second in zip(*results):
+        assert torch.equal(first, second)

@@ -1,0 +1,104 @@
+"""Properties of the loss that hold for any input, searched by hypothesis."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mr1fast import grpo_loss
+from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels.testing import available_backends, random_batch
+
+cases = st.fixed_dictionaries(
+    {
+        "shape": st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(2, 70)),
+        "seed": st.integers(0, 10**6),
+        "loss_type": st.sampled_from(LOSS_TYPES),
+        "beta": st.sampled_from([0.0, 0.04, 1.0]),
+    }
+)
+BACKENDS = pytest.mark.parametrize("backend", available_backends())
+SEARCH = settings(max_examples=25, deadline=None)
+
+
+def prepare(case):
+    batch = random_batch(*case["shape"], seed=case["seed"])
+    keywords = {"loss_type": case["loss_type"], "beta": case["beta"], "max_completion_length": case["shape"][1]}
+    return batch, keywords
+
+
+def loss_and_gradient(batch, **keywords):
+    logits = batch["logits"].clone().requires_grad_()
+    output = grpo_loss(**(batch | {"logits": logits} | keywords))
+    output.loss.backward()
+    return output, logits.grad
+
+
+@BACKENDS
+@given(cases, st.floats(-30, 30))
+@SEARCH
+def test_shifting_a_row_changes_nothing(backend, case, shift):
+    batch, keywords = prepare(case)
+    output, gradient = loss_and_gradient(batch, backend=backend, **keywords)
+    batch["logits"] = batch["logits"] + shift
+    shifted, shifted_gradient = loss_and_gradient(batch, backend=backend, **keywords)
+    torch.testing.assert_close(shifted.loss, output.loss, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(shifted_gradient, gradient, rtol=1e-2, atol=1e-4)
+
+
+@BACKENDS
+@given(cases)
+@SEARCH
+def test_gradient_sums_to_zero_over_the_vocabulary(backend, case):
+    batch, keywords = prepare(case)
+    _, gradient = loss_and_gradient(batch, backend=backend, entropy_coef=0.1, **keywords)
+    scale = gradient.abs().sum(-1).max().clamp(min=1e-6)
+    assert (gradient.sum(-1).abs().max() / scale).item() < 1e-5
+
+
+@BACKENDS
+@given(cases, st.integers(1, 3))
+@SEARCH
+def test_masking_equals_deletion(backend, case, extra):
+    """Masked tokens appended to every completion, and a masked completion less in "dapo", change nothing."""
+    batch, keywords = prepare(case)
+    output, gradient = loss_and_gradient(batch, backend=backend, **keywords)
+    padded = {}
+    for name, value in batch.items():
+        padding = (
+            torch.full((value.shape[0], extra, *value.shape[2:]), 7, dtype=value.dtype) if value.dim() > 1 else None
+        )
+        padded[name] = value if padding is None else torch.cat([value, padding], 1)
+    padded["completion_mask"][:, -extra:] = False
+    longer, longer_gradient = loss_and_gradient(padded, backend=backend, **keywords)
+    torch.testing.assert_close(longer.loss, output.loss)
+    torch.testing.assert_close(longer_gradient[:, :-extra], gradient)
+    assert (longer_gradient[:, -extra:] == 0).all()
+
+
+@BACKENDS
+@given(cases)
+@SEARCH
+def test_zero_advantage_and_zero_beta_give_no_gradient(backend, case):
+    batch, keywords = prepare(case)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])
+    _, gradient = loss_and_gradient(batch, backend=backend, **(keywords | {"beta": 0.0}))
+    assert (gradient == 0).all()
+
+
+@BACKENDS
+@given(cases)
+@SEARCH
+def test_none_reduction_sums_to_the_mean_one(backend, case):
+    """bnpo is the plain mean of the unreduced loss."""
+    batch, keywords = prepare(case)
+    if case["loss_type"] in ("cispo", "sapo"):
+        return
+    keywords["loss_type"] = "bnpo"
+    mean, gradient = loss_and_gradient(batch, backend=backend, **keywords)
+    logits = batch["logits"].clone().requires_grad_()
+    none = grpo_loss(**(batch | {"logits": logits}), reduction="none", backend=backend, **keywords)
+    total = none.loss.sum() / batch["completion_mask"].sum().clamp(min=1)
+    total.backward()
+    torch.testing.assert_close(total, mean.loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logits.grad, gradient, rtol=1e-3, atol=1e-6)
