@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -200,12 +199,3 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
         wrong &= mask
     if wrong.any():
         raise ValueError(f"completion_ids must lie in [0, {vocabulary}) wherever the mask is set, got {ids[wrong][0]}")
-
-
-def why_not(logits: Tensor) -> str | None:
-    """None if the Triton kernels can run on such logits here, else the reason."""
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the Triton kernels take float32, bfloat16 and float16 logits, not {logits.dtype}"
-    if not (logits.is_cuda or triton.knobs.runtime.interpret):
-        return f"the logits are on {logits.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1 in the environment)"
-    return None

@@ -1,7 +1,4 @@
-"""Scoring in Triton: log-probability and entropy of each row in one visit, and their gradient in another.
-
-This module is the `triton` backend: it has the functions that `dispatch.Backend` names.
-"""
+"""Scoring in Triton: log-probability and entropy of each row in one visit, and their gradient in another."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mr1fast.kernels.triton_loss import grpo_forward
 from mr1fast.kernels.triton_rows import (
     LN_2,
     LOG2_E,
@@ -21,12 +17,9 @@ from mr1fast.kernels.triton_rows import (
     split_row,
     tile_columns,
     tile_settings,
-    why_not,
     write_gradient,
     write_zeros,
 )
-
-__all__ = ["grpo_forward", "scale_unless_one", "score_backward", "score_forward", "why_not"]
 
 # See `_STEPWISE` in triton_loss.py for what the two lists of each kernel are for.
 
