@@ -51,7 +51,7 @@ def _store_token(
     tl.store(coef_ptr + at, coef)
 
 
-@triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_SMALL, debug=True)
+@triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_SMALL)
 def grpo_loss_fwd_kernel(
     logits_ptr,  # [B, L, V]
     logits_stride_b: tl.int64,

@@ -27,7 +27,6 @@ from mr1fast.kernels.triton_rows import (
 @triton.jit(
     do_not_specialize=["logits_stride_b", "logits_stride_l", "L", "temperature"],
     do_not_specialize_on_alignment=["ids_ptr", "mask_ptr", "logp_ptr", "entropy_ptr", "lse_ptr"],
-    debug=True,
 )
 def score_fwd_kernel(
     logits_ptr,  # [B, L, V]
@@ -70,7 +69,6 @@ def score_fwd_kernel(
     do_not_specialize_on_alignment=[
         "ids_ptr", "mask_ptr", "lse_ptr", "entropy_ptr", "grad_logp_ptr", "grad_entropy_ptr",
     ],
-    debug=True,
 )  # fmt: skip
 def score_bwd_kernel(
     logits_ptr,  # [B, L, V]
