@@ -1,0 +1,219 @@
+"""The one pass in Triton: a row's statistics, its objective and its finished gradient in a single visit of the row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels.triton_objective import FAMILIES, group_advantage, token_objective
+from mr1fast.kernels.triton_rows import (
+    LN_2,
+    LOG2_E,
+    check_ids,
+    row_statistics,
+    rows_aligned,
+    split_row,
+    tile_settings,
+    write_gradient,
+    write_zeros,
+)
+
+# What changes from step to step. None of it may enter the specialisation key: neither a value (1, or a multiple of 16)
+# nor, for the small tensors, which are often views, an address. The logits keep the hint of their address, V is
+# constexpr, and the alignment of the rows is W: so loads are 16 bytes wide wherever they can be.
+_STEPWISE = (
+    "logits_stride_b logits_stride_l grad_stride_b grad_stride_l L B G advantage_stride_b advantage_stride_l "
+    "is_ratio_stride_b is_ratio_stride_l weight_stride_b weight_stride_l ratio_low ratio_high delta "
+    "sapo_temperature_pos sapo_temperature_neg temperature"
+).split()
+_SMALL = (
+    "ids_ptr mask_ptr advantages_ptr rewards_ptr old_ptr ref_ptr is_ratio_ptr weight_ptr entropy_weight_ptr beta_ptr "
+    "share_ptr loss_ptr logp_ptr entropy_ptr kl_ptr is_low_ptr is_high_ptr coef_ptr"
+).split()
+
+
+@triton.jit
+def _store_token(
+    at, share_ptr, loss_ptr, logp_ptr, entropy_ptr, kl_ptr, is_low_ptr, is_high_ptr, coef_ptr,
+    share, loss, logp, entropy, kl, is_low, is_high, coef,
+):  # fmt: skip
+    tl.store(share_ptr + at, share)
+    tl.store(loss_ptr + at, loss)
+    tl.store(logp_ptr + at, logp)
+    tl.store(entropy_ptr + at, entropy)
+    if kl_ptr is not None:
+        tl.store(kl_ptr + at, kl)
+    tl.store(is_low_ptr + at, is_low)
+    tl.store(is_high_ptr + at, is_high)
+    tl.store(coef_ptr + at, coef)
+
+
+@triton.jit(do_not_specialize=_STEPWISE, do_not_specialize_on_alignment=_SMALL)
+def grpo_loss_fwd_kernel(
+    logits_ptr,  # [B, L, V]
+    logits_stride_b: tl.int64,
+    logits_stride_l: tl.int64,
+    grad_ptr,  # [B, L, V], may be logits_ptr; None: no gradient
+    grad_stride_b: tl.int64,
+    grad_stride_l: tl.int64,
+    L,
+    ids_ptr,  # [B, L] int64, contiguous, as are mask, old and ref
+    mask_ptr,  # [B, L] bool or None
+    advantages_ptr,  # [B, L] or None, then:
+    advantage_stride_b: tl.int64,
+    advantage_stride_l: tl.int64,
+    rewards_ptr,  # [B] or None
+    B,
+    G,
+    old_ptr,  # [B, L] or None
+    ref_ptr,  # [B, L] or None
+    is_ratio_ptr,  # [B, L] or None
+    is_ratio_stride_b: tl.int64,
+    is_ratio_stride_l: tl.int64,
+    weight_ptr,  # [B, L]
+    weight_stride_b: tl.int64,
+    weight_stride_l: tl.int64,
+    entropy_weight_ptr,  # [] or None
+    beta_ptr,  # []
+    ratio_low,
+    ratio_high,
+    delta,
+    sapo_temperature_pos,
+    sapo_temperature_neg,
+    temperature,
+    share_ptr,  # out, all [B, L] contiguous: what the token adds to the loss
+    loss_ptr,  # out: per-token loss, unweighted
+    logp_ptr,  # out
+    entropy_ptr,  # out
+    kl_ptr,  # out, or None
+    is_low_ptr,  # out
+    is_high_ptr,  # out
+    coef_ptr,  # out: weight * dloss_dlogp
+    OBJECTIVE: tl.constexpr,
+    BIAS_CORRECTED_KL: tl.constexpr,
+    SCALE_REWARDS: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    b, l = split_row(L)
+    at = b * L + l
+    if grad_ptr is not None:
+        grad_ptr += tl.multiple_of(b * grad_stride_b + l * grad_stride_l, W)
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + at) == 0:
+            _store_token(
+                at, share_ptr, loss_ptr, logp_ptr, entropy_ptr, kl_ptr, is_low_ptr, is_high_ptr, coef_ptr,
+                0.0, 0.0, 0.0, 0.0, 0.0, False, False, 0.0,
+            )  # fmt: skip
+            if grad_ptr is not None:
+                write_zeros(grad_ptr, V, C, T, W)
+            return
+    logits_ptr += tl.multiple_of(b * logits_stride_b + l * logits_stride_l, W)
+
+    # Every small load first: their latency hides behind the row, and in place the id's logit is soon gone.
+    id = tl.load(ids_ptr + at)
+    tl.device_assert((id >= 0) & (id < V), "completion_ids out of range at an unmasked position")
+    x_id = tl.load(logits_ptr + id).to(tl.float32)
+    weight = tl.load(weight_ptr + b * weight_stride_b + l * weight_stride_l)
+    beta = tl.load(beta_ptr)
+    old_logp = None
+    if old_ptr is not None:
+        old_logp = tl.load(old_ptr + at)
+    ref_logp = None
+    if ref_ptr is not None:
+        ref_logp = tl.load(ref_ptr + at)
+    is_ratio = None
+    if is_ratio_ptr is not None:
+        is_ratio = tl.load(is_ratio_ptr + b * is_ratio_stride_b + l * is_ratio_stride_l)
+    if advantages_ptr is not None:
+        advantage = tl.load(advantages_ptr + b * advantage_stride_b + l * advantage_stride_l)
+    else:
+        advantage = group_advantage(rewards_ptr, b, B, G, SCALE_REWARDS)
+
+    scale = tl.div_rn(LOG2_E, temperature)
+    base, log2_sum, entropy = row_statistics(logits_ptr, scale, V, C, T, W, STAGES)
+    logp = ((x_id - base) * scale - log2_sum) * LN_2
+    loss, slope, kl, is_low, is_high = token_objective(
+        logp, old_logp, ref_logp, advantage, is_ratio, beta, ratio_low, ratio_high, delta,
+        sapo_temperature_pos, sapo_temperature_neg, OBJECTIVE, BIAS_CORRECTED_KL,
+    )  # fmt: skip
+    coef = weight * slope
+    share = weight * loss
+    on_entropy = None
+    if entropy_weight_ptr is not None:
+        entropy_weight = tl.load(entropy_weight_ptr)
+        share -= entropy_weight * entropy
+        on_entropy = entropy_weight / temperature
+    _store_token(
+        at, share_ptr, loss_ptr, logp_ptr, entropy_ptr, kl_ptr, is_low_ptr, is_high_ptr, coef_ptr,
+        share, loss, logp, entropy, kl, is_low, is_high, coef,
+    )  # fmt: skip
+
+    if grad_ptr is not None:
+        if on_entropy is None and coef == 0:
+            write_zeros(grad_ptr, V, C, T, W)
+        else:
+            write_gradient(
+                grad_ptr, logits_ptr, id, x_id, base, log2_sum, entropy, scale, coef / temperature, on_entropy,
+                V, C, T, W, STAGES,
+            )  # fmt: skip
+
+
+def grpo_forward(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    num_generations: int,
+    scale_rewards: str,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    is_ratio: Tensor | None,
+    token_weight: Tensor,
+    entropy_weight: Tensor | None,
+    beta: Tensor,
+    spec: LossSpec,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """The one pass; arguments and results as `dispatch.Backend` says, tensors as in `reference.LossBatch`."""
+    B, L, V = logits.shape
+    check_ids(ids, mask, V)
+    values = [torch.empty((B, L), dtype=torch.float32, device=logits.device) for _ in range(5)]
+    share, per_token_loss, logps, entropies, coef = values
+    kl = None if ref_logps is None else torch.empty_like(logps)
+    is_low, is_high = (torch.empty((B, L), dtype=torch.bool, device=logits.device) for _ in range(2))
+    objective = FAMILIES.get(spec.loss_type, "clip")
+    aligned = rows_aligned(logits) if grad is None else rows_aligned(logits, grad)
+    if B * L > 0:
+        with torch.cuda.device_of(logits):
+            grpo_loss_fwd_kernel[(B * L,)](
+                logits, logits.stride(0), logits.stride(1),
+                grad, *((0, 0) if grad is None else grad.stride()[:2]),
+                L,
+                ids.contiguous(),
+                None if mask is None else mask.contiguous(),
+                advantages, *((0, 0) if advantages is None else advantages.stride()),
+                rewards if advantages is None else None, B, num_generations,
+                None if old_logps is None else old_logps.contiguous(),
+                None if ref_logps is None else ref_logps.contiguous(),
+                is_ratio, *((0, 0) if is_ratio is None else is_ratio.stride()),
+                token_weight, *token_weight.stride(),
+                entropy_weight, beta,
+                1.0 - spec.epsilon_low,
+                spec.epsilon_high if objective == "cispo" else 1.0 + spec.epsilon_high,
+                float("inf") if spec.delta is None else float(spec.delta),
+                float(spec.sapo_temperature_pos), float(spec.sapo_temperature_neg), float(spec.temperature),
+                share, per_token_loss, logps, entropies, kl, is_low, is_high, coef,
+                OBJECTIVE=objective,
+                BIAS_CORRECTED_KL=spec.use_bias_correction_kl,
+                SCALE_REWARDS=scale_rewards if advantages is None else "none",
+                **tile_settings("loss", V, logits.element_size(), aligned),
+            )  # fmt: skip
+    return share.sum(), per_token_loss, logps, entropies, kl, is_low, is_high, coef

@@ -1,0 +1,201 @@
+"""What the Triton kernels of the loss head share: the walk over one row of logits, and the geometry of a launch.
+
+A program owns one row. It visits the row in tiles [C, T, W]: W neighbouring columns are one 16-byte load, T threads
+stand side by side, C such loads belong to one thread. Hence maxima and sums over C and W stay inside a thread, the
+running statistics are vectors [T], and warps wait for each other once a row, not once a tile.
+
+Exponentials are taken to base 2 with 1/temperature folded into `scale`: exp(x / temperature) = exp2(x * scale).
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mr1fast.kernels.triton_table import TABLE
+
+NEG_INF = tl.constexpr(float("-inf"))
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+# exp2 of it is exactly 0, while 0 * FLOOR is 0 and not NaN: what a banned token (logit -inf) contributes.
+FLOOR = tl.constexpr(-256.0)
+
+# ---- device ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_row(L):
+    """(completion, position) of this program's row; int64, as N * V passes 2^31 at 14k rows of a large vocabulary."""
+    row = tl.program_id(0).to(tl.int64)
+    return row // L, row % L
+
+
+@triton.jit
+def tile_columns(C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
+    """Column numbers [C, T, W] of a tile that starts at column 0."""
+    c = tl.arange(0, C)[:, None, None]
+    t = tl.arange(0, T)[None, :, None]
+    w = tl.arange(0, W)[None, None, :]
+    return (c * T + t) * W + w
+
+
+@triton.jit
+def exponent(x, base, scale):
+    """log2 of exp((x - base) / temperature), from below never less than FLOOR; a NaN stays one."""
+    return tl.maximum((x - base) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _fold(top, total, weighted, x, scale):
+    """Take the tile x [C, T, W] into the running statistics [T]; one exp2 an element, one more a thread and tile."""
+    new_top = tl.maximum(top, tl.max(tl.max(x, 2), 0))
+    base = tl.where(new_top == NEG_INF, 0.0, new_top)  # nothing but banned tokens so far: avoid inf - inf
+    d = exponent(x, base[None, :, None], scale)
+    e = tl.exp2(d)
+    shift = exponent(top, base, scale)
+    kept = tl.exp2(shift)
+    weighted = kept * (weighted + total * shift) + tl.sum(tl.sum(e * d, 2), 0)
+    total = kept * total + tl.sum(tl.sum(e, 2), 0)
+    return new_top, total, weighted
+
+
+@triton.jit
+def row_statistics(
+    row_ptr, scale, V: tl.constexpr, C: tl.constexpr, T: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr
+):
+    """(base, log2_sum, entropy) of one row of V logits, in one visit.
+
+    base is the row's maximum, log2_sum = log2(sum exp2((x - base) * scale)), entropy in nats.
+    """
+    top = tl.full([T], NEG_INF, tl.float32)
+    total = tl.zeros([T], tl.float32)
+    weighted = tl.zeros([T], tl.float32)  # sum of exp2(d) * d, d = (x - top) * scale
+    columns = tile_columns(C, T, W)
+    for tile in tl.range(0, V // (C * T * W), num_stages=STAGES):
+        x = tl.load(row_ptr + (tile * (C * T * W) + columns)).to(tl.float32)
+        top, total, weighted = _fold(top, total, weighted, x, scale)
+    if V % (C * T * W) != 0:
+        columns += V // (C * T * W) * (C * T * W)
+        x = tl.load(row_ptr + columns, mask=columns < V, other=NEG_INF).to(tl.float32)
+        top, total, weighted = _fold(top, total, weighted, x, scale)
+    base = tl.max(top, 0)
+    shift = exponent(top, base, scale)
+    kept = tl.exp2(shift)
+    sum_e = tl.sum(kept * total, 0)
+    log2_sum = tl.log2(sum_e)
+    return base, log2_sum, (log2_sum - tl.sum(kept * (weighted + total * shift), 0) / sum_e) * LN_2
+
+
+@triton.jit
+def _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy):
+    """dloss/dx of a logit that is not the completion's own; `on_logp` more for the one that is.
+
+    on_logp and on_entropy are dloss/dlogp and minus dloss/dentropy, both over temperature; on_entropy may be None.
+    """
+    log2_p = exponent(x, base, scale) - log2_sum
+    p = tl.exp2(log2_p)
+    if on_entropy is None:
+        gradient = -on_logp * p
+    else:
+        gradient = p * (on_entropy * (log2_p * LN_2 + entropy) - on_logp)
+    return gradient
+
+
+@triton.jit
+def write_gradient(
+    grad_ptr,
+    row_ptr,
+    id,
+    x_id,
+    base,
+    log2_sum,
+    entropy,
+    scale,
+    on_logp,
+    on_entropy,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradient of one row; grad_ptr may equal row_ptr. x_id [] is the logit of the id, read by every thread before.
+
+    Backwards, so that what pass 1 read last is still in L2; evict_first on both sides, for nobody needs it again.
+    """
+    columns = tile_columns(C, T, W)
+    TILES: tl.constexpr = V // (C * T * W)
+    if V % (C * T * W) != 0:
+        tail = TILES * (C * T * W) + columns
+        x = tl.load(row_ptr + tail, mask=tail < V, other=NEG_INF, eviction_policy="evict_first").to(tl.float32)
+        gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy)
+        tl.store(
+            grad_ptr + tail, gradient.to(grad_ptr.dtype.element_ty), mask=tail < V, eviction_policy="evict_first"
+        )
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        at = (TILES - 1 - tile) * (C * T * W) + columns
+        x = tl.load(row_ptr + at, eviction_policy="evict_first").to(tl.float32)
+        gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy)
+        tl.store(grad_ptr + at, gradient.to(grad_ptr.dtype.element_ty), eviction_policy="evict_first")
+    # One element differs. Mending it afterwards costs a barrier a row; comparing columns would cost every element.
+    tl.debug_barrier()
+    gradient = _logit_gradient(x_id, base, log2_sum, entropy, scale, on_logp, on_entropy) + on_logp
+    tl.store(grad_ptr + id, gradient.to(grad_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_zeros(grad_ptr, V: tl.constexpr, C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
+    """Zero one row of V elements, reading nothing."""
+    columns = tile_columns(C, T, W)
+    zeros = tl.zeros([C, T, W], grad_ptr.dtype.element_ty)
+    for start in range(0, V, C * T * W):
+        tl.store(grad_ptr + (start + columns), zeros, mask=start + columns < V, eviction_policy="evict_first")
+
+
+# ---- host -----------------------------------------------------------------------------------------------------------
+
+
+def tile_settings(op: str, V: int, itemsize: int, aligned: bool) -> dict[str, int | bool]:
+    """What a launch of `op` ("score", "score_backward", "loss") on rows of V elements fixes at compile time.
+
+    From `triton_table.TABLE`; `aligned` says that every row starts on a 16-byte boundary.
+    """
+    limits = [limit for name, size, limit in TABLE if (name, size) == (op, itemsize)]
+    block, warps, stages = TABLE[op, itemsize, min(limit for limit in limits if limit >= V or limit == max(limits))]
+    width = 16 // itemsize if aligned else 1
+    threads = 32 * warps
+    return {
+        "V": V,
+        "C": max(min(block, triton.next_power_of_2(V)) // (threads * width), 1),
+        "T": threads,
+        "W": width,
+        "STAGES": stages,
+        "num_warps": warps,
+        # For tl.device_assert, which is compiled in with debug only; without the overflow checks that debug implies.
+        "debug": True,
+        "sanitize_overflow": False,
+        "enable_fp_fusion": True,  # spelled out because Triton 3.10 changes the default
+    }
+
+
+def rows_aligned(*tensors: Tensor) -> bool:
+    """Whether every row of these [B, L, V] tensors starts on a 16-byte boundary."""
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and all(s * tensor.element_size() % 16 == 0 for s, n in zip(tensor.stride()[:2], tensor.shape) if n > 1)
+        for tensor in tensors
+    )
+
+
+def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    """Under the interpreter, where a device-side assert is no help: raise ValueError for an unmasked id out of range."""
+    if ids.is_cuda:
+        return
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if mask is not None:
+        wrong &= mask
+    if wrong.any():
+        raise ValueError(f"completion_ids must lie in [0, {vocabulary}) wherever the mask is set, got {ids[wrong][0]}")
