@@ -54,7 +54,9 @@ def specialisation(launch: Launch, arch: int = 90) -> tuple[Any, dict, dict, dic
 def specialisation_key(launch: Launch) -> str:
     """Two launches compile once if and only if their keys are equal."""
     options, signature, constexprs, attributes = specialisation(launch)
-    return repr((launch.kernel.__name__, options.hash(), signature, sorted(constexprs.items()), sorted(attributes.items())))
+    return repr(
+        (launch.kernel.__name__, options.hash(), signature, sorted(constexprs.items()), sorted(attributes.items()))
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mr1fast.kernels import native
+from mr1fast.kernels import native, triton_backend
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class Backend:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpp", native.why_not, native.grpo_forward, native.score_forward, native.score_backward),
+    Backend(
+        "triton",
+        triton_backend.why_not,
+        triton_backend.grpo_forward,
+        triton_backend.score_forward,
+        triton_backend.score_backward,
+    ),
 )
 NAMES = ("auto", "torch", *(backend.name for backend in BACKENDS))
 

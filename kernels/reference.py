@@ -99,7 +99,7 @@ def score(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) 
     A banned token (logit -inf) has probability 0 and no gradient; if it is the id itself, logp is -inf, no gradient.
     Raises ValueError for an unmasked id out of range (CPU, outside of torch.compile).
     """
-    _check_ids(ids, mask, logits.shape[-1])
+    check_ids(ids, mask, logits.shape[-1])
     z = logits.to(compute_dtype(logits.dtype)) / temperature
     if mask is not None:
         z = torch.where(mask[..., None], z, 0)
@@ -113,7 +113,8 @@ def score(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) 
     return logps, entropies
 
 
-def _check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    """ValueError for an unmasked id out of range."""
     if torch.compiler.is_compiling() or ids.is_cuda:  # there, torch's own device-side assert speaks
         return
     wrong = (ids < 0) | (ids >= vocabulary)

@@ -12,11 +12,12 @@ import importlib.util
 import torch
 from torch import Tensor
 
+INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(logits: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "triton is not installed; `pip install triton` (Linux)"
     if logits.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16 logits, got {logits.dtype}"

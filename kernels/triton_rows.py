@@ -132,9 +132,7 @@ def write_gradient(
         tail = TILES * (C * T * W) + columns
         x = tl.load(row_ptr + tail, mask=tail < V, other=NEG_INF, eviction_policy="evict_first").to(tl.float32)
         gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy)
-        tl.store(
-            grad_ptr + tail, gradient.to(grad_ptr.dtype.element_ty), mask=tail < V, eviction_policy="evict_first"
-        )
+        tl.store(grad_ptr + tail, gradient.to(grad_ptr.dtype.element_ty), mask=tail < V, eviction_policy="evict_first")
     for tile in tl.range(0, TILES, num_stages=STAGES):
         at = (TILES - 1 - tile) * (C * T * W) + columns
         x = tl.load(row_ptr + at, eviction_policy="evict_first").to(tl.float32)

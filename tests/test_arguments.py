@@ -62,10 +62,6 @@ def test_grpo_loss(name, value, message):
 def test_ids_out_of_range_on_every_backend(backend):
     batch = random_batch(B, L, V)
     batch["completion_ids"][0, 0] = V
-    if backend == "triton":
-        with pytest.raises(AssertionError):  # a device-side assert, in the interpreter
-            grpo_loss(**batch, backend=backend)
-        return
     with pytest.raises(ValueError, match="ids must lie in"):
         grpo_loss(**batch, backend=backend)
     with pytest.raises(ValueError, match="ids must lie in"):

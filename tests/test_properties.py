@@ -17,7 +17,10 @@ cases = st.fixed_dictionaries(
         "beta": st.sampled_from([0.0, 0.04, 1.0]),
     }
 )
-BACKENDS = pytest.mark.parametrize("backend", available_backends())
+# The interpreter takes a second for what a kernel does in a microsecond; the matrix in test_loss.py covers it.
+BACKENDS = pytest.mark.parametrize(
+    "backend", [b for b in available_backends() if b != "triton" or torch.cuda.is_available()]
+)
 SEARCH = settings(max_examples=25, deadline=None)
 
 
