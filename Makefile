@@ -41,7 +41,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p mr1fast
-	$(BIN)/mypy benchmarks tests
+	$(BIN)/mypy benchmarks
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -128,7 +128,8 @@ def main() -> int:
     numbers = [number for number, (name, _) in enumerate(cases()) if wanted in name]
     print(f"triton {triton.__version__}, {len(numbers)} cases x {len(ARCHITECTURES)} architectures")
     print(
-        f"{'kernel':40}{'for':7}{'warps':>5}{'stages':>7}{'registers':>10}{'spill':>7}{'shared':>8}  loads, bytes x count"
+        f"{'kernel':40}{'for':7}{'warps':>5}{'stages':>7}{'registers':>10}{'spill':>7}{'shared':>8}"
+        "  loads, bytes x count"
     )
     good = True
     with ProcessPoolExecutor(WORKERS) as pool:

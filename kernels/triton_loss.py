@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mr1fast.kernels import reference
 from mr1fast.kernels.reference import LossSpec
 from mr1fast.kernels.triton_objective import FAMILIES, group_advantage, token_objective
 from mr1fast.kernels.triton_rows import (
     LN_2,
     LOG2_E,
-    check_ids,
     row_statistics,
     rows_aligned,
     split_row,
@@ -184,7 +184,7 @@ def grpo_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """The one pass; arguments and results as `dispatch.Backend` says, tensors as in `reference.LossBatch`."""
     B, L, V = logits.shape
-    check_ids(ids, mask, V)
+    reference.check_ids(ids, mask, V)
     values = [torch.empty((B, L), dtype=torch.float32, device=logits.device) for _ in range(5)]
     share, per_token_loss, logps, entropies, coef = values
     kl = None if ref_logps is None else torch.empty_like(logps)

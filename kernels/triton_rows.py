@@ -186,14 +186,3 @@ def rows_aligned(*tensors: Tensor) -> bool:
         and all(s * tensor.element_size() % 16 == 0 for s, n in zip(tensor.stride()[:2], tensor.shape) if n > 1)
         for tensor in tensors
     )
-
-
-def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
-    """Under the interpreter, where a device-side assert is no help: raise ValueError for an unmasked id out of range."""
-    if ids.is_cuda:
-        return
-    wrong = (ids < 0) | (ids >= vocabulary)
-    if mask is not None:
-        wrong &= mask
-    if wrong.any():
-        raise ValueError(f"completion_ids must lie in [0, {vocabulary}) wherever the mask is set, got {ids[wrong][0]}")

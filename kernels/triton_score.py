@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mr1fast.kernels import reference
 from mr1fast.kernels.triton_rows import (
     LN_2,
     LOG2_E,
     NEG_INF,
-    check_ids,
     row_statistics,
     rows_aligned,
     split_row,
@@ -149,7 +149,7 @@ def score_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L], 0 where masked; see `dispatch.Backend`."""
     B, L, V = logits.shape
-    check_ids(ids, mask, V)
+    reference.check_ids(ids, mask, V)
     logps, entropies, lse = (torch.empty((B, L), dtype=torch.float32, device=logits.device) for _ in range(3))
     if B * L > 0:
         with torch.cuda.device_of(logits):
