@@ -94,7 +94,7 @@ mr1fast::Logits describe(
 // ---- running ---------------------------------------------------------------------------------------------------------
 
 void run(mr1fast::Job& job) {
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { job.work(); });
+  at::parallel_for(0, job.threads(at::get_num_threads()), 1, [&](int64_t, int64_t) { job.work(); });
 }
 
 Tensor new_floats(const Tensor& logits) { return at::empty({logits.size(0), logits.size(1)}, at::kFloat); }
