@@ -1,5 +1,5 @@
-// The loss head on the CPU: one visit of each row of logits. What runs over a row is in row_kernels.h; here is what happens
-// between rows: statistics to token, token to gradient, and who works on which row.
+// The loss head on the CPU: one visit of each row of logits. What runs over a row is in row_kernels.h; here is what
+// happens between rows: statistics to token, token to gradient, and who works on which row.
 #include "grpo_cpu.h"
 
 #include <math.h>
@@ -63,9 +63,9 @@ std::unique_ptr<T[], Free> allocate(int64_t n) {
 
 }  // namespace
 
-// One thread's work, with one row in flight: its gradient is written during pass 1 of the next row. Unless they may stand
-// in the gradient's own memory, a row of exponentials is kept; pass 2 of a row frees each block of it just before pass 1 of
-// the next row fills it again.
+// One thread's work, with one row in flight: its gradient is written during pass 1 of the next row. Unless they may
+// stand in the gradient's own memory, a row of exponentials is kept; pass 2 of a row frees each block of it just before
+// pass 1 of the next row fills it again.
 class Job::Worker {
  public:
   explicit Worker(Job& job)
@@ -78,8 +78,8 @@ class Job::Worker {
         scale_(allocate<float>(blocks_)) {
     const bool in_place = x_.z.data == x_.grad.data;
     keep_exponentials_ = x_.grad && job.objective_ && job.objective_->entropy_weight == 0.0f;
-    // Streaming past the cache saves reading what is overwritten. Short rows would pay for it: the sampled token's value
-    // is written afterwards, to a line that is still on its way to memory.
+    // Streaming past the cache saves reading what is overwritten. Short rows would pay for it: the sampled token's
+    // value is written afterwards, to a line that is still on its way to memory.
     stream_ = keep_exponentials_ && !in_place && row_bytes_ >= 32768;
     own_row_ = keep_exponentials_ && (x_.dtype != DType::kFloat32 || stream_);
     if (own_row_) e_ = allocate<float>(blocks_ * kBlock);
@@ -127,8 +127,8 @@ class Job::Worker {
   float sampled_value_ = 0.0f;
 };
 
-// The row's statistics, of z / temperature, and its largest logit; leaves exp((maximum of the block - that of the row) /
-// temperature) in scale_.
+// The row's statistics, of z / temperature, and its largest logit; leaves exp((maximum of the block - that of the row)
+// / temperature) in scale_.
 RowStats<double> Job::Worker::merge_blocks(float* top) {
   *top = -INFINITY;
   for (int64_t i = 0; i < blocks_; ++i) *top = stats_[i].max > *top ? stats_[i].max : *top;

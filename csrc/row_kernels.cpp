@@ -93,7 +93,7 @@ const char* choose_instruction_set() {
   if (has_avx2 && (wanted.empty() || wanted == "avx2")) return "avx2";
 #endif
   if (wanted.empty() || wanted == "portable") return "portable";
-  throw std::invalid_argument("MR1FAST_CPU must be avx512, avx2 or portable, and this machine must have it; got " + wanted);
+  throw std::invalid_argument("MR1FAST_CPU must be one of avx512, avx2, portable that this machine has, got " + wanted);
 }
 
 }  // namespace

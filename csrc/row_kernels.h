@@ -1,9 +1,9 @@
-// The two passes over a row of logits, for the vectors of the `Simd` in scope. Included once per instruction set, inside
-// a namespace and a target region (grpo_cpu.cpp); only what is inlined here may be called, or code for one instruction
-// set could be linked into another's path.
+// The two passes over a row of logits, for the vectors of the `Simd` in scope. Included once per instruction set,
+// inside a namespace and a target region (row_kernels.cpp); only what is inlined here may be called, or code for one
+// instruction set could be linked into another's path.
 //
-// A `Pair` is two vectors of logits. For float they follow each other; 16-bit formats may split a pair differently (into
-// even and odd elements, say), as long as store_pair undoes what load_pair did.
+// A `Pair` is two vectors of logits. For float they follow each other; 16-bit formats may split a pair differently
+// (into even and odd elements, say), as long as store_pair undoes what load_pair did.
 
 constexpr int64_t kPair = 2 * Simd::kWidth;
 static_assert(kBlock % (2 * kPair) == 0);
@@ -29,8 +29,8 @@ static MR1_INLINE void store_rest(T* p, Simd::Pair a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// The exponentials of a pair, of which n logits exist. Beside 16-bit logits they have memory of their own, with room for a
-// whole pair, and keep its order; those of float may stand in the gradient's memory, where a row may follow.
+// The exponentials of a pair, of which n logits exist. Beside 16-bit logits they have memory of their own, with room for
+// a whole pair, and keep its order; those of float may stand in the gradient's memory, where another row follows.
 template <typename T>
 static MR1_INLINE void store_exponentials(float* e, Simd::Pair a, int64_t n) {
   if (std::is_same_v<T, float> && n < kPair) {
@@ -60,7 +60,7 @@ static MR1_INLINE float block_max(const T* z, int64_t n) {
   return Simd::hmax(Simd::max(Simd::max(m[0], m[1]), Simd::max(m[2], m[3])));
 }
 
-// Statistics of one block: {max z, sum x, sum x (z - max)} with x = exp((z - max) / temperature); x goes to e if kStore.
+// Statistics of one block: {max z, sum x, sum x (z - max)} with x = exp((z - max) / temperature). kStore: x goes to e.
 template <bool kStore, typename T>
 static MR1_INLINE RowStats<float> visit_block(const T* z, float* e, int64_t n, float levels) {
   using Vec = Simd::Vec;

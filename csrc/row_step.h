@@ -11,7 +11,7 @@ namespace mr1fast {
 
 constexpr int64_t kBlock = 2048;  // logits; this block, the next and one of the previous row fit the first-level cache
 
-// A row's gradient away from the sampled token, from the logits: x (base + slope d), d = z - shift, x = exp(d / temperature).
+// A row's gradient away from the sampled token: x (base + slope d) with d = z - shift, x = exp(d / temperature).
 struct RowDerivative {
   float shift, base, slope;
 };

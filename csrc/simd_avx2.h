@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C vectors for row_kernels.h. Included inside a namespace and a target region: see grpo_cpu.cpp.
+// AVX2 + FMA + F16C vectors for row_kernels.h. Included inside a namespace and a target region: see row_kernels.cpp.
 
 struct Simd {
   using Vec = __m256;

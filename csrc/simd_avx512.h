@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL) vectors for row_kernels.h. Included inside a namespace and a target region: see grpo_cpu.cpp.
+// AVX-512 (F, BW, DQ, VL) vectors for row_kernels.h. Included inside a namespace and a target region: see row_kernels.cpp.
 
 struct Simd {
   using Vec = __m512;
@@ -28,7 +28,8 @@ struct Simd {
     const Vec t = fma(d, levels, magic);  // the low bits of t are round(d * levels)
     const Vec r = _mm512_fmsub_ps(d, levels, sub(t, magic));
     const __m512i bits = _mm512_castps_si512(t);
-    const __m512i power = _mm512_add_epi32(_mm512_permutex2var_epi32(table_lo, bits, table_hi), _mm512_slli_epi32(bits, 18));
+    const __m512i level = _mm512_permutex2var_epi32(table_lo, bits, table_hi);
+    const __m512i power = _mm512_add_epi32(level, _mm512_slli_epi32(bits, 18));
     const Vec p = fma(fma(set1(0x1.ebfc0263dad2ep-13f), r, set1(0x1.62e584a2eb27fp-6f)), r, set1(1.0f));
     return mul(_mm512_castsi512_ps(power), p);
   }

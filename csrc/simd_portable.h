@@ -1,4 +1,4 @@
-// Vectors of four floats for row_kernels.h in GCC's vector extension (also Clang's): SSE2 or NEON, or plain scalar code.
+// Vectors of four floats for row_kernels.h in GCC's vector extension (also Clang's): SSE2, NEON, or scalar code.
 
 struct Simd {
   typedef float Vec __attribute__((vector_size(16)));

@@ -1,7 +1,7 @@
 // The objective of one token, the merge of row statistics and the group-relative advantage, for host and device.
 //
 // This is the C++ spelling of kernels/reference.py (the definition); the CPU and the CUDA kernel both include it, and
-// nothing else in C++ may contain a formula of the loss. No torch and no STL, so that nvcc and any host compiler take it.
+// nothing else in C++ may contain a formula of the loss. No torch and no STL: nvcc and any host compiler take it.
 #pragma once
 
 #include <math.h>
