@@ -5,16 +5,20 @@
 >>> out.loss.backward()
 """
 
+from typing import TYPE_CHECKING, Any
+
 from mr1fast.kl_weight import KLSchedule, kl_weight
-from mr1fast.loss import (
-    GRPOLoss,
-    GRPOLossOutput,
-    group_advantages,
-    grpo_loss,
-    linear_grpo_loss,
-    linear_token_logprobs,
-    token_logprobs,
-)
+
+if TYPE_CHECKING:
+    from mr1fast.loss import (
+        GRPOLoss,
+        GRPOLossOutput,
+        group_advantages,
+        grpo_loss,
+        linear_grpo_loss,
+        linear_token_logprobs,
+        token_logprobs,
+    )
 
 __version__ = "0.1.0"
 
@@ -29,3 +33,16 @@ __all__ = [
     "linear_token_logprobs",
     "token_logprobs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """torch is imported with the first loss function, so that the programs can reject a bad option at once."""
+    if name in __all__:
+        from mr1fast import loss
+
+        return getattr(loss, name)
+    raise AttributeError(f"module 'mr1fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
