@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, encode_prompts
 from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.tasks import BACKGROUNDS, MAX_ANGLE, MIN_ANGLE, SIZE, TASKS, angle_pairs
+from mr1fast.rewards import accuracy_reward, format_reward
+from mr1fast.tasks import BACKGROUNDS, MAX_ANGLE, MIN_ANGLE, SIZE, TASKS, GeometryReasoning, angle_pairs
 from mr1fast.types import Example
 
 PATCH = 7  # pixels; four patches make a token: 16 tokens for an image of 56 x 56
@@ -43,15 +45,19 @@ PADS = ("<|image_pad|>", "<|video_pad|>")
 WHOLE = ("<think>", "</think>", "<answer>", "</answer>", " " + PROMPT_SUFFIX)
 TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the third angle?"
 
-BAND = (0.42, 0.50)  # greedy accuracy on the validation split; the promise is 0.30 to 0.60 on the test split
+# Greedy accuracy on the validation splits; what is promised is 0.30 to 0.60 on the test splits.
+BAND = (0.40, 0.50)
+# Few distinct scenes, and counting stays half learnt; many triangles, or the angles are remembered and not read.
+IMAGES = {"vc": 96, "gr": 6000}
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """Qwen's byte-level BPE with the merges of our own prompts; any text can be encoded."""
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trained.decoder = decoders.ByteLevel()
-    corpus = [*(task.question for task in TASKS.values()), TEXT_PROBLEM.format("", ""), "user", "assistant", "system", " items"]
+    corpus = [*(task.question for task in TASKS.values()), TEXT_PROBLEM.format("", "")]
+    corpus += ["user", "assistant", "system", " items"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
         corpus * 10, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
@@ -59,7 +65,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=[" ".join(merge) for merge in model["merges"]],
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         padding_side="left",
@@ -83,7 +89,7 @@ def make_processor() -> Qwen2VLTextImageProcessor:
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     def token(text: str) -> int:
-        return tokenizer.convert_tokens_to_ids(text)
+        return tokenizer.get_vocab()[text]
 
     # The usual 0.02 is far below 1 / sqrt(width) at this width: the image would never reach the answer.
     spread = 0.08
@@ -116,7 +122,6 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
-        initializer_range=spread,
     )
     model = Qwen2VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
@@ -152,7 +157,7 @@ def image_examples(task: str, count: int) -> tuple[list[Example], list[str]]:
         if task == "vc":
             completions.append(vc_completion(int(example.solution)))
         else:
-            completions.append(gr_completion(*TASKS[task].triangle("train", index).angles))
+            completions.append(gr_completion(*GeometryReasoning().triangle("train", index).angles))
     return examples, completions
 
 
@@ -187,3 +192,96 @@ def prompt_rows(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         pixels = prompts["pixel_values"]
         batch["pixel_values"] = pixels.view(len(prompts["input_ids"]), -1, pixels.shape[1])[rows].flatten(0, 1)
     return batch
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def learn_text(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 700) -> Shown:
+    """The third angle from words, to the point of no mistakes. Returns what was shown, to be shown again later."""
+    pairs = text_pairs()
+    examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
+    shown = Shown(processor, examples, [gr_completion(a, b) for a, b in pairs])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    warm_up, decay = (lambda step: (step + 1) / 50), (lambda step: (steps - step) / (steps / 2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, warm_up(step), decay(step)))
+    progress = tqdm(range(steps), desc="text")
+    for _ in progress:
+        loss = shown.loss(model, torch.randint(0, len(shown), (96,)))
+        descend(model, optimizer, loss)
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+    return shown
+
+
+def learn_images(
+    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, text: Shown
+) -> tuple[Qwen2VLForConditionalGeneration, dict[str, dict[str, float]]]:
+    """Both tasks until the average of the weights is in the band on both validation splits. Returns that average."""
+    shown = {task: Shown(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
+    watched = {task: [TASKS[task].example("validation", index) for index in range(400)] for task in IMAGES}
+    # Without the average, greedy accuracy jumps between checkpoints.
+    average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, 0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
+    full_share = {"vc": 16, "gr": 32}
+    share = dict(full_share)
+    for step in tqdm(range(1000), desc="images"):
+        loss = text.loss(model, torch.randint(0, len(text), (16,))) * 16
+        for task, count in share.items():
+            loss = loss + shown[task].loss(model, torch.randint(0, len(shown[task]), (count,))) * count
+        descend(model, optimizer, loss / 80)
+        schedule.step()
+        average.update_parameters(model)
+        if step % 20 == 19:
+            reached = {task: greedy(average.module, processor, examples) for task, examples in watched.items()}
+            tqdm.write(f"step {step + 1}: {json.dumps(reached)}")
+            if all(BAND[0] <= reached[task]["accuracy"] <= BAND[1] for task in reached):
+                return average.module, reached
+            for task in share:
+                share[task] = 2 if reached[task]["accuracy"] > sum(BAND) / 2 else full_share[task]
+    raise SystemExit(f"no checkpoint had both tasks between {BAND[0]} and {BAND[1]}: try another --seed")
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def greedy(model: Any, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example]) -> dict[str, float]:
+    inputs: dict[str, Any] = encode_prompts(processor, examples)
+    model.eval()
+    output: Any = model.generate(**inputs, max_new_tokens=20)
+    model.train()
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return {
+        "accuracy": sum(accuracy_reward(text, e.solution) for text, e in zip(texts, examples)) / len(texts),
+        "format": sum(format_reward(text) for text in texts) / len(texts),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mr1fast.make_embedded", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=EMBEDDED, metavar="DIR", help=f"default: {EMBEDDED}")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(1)  # a model of this size is slower on more
+
+    processor = make_processor()
+    model = make_model(processor.tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
+    text = learn_text(model, processor)
+    base, reached = learn_images(model, processor, text)
+    base.save_pretrained(options.output)
+    processor.save_pretrained(options.output)
+    print(f"validation: {json.dumps(reached)}\nsaved to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Loading Qwen2-VL and turning examples into its inputs. Any folder in Hugging Face format, through the real classes."""
+"""Loading Qwen2-VL from any folder in Hugging Face format, and turning examples into its inputs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
@@ -18,9 +19,7 @@ from mr1fast.types import Example
 EMBEDDED = Path(__file__).parent / "embedded"
 
 # The paper's, appended to every question.
-PROMPT_SUFFIX = (
-    "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
-)
+PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
 
 
 def choose_device(name: str) -> torch.device:
@@ -53,7 +52,7 @@ def choose_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def choose_threads(model: torch.nn.Module) -> int:
+def choose_threads(model: nn.Module) -> int:
     """CPU threads for a model of this size: below some 10 M parameters a second thread costs more than it brings."""
     parameters = sum(p.numel() for p in model.parameters())
     return 1 if parameters < 10_000_000 else os.cpu_count() or 1
@@ -72,7 +71,7 @@ def load_model(
         model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(device).train()
+    return nn.Module.to(model, torch.device(device)).train()
 
 
 def _check_model(path: str | Path) -> None:
@@ -84,7 +83,7 @@ def _check_model(path: str | Path) -> None:
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError):
-        raise ValueError(f"{str(path)!r} holds no model: a readable config.json is wanted, in Hugging Face format") from None
+        raise ValueError(f"{str(path)!r} holds no model: a Hugging Face config.json is wanted there") from None
     if model_type != "qwen2_vl":
         raise ValueError(f"{str(path)!r} holds a model of type {model_type!r}; 'qwen2_vl' is wanted")
 
@@ -108,9 +107,9 @@ def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None
 
 def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, has_image: bool = True) -> str:
     """The chat the model sees: one user turn with the image, the question and the suffix, and an open answer."""
-    content = [{"type": "image"}] if has_image else []
+    content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
     content.append({"type": "text", "text": f"{problem} {PROMPT_SUFFIX}"})
-    messages = [{"role": "user", "content": content}]
+    messages: list[Any] = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

@@ -166,8 +166,8 @@ class GeometryReasoning:
         # Evaluation visits every problem before it repeats one, in another drawing.
         pair = pairs[index % len(pairs)] if split != "train" else rng.choice(pairs)
         angles = pair if rng.random() < 0.5 else pair[::-1]
-        jitter = tuple((rng.randint(-1, 1), rng.randint(-1, 0)) for _ in LABEL_SLOTS)
-        return Triangle(angles, jitter, rng.choice(STROKES), rng.choice(BACKGROUNDS))
+        left, right = ((rng.randint(-1, 1), rng.randint(-1, 0)) for _ in LABEL_SLOTS)
+        return Triangle(angles, (left, right), rng.choice(STROKES), rng.choice(BACKGROUNDS))
 
     def example(self, split: str, index: int) -> Example:
         triangle = self.triangle(split, index)
