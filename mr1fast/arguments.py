@@ -107,7 +107,7 @@ def linear_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[in
     B, L, H = floating("hidden", hidden, "[B, L, H]").shape
     V = floating("lm_head_weight", weight, "[V, H]").shape[0]
     if weight.shape[1] != H or V == 0:
-        raise ValueError(f"lm_head_weight must be [V, H] with V >= 1 and H = {H}, got {list(weight.shape)}")
+        raise ValueError(f"lm_head_weight must be [V, H] with H = {H} and V >= 1, got {list(weight.shape)}")
     if bias is not None:
         _shaped("lm_head_bias", bias, [(V,)], None)
     for name, tensor in (("lm_head_weight", weight), ("lm_head_bias", bias)):
