@@ -1,0 +1,81 @@
+"""What a benchmark is, and the list of all of them. To add some, write `scenes()` in a module and name it in GROUPS.
+
+A scene is one set of inputs; its cases are different ways to do the same work on them. Cases of one scene are measured
+in turn (see timing.py), so that their ratios hold even where the machine is busy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+GROUPS = {
+    "loss": ("benchmarks.cases_loss", "the loss head from logits, on the CPU"),
+    "gpu": ("benchmarks.cases_gpu", "the loss head from logits, on a CUDA device"),
+}
+
+
+class Call(NamedTuple):
+    """What is timed, and what restores its inputs before each time (not timed)."""
+
+    run: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to do a scene's work.
+
+    prepare: from the scene's inputs, the call to time.
+    work: what must be done at least, in `unit`s times 1e9 (bytes that must move, or floating-point operations).
+    limit: name of the scene's case that shows how fast this work can be done on this machine.
+    against: name of the case whose time this one's is divided by in the column `ratio`.
+    fresh_pages: also measure with memory that the system hands out anew at every call (CPU; see timing.py).
+    """
+
+    name: str
+    prepare: Callable[[Any], Call]
+    work: float
+    unit: str = "GB/s"
+    limit: str | None = None
+    against: str | None = None
+    fresh_pages: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Inputs and the cases on them. why_not: a sentence if it cannot be measured here, which is then reported."""
+
+    group: str
+    shape: str  # as printed, "512 x 151936"
+    dtype: str
+    inputs: Callable[[], Any]
+    cases: tuple[Case, ...]
+    device: str = "cpu"
+    why_not: Callable[[], str | None] = lambda: None
+
+    @property
+    def title(self) -> str:
+        return f"{self.group}, {self.shape}, {self.dtype}"
+
+
+def load(group: str, quick: bool) -> list[Scene]:
+    """The scenes of a group; `quick` asks for small ones, which show that everything runs."""
+    return importlib.import_module(GROUPS[group][0]).scenes(quick)
+
+
+def matching(scenes: list[Scene], pattern: str) -> list[tuple[Scene, tuple[Case, ...]]]:
+    """The scenes with the cases whose "group, shape, dtype, name" contains every word of the pattern.
+
+    The cases that others refer to (`limit`, `against`) stay where any other case of their scene does.
+    """
+    selected = []
+    for scene in scenes:
+        words = pattern.lower().split()
+        wanted = [case for case in scene.cases if all(word in f"{scene.title}, {case.name}".lower() for word in words)]
+        needed = {name for case in wanted for name in (case.name, case.limit, case.against)}
+        if wanted:
+            selected.append((scene, tuple(case for case in scene.cases if case.name in needed)))
+    return selected

@@ -1,0 +1,158 @@
+"""Rows of results: the CSV, the table in the terminal, the plot."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Scene
+from benchmarks.timing import Measurement
+
+Row = dict[str, Any]
+MEASURED = ["group", "shape", "dtype", "case", "pages", "median_ms", "best_ms", "calls", "rate", "unit", "limit"]
+MEASURED += ["of_limit", "of_memcpy", "ratio", "against", "peak_extra_mib", "note"]
+ENVIRONMENT = ["device", "threads", "commit", "date", "python", "torch", "triton", "trl", "liger-kernel"]
+
+
+def rows(scene: Scene, measurements: list[Measurement]) -> list[Row]:
+    """One row per measurement. of_limit and of_memcpy compare rates, ratio compares times (1 = the case `against`)."""
+    warm = {m.case.name: m for m in measurements if m.seconds and m.pages == "warm"}
+    result = []
+    for m in measurements:
+        row: Row = dict.fromkeys(MEASURED, "")
+        row |= {"group": scene.group, "shape": scene.shape, "dtype": scene.dtype, "case": m.case.name, "note": m.note}
+        if m.seconds:
+            against, limit, memcpy = (warm.get(name or "") for name in (m.case.against, m.case.limit, "memcpy"))
+            row |= {
+                "pages": m.pages if m.case.fresh_pages else "",
+                "median_ms": _digits(m.median * 1e3),
+                "best_ms": _digits(min(m.seconds) * 1e3),
+                "calls": len(m.seconds),
+                "rate": _digits(m.rate),
+                "unit": m.case.unit,
+                "limit": m.case.limit or "",
+                "of_limit": _digits(m.rate / limit.rate) if limit else "",
+                "of_memcpy": _digits(m.rate / memcpy.rate) if memcpy and memcpy.case.unit == m.case.unit else "",
+                "ratio": _digits(m.median / against.median) if against else "",
+                "against": m.case.against or "",
+                "peak_extra_mib": "" if m.peak_extra is None else _digits(m.peak_extra / 2**20),
+            }
+        result.append(row)
+    return result
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.3g}")
+
+
+def environment() -> Row:
+    """What the figures depend on: the machine, the commit, the versions."""
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    } | {name: version(name) for name in ("triton", "trl", "liger-kernel")}
+
+
+def device_name() -> str:
+    """The GPU if there is one, and the processor as the system names it."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    cpu = f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{torch.cuda.get_device_name()} ({cpu})" if torch.cuda.is_available() else cpu
+
+
+def commit(where: Path = Path(__file__).parent) -> str:
+    """The short commit, with "+" if the tree differs from it; "" outside of a repository."""
+    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=where, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def write_csv(path: Path, table: list[Row], about: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*MEASURED, *ENVIRONMENT])
+        writer.writeheader()
+        writer.writerows(row | about for row in table)
+
+
+def print_table(table: list[Row], stream=sys.stdout) -> None:
+    """One block per scene."""
+    columns = {
+        "case": "case",
+        "pages": "pages",
+        "median_ms": "ms",
+        "rate": "rate",
+        "unit": "",
+        "of_limit": "of limit",
+        "of_memcpy": "of memcpy",
+        "ratio": "time ratio",
+        "peak_extra_mib": "+MiB",
+        "note": "",
+    }
+    width = {key: max(len(name), *(len(str(row[key])) for row in table)) for key, name in columns.items()}
+    scene = None
+    for row in table:
+        if scene != (scene := (row["group"], row["shape"], row["dtype"])):
+            print("\n" + ", ".join(scene), file=stream)
+            print("  " + "  ".join(name.ljust(width[key]) for key, name in columns.items()).rstrip(), file=stream)
+        print("  " + "  ".join(str(row[key]).ljust(width[key]) for key in columns).rstrip(), file=stream)
+
+
+def plot(path: Path, table: list[Row], about: Row) -> None:
+    """Each scene's cases as bars of their time ratio, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = [row for row in table if row["ratio"] != "" and row["pages"] != "fresh"]
+    scenes = list(dict.fromkeys((row["shape"], row["dtype"]) for row in table))
+    columns = min(2, len(scenes))
+    lines = -(-len(scenes) // columns)
+    tallest = max(sum((row["shape"], row["dtype"]) == scene for row in table) for scene in scenes)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(6.2 * columns, (0.27 * tallest + 0.9) * lines), sharex=True, squeeze=False
+    )
+    for ax, scene in zip(axes.flat, scenes):
+        chosen = [row for row in table if (row["shape"], row["dtype"]) == scene][::-1]
+        colours = ["#1b6ca8" if "mr1fast" in row["case"] else "#b8b8b8" for row in chosen]
+        ratios = [row["ratio"] for row in chosen]
+        ax.barh([row["case"] for row in chosen], ratios, color=colours)
+        for y, ratio in enumerate(ratios):
+            ax.text(ratio * 1.05, y, f"{ratio:.3g}", va="center", fontsize=8)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set(xscale="log", title=", ".join(scene))
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(x=0.15)
+    for ax in axes.flat[len(scenes) :]:
+        ax.axis("off")
+    for ax in axes[-1]:
+        ax.set_xlabel("time, as a multiple of mr1fast's (from the same input)")
+    figure.suptitle(f"{about['device']}; torch {about['torch']}; {about['commit']}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

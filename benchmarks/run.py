@@ -1,0 +1,88 @@
+"""Benchmarks: every figure this project claims comes from here.
+
+  python -m benchmarks.run loss                       the loss head from logits, beside its peers (5 to 10 minutes)
+  python -m benchmarks.run loss --quick               tiny shapes, to see that everything runs (seconds)
+  python -m benchmarks.run loss --filter "151936 mr1fast"     only what contains every word
+  python -m benchmarks.run loss --csv out.csv --plot out.png  keep the results, draw them
+  python -m benchmarks.run loss --base main           our cases here and at another commit, in turn
+  python -m benchmarks.run --list                     all cases
+
+How to read the table: `rate` counts only the bytes that must move (logits read once, gradient written once) or the
+floating-point operations of the GEMMs; `of limit` is that rate divided by the rate of the machine's own limit for such
+work, `of memcpy` by memcpy's; `time ratio` is the time divided by ours. Times are medians over rounds that call every
+case once. Ratios within one run hold on a busy machine, milliseconds do not. Results belong in benchmarks/results/,
+what did not help in benchmarks/LOG.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import cases, report, timing
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    groups = "".join(f"\n  {name:8s}{about}" for name, (_, about) in cases.GROUPS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__ + "\nGroups:" + groups,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(cases.GROUPS)} (all if none is named)")
+    parser.add_argument("--filter", default="", metavar="WORDS", help="cases that contain every one of these words")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, few calls: does everything run?")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timed calls per case (default %(default)s)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results there, with device and versions")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the time ratios")
+    parser.add_argument("--base", metavar="REV", help="compare our cases with that commit, built aside")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    args = parser.parse_args(argv)
+    if unknown := set(args.groups) - set(cases.GROUPS):
+        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(cases.GROUPS)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.base:
+        from benchmarks import compare
+
+        return compare.main(args)
+    scenes = [scene for group in args.groups or cases.GROUPS for scene in cases.load(group, args.quick)]
+    selected = cases.matching(scenes, args.filter)
+    if not selected:
+        print(f"nothing matches {args.filter!r}; --list shows the cases", file=sys.stderr)
+        return 2
+    if args.list:
+        for scene, chosen in selected:
+            print(f"{scene.title}: {'; '.join(case.name for case in chosen)}")
+        return 0
+
+    table: list[report.Row] = []
+    with tqdm(total=len(selected), unit="scene", file=sys.stderr, leave=False, miniters=0) as bar:
+        for scene, chosen in selected:
+            bar.set_description(scene.title)
+
+            def on_call(name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update(0)
+
+            measured = timing.measure(scene, chosen, 0.05 if args.quick else args.seconds, on_call)
+            table += report.rows(scene, measured)
+            bar.update()
+    report.print_table(table)
+    about = report.environment()
+    print(f"\n{about['device']}; torch {about['torch']}; commit {about['commit']}")
+    if args.csv:
+        report.write_csv(args.csv, table, about)
+    if args.plot:
+        report.plot(args.plot, table, about)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

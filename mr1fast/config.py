@@ -1,0 +1,324 @@
+"""The trainer's options: one frozen dataclass. The command line beats the YAML file, which beats the defaults.
+
+Nothing here imports torch, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mr1fast.kl_weight import SCHEDULES
+
+TASK_NAMES = ("vc", "gr")
+METHODS = ("grpo-d", "grpo", "sft")
+
+# What an option is when nobody sets it: by task for the embedded model, after R1-V for any other. Local data takes the
+# recipe of visual counting.
+RECIPES: dict[str, dict[str, Any]] = {
+    "vc": {"prompts_per_step": 16, "learning_rate": 5e-4, "max_steps": 200, "max_completion_length": 32},
+    "gr": {"prompts_per_step": 32, "learning_rate": 3e-4, "max_steps": 120, "max_completion_length": 32},
+    "model": {"prompts_per_step": 16, "learning_rate": 1e-6, "max_steps": 200, "max_completion_length": 512},
+}
+KL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "grpo-d": {"beta_min": 0.0, "beta_max": 0.04, "kl_schedule": "paper", "explore_fraction": 0.3},
+    "grpo": {"beta": 0.04},
+    "sft": {},
+}
+
+
+class UserError(ValueError):
+    """A mistake of the user's, explained in one sentence: printed without traceback, exit code 2."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    shown: str | None = None,
+) -> Any:
+    """A field of TrainConfig; `shown` is the default as --help gives it, where that is not the value itself."""
+    bounds = {"at_least": at_least, "above": above, "below": below}
+    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices, "shown": shown, **bounds})
+
+
+def _by_case(name: str) -> str:
+    values = {case: recipe[name] for case, recipe in RECIPES.items()}
+    return f"{values['vc']} for vc and local data, {values['gr']} for gr, {values['model']} with --model"
+
+
+def _of_method(name: str) -> str:
+    method = next(method for method, values in KL_DEFAULTS.items() if name in values)
+    return f"{KL_DEFAULTS[method][name]}; --method {method} only"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of `python -m mr1fast.train`. None stands for a default that `for_task` knows.
+
+    Raises UserError for a value out of its range and for options that contradict each other.
+    """
+
+    method: str = option("grpo-d", "GRPO-D, GRPO with a constant KL weight, or supervised fine-tuning", choices=METHODS)
+    task: str | None = option(
+        None, "the embedded tasks to train on, one model each: vc, gr or vc,gr", shown="vc,gr, or none with --data"
+    )
+    data: str | None = option(
+        None,
+        "local data instead of an embedded task: a folder, or a .jsonl, .json, .csv or .parquet file with the columns "
+        "image, problem and solution",
+        shown="none",
+    )
+    model: str | None = option(
+        None, "a folder (or a name on the Hugging Face hub) with a Qwen2-VL", shown="the embedded one"
+    )
+    output_dir: str | None = option(None, "the run's folder; never overwritten", shown="runs/<date-time>")
+    seed: int = option(0, "of the prompts' order and of sampling", at_least=0)
+
+    num_generations: int = option(8, "completions of a prompt, the group of GRPO", at_least=2)
+    prompts_per_step: int | None = option(
+        None, "different prompts of an optimizer step", at_least=1, shown=_by_case("prompts_per_step")
+    )
+    gradient_accumulation_steps: int = option(
+        1, "pieces in which a step's prompts are trained on, to save memory; the gradient is the same", at_least=1
+    )
+    num_iterations: int = option(1, "optimizer steps on each batch of completions", at_least=1)
+    max_steps: int | None = option(None, "optimizer steps", at_least=1, shown=_by_case("max_steps"))
+    max_completion_length: int | None = option(
+        None, "longest completion", unit="tokens", at_least=1, shown=_by_case("max_completion_length")
+    )
+    max_pixels: int | None = option(
+        None, "images are scaled down to this size", unit="pixels", at_least=1, shown="as the model's processor says"
+    )
+    temperature: float = option(1.0, "of sampling; the loss is taken at the same", above=0)
+    accuracy_weight: float = option(1.0, "of the accuracy reward; 0 is the format-only control", at_least=0)
+    format_weight: float = option(0.5, "of the format reward (the paper's alpha)", at_least=0)
+
+    beta: float | None = option(None, "constant KL weight", at_least=0, shown=_of_method("beta"))
+    beta_min: float | None = option(None, "least KL weight", at_least=0, shown=_of_method("beta_min"))
+    beta_max: float | None = option(None, "greatest KL weight", at_least=0, shown=_of_method("beta_max"))
+    kl_schedule: str | None = option(
+        None, "how the KL weight goes between them", choices=SCHEDULES, shown=_of_method("kl_schedule")
+    )
+    explore_fraction: float | None = option(
+        None,
+        "share of the steps in which the paper's schedule explores",
+        at_least=0,
+        below=1,
+        shown=_of_method("explore_fraction"),
+    )
+
+    learning_rate: float | None = option(None, "AdamW's greatest", above=0, shown=_by_case("learning_rate"))
+    warmup_steps: int = option(10, "steps in which the learning rate rises", at_least=0)
+    max_grad_norm: float = option(1.0, "longer gradients are shortened to this norm", above=0)
+
+    eval_samples: int = option(400, "problems of the test split, before and after", at_least=1)
+    eval_steps: int = option(50, "steps between evaluations on the validation split; 0 for none", at_least=0)
+    eval_validation_samples: int = option(128, "problems of the validation split", at_least=1)
+    save_steps: int = option(50, "steps between checkpoints; the last step is always saved", at_least=1)
+    save_total_limit: int = option(2, "checkpoints that are kept, the newest", at_least=1)
+
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    dtype: str = option("auto", "auto is bfloat16 on a GPU, else float32", choices=("auto", "float32", "bfloat16"))
+    attention: str = option(
+        "auto",
+        "auto is FlashAttention 2 where it is installed, else sdpa",
+        choices=("auto", "sdpa", "flash_attention_2", "eager"),
+    )
+    threads: int | None = option(None, "CPU threads", at_least=1, shown="by the model's size")
+
+    def __post_init__(self) -> None:
+        for option_field in dataclasses.fields(self):
+            _check(option_field, getattr(self, option_field.name))
+        if self.data is not None and self.task is not None:
+            raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
+        for name in self.tasks:
+            choice("--task", name, TASK_NAMES)
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"--task {self.task} names a task twice")
+        for method, names in KL_DEFAULTS.items():
+            for name in names:
+                if method != self.method and getattr(self, name) is not None:
+                    raise UserError(f"{flag(name)} belongs to --method {method}, and the method is {self.method}")
+        if self.beta_min is not None or self.beta_max is not None:
+            bounds = KL_DEFAULTS["grpo-d"] | {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+            if bounds["beta_min"] > bounds["beta_max"]:
+                raise UserError(
+                    f"--beta-min must not be above --beta-max, got {bounds['beta_min']} and {bounds['beta_max']}"
+                )
+        if self.accuracy_weight == self.format_weight == 0:
+            raise UserError("--accuracy-weight and --format-weight are both 0: nothing would be rewarded")
+        if self.num_iterations > 1 and self.method == "sft":
+            raise UserError("--num-iterations is for completions that were sampled; --method sft samples none")
+        for name in self.tasks or ("data",):
+            prompts = self.prompts_per_step or self.for_task(name).prompts_per_step
+            if prompts is not None and prompts % self.gradient_accumulation_steps:
+                raise UserError(
+                    "--gradient-accumulation-steps must divide --prompts-per-step, "
+                    f"got {self.gradient_accumulation_steps} and {prompts}"
+                )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The embedded tasks to train on, in this order; empty with `data`."""
+        if self.data is not None:
+            return ()
+        return TASK_NAMES if self.task is None else tuple(name.strip() for name in self.task.split(","))
+
+    def for_task(self, name: str) -> TrainConfig:
+        """This configuration with the defaults of a task (or of "data") filled in."""
+        recipe = RECIPES["model" if self.model is not None else name if name in RECIPES else "vc"]
+        defaults = {**recipe, **KL_DEFAULTS[self.method]}
+        filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
+        return dataclasses.replace(self, **filled)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean X?)", or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
+
+def _check(option_field: dataclasses.Field, value: Any) -> None:
+    limits, name = option_field.metadata, flag(option_field.name)
+    if value is None:
+        return
+    if limits["choices"] is not None:
+        choice(name, value, limits["choices"])
+    for limit, words, holds in (
+        ("at_least", "at least", lambda bound: value >= bound),
+        ("above", "above", lambda bound: value > bound),
+        ("below", "below", lambda bound: value < bound),
+    ):
+        bound = limits[limit]
+        if bound is not None and not (math.isfinite(value) and holds(bound)):
+            raise UserError(f"{name} must be {words} {bound:g}, got {value}")
+
+
+# ---- command line and YAML ------------------------------------------------------------------------------------------
+
+FIELDS = {option_field.name: option_field for option_field in dataclasses.fields(TrainConfig)}
+_HINTS = typing.get_type_hints(TrainConfig)
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+
+
+def field_type(name: str) -> type:
+    """int, float or str, also where None is allowed."""
+    hint = _HINTS[name]
+    return next(iter(set(typing.get_args(hint)) - {type(None)}), hint)
+
+
+def convert(name: str, value: Any, source: str) -> Any:
+    """A value of the command line or of a YAML file in the option's type; both come through here as text."""
+    wanted = field_type(name)
+    try:
+        if isinstance(value, bool | list | dict):
+            raise ValueError
+        return wanted(str(value))
+    except ValueError:
+        raise UserError(f"{source} must be {_TYPE_NAMES[wanted]}, got {value!r}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m mr1fast.train",
+        description="Train a Qwen2-VL with GRPO-D on images with questions whose answers can be verified.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file with any of these options; flags go before it")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="go on from a run or a checkpoint; without DIR from the newest checkpoint under --output-dir, or runs",
+    )
+    for name, option_field in FIELDS.items():
+        metadata = option_field.metadata
+        default = metadata["shown"] or option_field.default
+        unit = f", in {metadata['unit']}" if metadata["unit"] else ""
+        choices = f" ({', '.join(metadata['choices'])})" if metadata["choices"] else ""
+        parser.add_argument(
+            flag(name),
+            metavar={int: "N", float: "X", str: "TEXT"}[field_type(name)],
+            help=f"{metadata['help']}{choices}{unit} [default: {default}]".replace("%", "%%"),
+        )
+    return parser
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: the configuration, which options were set, and what to resume."""
+
+    config: TrainConfig
+    given: dict[str, Any]  # the options that the command line or the YAML file set
+    resume: str | None  # None: a new run; "": the newest checkpoint; else a run or a checkpoint
+
+
+def parse_arguments(arguments: Sequence[str]) -> Request:
+    """The command line, and the YAML file it may name. Raises UserError; --help prints and exits as argparse does."""
+    known, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        hint = nearest(name, ["--config", "--resume", *map(flag, FIELDS)])
+        what = "option" if name.startswith("-") else "argument"
+        raise UserError(f"unknown {what} {name}{hint}; --help lists the options")
+    flags = vars(known)
+    resume, config_file = flags.pop("resume", None), flags.pop("config", None)
+    given = {} if config_file is None else read_yaml(config_file)
+    given |= {name: convert(name, value, flag(name)) for name, value in flags.items()}
+    return Request(TrainConfig(**given), given, resume)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML (or JSON) file, spelt with - or _; null leaves one at its default."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path} is not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not valid YAML: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold lines of the form 'option: value'")
+    given = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in FIELDS:
+            raise UserError(f"{path}: unknown option {str(key)!r}{nearest(name, FIELDS)}")
+        if value is not None:
+            given[name] = convert(name, value, f"{path}: {key}")
+    return given

@@ -1,0 +1,152 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mr1fast.config import FIELDS, KL_DEFAULTS, RECIPES, TrainConfig, UserError, build_parser, flag, parse_arguments
+
+
+def config(*arguments) -> TrainConfig:
+    return parse_arguments([str(argument) for argument in arguments]).config
+
+
+def test_defaults_by_task():
+    vc, gr = (config().for_task(name) for name in ("vc", "gr"))
+    assert (vc.prompts_per_step, vc.learning_rate, vc.max_steps) == (16, 5e-4, 200)
+    assert (gr.prompts_per_step, gr.learning_rate, gr.max_steps) == (32, 3e-4, 120)
+    assert (vc.beta_min, vc.beta_max, vc.kl_schedule, vc.explore_fraction) == (0, 0.04, "paper", 0.3)
+    assert vc.beta is None
+    assert config().tasks == ("vc", "gr")
+    assert config("--task", "gr, vc").tasks == ("gr", "vc")
+
+
+def test_defaults_by_method_and_model():
+    assert config("--method", "grpo").for_task("vc").beta == 0.04
+    assert config("--method", "grpo").for_task("vc").beta_max is None
+    assert config("--method", "sft").for_task("gr").beta is None
+    other = config("--model", "somewhere").for_task("gr")
+    assert (other.learning_rate, other.max_completion_length) == (1e-6, 512)
+    assert config("--data", "folder").tasks == ()
+    assert config("--data", "folder").for_task("data").prompts_per_step == RECIPES["vc"]["prompts_per_step"]
+
+
+def test_what_is_set_is_not_filled_in():
+    filled = config("--learning-rate", "1e-3", "--beta-max", "0.1").for_task("gr")
+    assert (filled.learning_rate, filled.beta_max, filled.prompts_per_step) == (1e-3, 0.1, 32)
+    assert filled.for_task("gr") == filled
+
+
+def test_command_line_beats_yaml_beats_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning-rate: 1e-6\nnum_generations: 4\nseed: 7\ntask: gr\nbeta-max: null\n")
+    chosen = config("--config", file, "--seed", 8)
+    assert chosen.learning_rate == 1e-6
+    assert isinstance(chosen.learning_rate, float)
+    assert (chosen.num_generations, chosen.seed, chosen.task, chosen.temperature) == (4, 8, "gr", 1.0)
+    request = parse_arguments(["--config", str(file), "--seed", "8"])
+    assert request.given == {"learning_rate": 1e-6, "num_generations": 4, "task": "gr", "seed": 8}
+
+
+def test_a_config_written_as_json_is_read_back(tmp_path):
+    file = tmp_path / "config.json"
+    before = config("--method", "grpo", "--beta", "0.01", "--task", "vc")
+    file.write_text(json.dumps(dataclasses.asdict(before)))
+    assert config("--config", file) == before
+
+
+def test_resume():
+    assert parse_arguments([]).resume is None
+    assert parse_arguments(["--resume"]).resume == ""
+    assert parse_arguments(["--resume", "runs/x", "--seed", "1"]).resume == "runs/x"
+
+
+BAD_ARGUMENTS = [
+    ("--task nonsense", "--task must be one of vc, gr, got 'nonsense'"),
+    ("--task vc,vc", "--task vc,vc names a task twice"),
+    ("--task vc --data x", "exclude each other"),
+    ("--method grpod", "(did you mean grpo-d?)"),
+    ("--num-generations 1", "--num-generations must be at least 2, got 1"),
+    ("--num-generations 2.5", "--num-generations must be a whole number, got '2.5'"),
+    ("--beta-min .2 --beta-max .1", "--beta-min must not be above --beta-max, got 0.2 and 0.1"),
+    ("--beta-min .2", "--beta-min must not be above --beta-max, got 0.2 and 0.04"),
+    ("--beta .1", "--beta belongs to --method grpo, and the method is grpo-d"),
+    ("--method sft --beta-max .1", "--beta-max belongs to --method grpo-d"),
+    ("--learning-rate -1", "--learning-rate must be above 0, got -1.0"),
+    ("--learning-rate nan", "--learning-rate must be above 0, got nan"),
+    ("--learning-rate inf", "--learning-rate must be above 0, got inf"),
+    ("--learning-rate fast", "--learning-rate must be a number, got 'fast'"),
+    ("--temperature 0", "--temperature must be above 0"),
+    ("--explore-fraction 1", "--explore-fraction must be below 1"),
+    ("--kl-schedule papr", "--kl-schedule must be one of paper, linear"),
+    ("--kl-schedule papr", "(did you mean paper?)"),
+    ("--dtype float16", "--dtype must be one of auto, float32, bfloat16"),
+    ("--learning-rat 1", "unknown option --learning-rat (did you mean --learning-rate?)"),
+    ("--lerning-rate=1", "(did you mean --learning-rate?)"),
+    ("nonsense", "unknown argument nonsense"),
+    ("--seed", "expected one argument"),
+    ("--seed -1", "--seed must be at least 0"),
+    ("--gradient-accumulation-steps 3", "must divide --prompts-per-step, got 3 and 16"),
+    ("--num-iterations 2 --method sft", "--num-iterations"),
+    ("--accuracy-weight 0 --format-weight 0", "nothing would be rewarded"),
+    ("--config missing.yaml", "--config missing.yaml cannot be read: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_one_sentence_for_each_mistake(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        parse_arguments(arguments.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown option 'lerning_rate' (did you mean learning_rate?)"),
+        ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
+        ("seed: true", "seed must be a whole number, got True"),
+        ("task: [vc, gr]", "task must be text, got ['vc', 'gr']"),
+        ("method: grpo-e", "--method must be one of grpo-d, grpo, sft"),
+        ("kl-schedule: quick", "--kl-schedule must be one of"),
+        ("num_generations: 1", "--num-generations must be at least 2"),
+        ("a: [", "is not valid YAML"),
+        ("- a\n- b", "must hold lines of the form"),
+        ("3", "must hold lines of the form"),
+    ],
+)
+def test_yaml_mistakes(text, message, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse_arguments(["--config", str(file)])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_that_is_not_text(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        parse_arguments(["--config", str(file)])
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        parse_arguments(["--config", str(tmp_path)])
+
+
+def test_help_explains_every_option_with_its_default():
+    text = " ".join(build_parser().format_help().split())
+    for name, field in FIELDS.items():
+        assert flag(name) in text
+        assert field.metadata["help"].split(";")[0].split(",")[0] in text
+        if field.default is not None:
+            assert f"[default: {field.default}]" in text
+    assert "0.0005 for vc and local data, 0.0003 for gr, 1e-06 with --model" in text
+    assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))
+
+
+def test_a_mistake_is_answered_without_torch():
+    code = "import sys, mr1fast.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
