@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
-from mr1fast.loss import GRPOLossOutput, linear_grpo_loss, linear_token_logprobs
+from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
+from mr1fast.loss import GRPOLossOutput
 from mr1fast.prefix import completion_hidden
 from mr1fast.types import Batch
 
