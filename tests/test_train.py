@@ -243,7 +243,8 @@ def test_local_data(tmp_path, capsys):
         example.image.save(data / f"{index}.png")
         solution = f"<answer> {example.solution} </answer>"
         rows.append({"image": f"{index}.png", "problem": example.problem, "solution": solution})
-    rows[3]["image"] = "missing.png"
+    for row in rows[3:9]:
+        row["solution"] = ""
     (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
     assert main("--data", data, "--max-steps=2", *SMALL, "--output-dir", run) == 0

@@ -116,6 +116,22 @@ def test_the_ratio_is_one_at_the_first_iteration_only(processor):
     assert second["rewards/accuracy_reward/mean"] == first["rewards/accuracy_reward/mean"]
 
 
+def test_pieces_change_how_much_is_held_and_not_the_gradient(processor):
+    """In one piece the prompts' part of the graph comes from sampling, in two it is computed again."""
+    steps = []
+    for pieces in (1, 2):
+        trainer = make_trainer(processor, gradient_accumulation_steps=pieces, temperature=1.5)
+        trainer.sampled = trainer.sample()
+        assert (trainer.sampled.batch.prefix is None) == (pieces == 2)
+        completions = trainer.sampled.completions
+        steps.append((completions, trainer.step(), trainer.step()))
+        assert trainer.sampled.batch.prefix is None
+    assert steps[0][0] == steps[1][0]
+    for one, two in zip(steps[0][1:], steps[1][1:]):
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+
+
 def test_the_reference_does_not_move(processor):
     trainer = make_trainer(processor, temperature=1.5)
     before = {name: value.clone() for name, value in trainer.reference.state_dict().items()}
