@@ -65,7 +65,11 @@ class OpenRun:
 def open_run(request: Request) -> OpenRun:
     """A new folder for a new run, or the folder and options of the one to resume. Raises UserError."""
     if request.resume is None:
-        return OpenRun(RunFolder(_new_folder(request.config.output_dir)), request.config, None)
+        return OpenRun(
+            RunFolder(new_folder(request.config.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"))),
+            request.config,
+            None,
+        )
     folder, checkpoint = _find_run(request.resume, request.config.output_dir)
     try:
         config = TrainConfig(**json.loads(folder.config_file.read_text(encoding="utf-8")))
@@ -80,8 +84,9 @@ def open_run(request: Request) -> OpenRun:
     return OpenRun(folder, config, checkpoint)
 
 
-def _new_folder(output_dir: str | None) -> Path:
-    path = Path(output_dir) if output_dir is not None else RUNS / time.strftime("%Y-%m-%d-%H-%M-%S")
+def new_folder(output_dir: str | None, *, default: Path) -> Path:
+    """`output_dir`, which must be new or empty, or an unused folder like `default`; made. Raises UserError."""
+    path = Path(output_dir) if output_dir is not None else default
     try:
         if output_dir is None:
             path = _unused(path)
