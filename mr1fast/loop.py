@@ -156,8 +156,7 @@ class Setup:
             progress=progress,
             seed=config.seed,
         )
-        names = ("greedy_accuracy", "sampled_accuracy", "format_accuracy", "accuracy_when_formatted", "n")
-        return {figure: getattr(result, figure) for figure in names}
+        return result.figures()
 
     def description(self) -> str:
         parameters = sum(p.numel() for p in self.base.parameters())
