@@ -11,7 +11,6 @@ tensors). The KL weight comes in where verl has it: `KLController` for the penal
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from typing import Any
 
 import torch
