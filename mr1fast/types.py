@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
@@ -19,6 +19,13 @@ class Example:
     problem: str  # the question, without the prompt suffix
     solution: str  # the answer alone, e.g. "3"
     name: str  # for reports: "vc/test/17", or file and row
+
+
+class Examples(Protocol):
+    """A data set, as far as training is concerned."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclass(frozen=True)
