@@ -1,6 +1,7 @@
 # make train    GRPO-D training of the embedded Qwen2-VL on the CPU; options in ARGS, e.g. make train ARGS="--task vc"
 # make test     the tests
 # make check    lint, format, types
+# make compile-check, compile-check-old    every Triton kernel through the compiler, no GPU needed; old: on Triton 3.6.0
 # Each sets up .venv first if it is missing or out of date.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: train test check format setup clean
+.PHONY: train test check compile-check compile-check-old format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,9 +44,20 @@ check: $(READY)
 	$(BIN)/mypy -p mr1fast
 	$(BIN)/mypy benchmarks
 
+compile-check: $(READY)
+	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check
+
+# The oldest Triton that is supported, in an environment of its own: what is clean on the new one may spill on the old.
+OLD := .venv-triton36
+compile-check-old:
+	@test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
+	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch
+	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet triton==3.6.0 numpy==2.3.5
+	@env -u TRITON_INTERPRET $(OLD)/bin/python -m benchmarks.compile_check
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info mr1fast/*.so
+	rm -rf $(VENV) $(OLD) build *.egg-info mr1fast/*.so

@@ -95,7 +95,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["mr1fast", "mr1fast.kernels"],
+    packages=["mr1fast", "mr1fast.kernels", "mr1fast.integrations"],
     # mr1fast/kernels is a symlink to kernels/, so that the sources stand at the top level of the repository
     # while `import kernels` still finds Hugging Face's package of that name.
     package_dir={"mr1fast": "mr1fast", "mr1fast.kernels": "kernels"},

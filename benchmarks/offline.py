@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 class Launch(NamedTuple):
     kernel: Any  # a JITFunction
+    grid: tuple[int, ...]
     args: tuple
     options: dict[str, Any]
 
@@ -35,7 +36,7 @@ def recorded_launches(call: Callable[[], object]) -> list[Launch]:
     launches: list[Launch] = []
 
     def record(kernel, *args, grid, warmup, **options):
-        launches.append(Launch(kernel, args, {"debug": kernel.debug, **options}))
+        launches.append(Launch(kernel, grid, args, {"debug": kernel.debug, **options}))
 
     with mock.patch.object(JITFunction, "run", record):
         call()
@@ -69,7 +70,7 @@ class Compiled:
     loads: dict[int, int]
     stores: dict[int, int]
     tile_bytes: int  # of the row tiles one thread loads, each load of the source counted once
-    ptx: str
+    int64_offsets: bool  # whether whatever leads to a row, or to a token's value, is 64 bits wide
 
     @property
     def wide(self) -> bool:
@@ -96,7 +97,7 @@ def compile_offline(launch: Launch, arch: int) -> Compiled:
         loads=_widths("ld", ptx),
         stores=_widths("st", ptx),
         tile_bytes=_tile_bytes(kernel.asm["ttir"], 32 * options.num_warps),
-        ptx=ptx,
+        int64_offsets=set(re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (\w+)", kernel.asm["ttir"])) == {"i64"},
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from mr1fast.kernels import dispatch, reference
+from mr1fast.kernels import dispatch, reference, triton_backend
 from mr1fast.kernels.reference import LossBatch, LossSpec
 
 # (loss, logps, entropies, kl, is_low_clipped, is_high_clipped)
@@ -32,7 +32,7 @@ def grpo(
         _refuse_consumed(logits)
     if backend == "torch" or reduction == "none" or spec.importance_sampling_level == "sequence":
         return _two_passes(logits, batch, spec, reduction, inplace, backend)
-    args = (*_flat(batch), *_flat(spec), backend)
+    args = (*flat(batch), *flat(spec), backend)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         loss, *per_token, _ = grpo_loss_op(logits, *args, False)
     else:
@@ -52,6 +52,11 @@ def _two_passes(
     logps, entropies = token_logprobs(
         logits, batch.ids, batch.mask, spec.temperature, inplace_backward=inplace, backend=backend
     )
+    return objective(logps, entropies, batch, spec, reduction)
+
+
+def objective(logps: Tensor, entropies: Tensor, batch: LossBatch, spec: LossSpec, reduction: str) -> LossOutputs:
+    """The second of the two passes: ordinary torch on log-probabilities and entropies [B, L]."""
     loss, kl, is_low, is_high = reference.objective(logps, batch, spec)
     if reduction == "mean":
         loss = reference.aggregate(loss, entropies, batch)
@@ -71,7 +76,8 @@ def token_logprobs(
     return logps, entropies
 
 
-def _flat(options: LossBatch | LossSpec) -> tuple:
+def flat(options: LossBatch | LossSpec) -> tuple:
+    """The values of the fields, in order: a registered op takes no dataclass."""
     return tuple(getattr(options, field.name) for field in fields(options))  # dataclasses.astuple copies tensors
 
 
@@ -105,7 +111,7 @@ class _OnePass(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         if grad_outputs[0] is None:
             return (None,) * ctx.argument_count
-        return (_scaled(gradient, grad_outputs[0]), *(None,) * (ctx.argument_count - 1))
+        return (scaled(gradient, grad_outputs[0]), *(None,) * (ctx.argument_count - 1))
 
 
 class _Score(torch.autograd.Function):
@@ -166,21 +172,21 @@ def _refuse_consumed(logits: Tensor) -> None:
 # ---- registered ops -------------------------------------------------------------------------------------------------
 
 # The fields of LossBatch, then those of LossSpec, in order.
-_BATCH = (
+BATCH_SCHEMA = (
     "Tensor ids, Tensor? mask, Tensor? advantages, Tensor? rewards, int num_generations, str scale_rewards, "
     "Tensor? old_logps, Tensor? ref_logps, Tensor? is_ratio, Tensor token_weight, Tensor? entropy_weight, Tensor beta"
 )
-_SPEC = (
+SPEC_SCHEMA = (
     "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
     "bool use_bias_correction_kl, float sapo_temperature_pos, float sapo_temperature_neg, float temperature"
 )
-_BATCH_SIZE = len(fields(LossBatch))
+BATCH_SIZE = len(fields(LossBatch))
 # A tuple, not Tensor[]: an op that mutates an argument and returns a list cannot be functionalised by torch.compile.
 _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 
 def _run_grpo(logits: Tensor, args: tuple, gradient: Tensor | None) -> tuple[Tensor, ...]:
-    batch, spec, backend = args[:_BATCH_SIZE], LossSpec(*args[_BATCH_SIZE:-1]), dispatch.find(args[-1])
+    batch, spec, backend = args[:BATCH_SIZE], LossSpec(*args[BATCH_SIZE:-1]), dispatch.find(args[-1])
     loss, _, logps, entropies, kl, is_low, is_high, _ = backend.grpo_forward(logits, *batch, spec, gradient)
     return loss, logps, entropies, logps.new_empty(0) if kl is None else kl, is_low, is_high
 
@@ -188,7 +194,7 @@ def _run_grpo(logits: Tensor, args: tuple, gradient: Tensor | None) -> tuple[Ten
 def _fake_grpo(logits: Tensor, args: tuple) -> tuple[Tensor, ...]:
     values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
     flags = logits.new_empty(logits.shape[:2], dtype=torch.bool)
-    kl = values.new_empty(0) if LossBatch(*args[:_BATCH_SIZE]).ref_logps is None else torch.empty_like(values)
+    kl = values.new_empty(0) if LossBatch(*args[:BATCH_SIZE]).ref_logps is None else torch.empty_like(values)
     return values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags)
 
 
@@ -199,7 +205,7 @@ def _new_gradient(logits: Tensor) -> Tensor:
 @custom_op(
     "mr1fast::grpo_loss",
     mutates_args=(),
-    schema=f"(Tensor logits, {_BATCH}, {_SPEC}, str backend, bool need_gradient) -> ({_OUTPUTS}, Tensor)",
+    schema=f"(Tensor logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend, bool need_gradient) -> ({_OUTPUTS}, Tensor)",
 )
 def grpo_loss_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high, dloss/dlogits or empty)."""
@@ -216,7 +222,7 @@ def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
 @custom_op(
     "mr1fast::grpo_loss_",
     mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {_BATCH}, {_SPEC}, str backend) -> ({_OUTPUTS})",
+    schema=f"(Tensor(a!) logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend) -> ({_OUTPUTS})",
 )
 def grpo_loss_inplace_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high); dloss/dlogits overwrites the logits."""
@@ -279,11 +285,12 @@ def _(logits, *args):
 
 @custom_op("mr1fast::scale_", mutates_args=("gradient",))
 def scale_op(gradient: Tensor, factor: Tensor) -> None:
-    """gradient *= factor (0-d), without a visit of the memory where the factor is 1."""
-    if gradient.is_cuda:
+    """gradient [B, L, V], [V, H] or [V] *= factor (0-d), without a visit of the memory where the factor is 1."""
+    if gradient.is_cuda and triton_backend.why_not(gradient) is None:
         from mr1fast.kernels import triton_score
 
-        triton_score.scale_unless_one(gradient, factor)
+        rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[-1])
+        triton_score.scale_unless_one(rows, factor)
     elif factor.item() != 1:
         gradient.mul_(factor.to(gradient.dtype))
 
@@ -293,7 +300,8 @@ def _(gradient, factor):
     return None
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor (0-d), in place."""
     # On a CPU outside of a compiled graph the question is free, and a factor of 1 leaves even the version alone, so
     # that backward can run twice. Where the factor is not 1 a second backward raises: the saved gradient has changed.
     if torch.compiler.is_compiling() or gradient.is_cuda or factor.item() != 1:

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mr1fast.kl_weight import KLSchedule, kl_weight
 
 if TYPE_CHECKING:
-    from mr1fast.loss import (
-        GRPOLoss,
-        GRPOLossOutput,
-        group_advantages,
-        grpo_loss,
-        linear_grpo_loss,
-        linear_token_logprobs,
-        token_logprobs,
-    )
+    from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
+    from mr1fast.loss import GRPOLoss, GRPOLossOutput, group_advantages, grpo_loss, token_logprobs
 
 __version__ = "0.1.0"
 
@@ -38,9 +31,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """torch is imported with the first loss function, so that the programs can reject a bad option at once."""
     if name in __all__:
-        from mr1fast import loss
+        from mr1fast import linear_loss, loss
 
-        return getattr(loss, name)
+        return getattr(linear_loss if name.startswith("linear_") else loss, name)
     raise AttributeError(f"module 'mr1fast' has no attribute {name!r}")
 
 

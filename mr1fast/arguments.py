@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mr1fast.kernels import reference
 from mr1fast.kernels.reference import LOSS_TYPES, SCALE_REWARDS, LossBatch, LossSpec
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))  # here: torch.compile cannot trace the question
 
 
 def choice(name: str, value: object, known: Iterable[str]) -> None:
@@ -89,6 +91,37 @@ def loss_spec(
         sapo_temperature_neg=number("sapo_temperature_neg", sapo_temperature_neg, above=0),
         temperature=number("temperature", temperature, above=0),
     )
+
+
+def loss_settings(
+    like: Tensor, shape: tuple[int, int], completion_ids: Tensor, advantages: Tensor | None, **keywords: Any
+) -> tuple[LossSpec, LossBatch]:
+    """The keywords that the loss functions share, checked and sorted into settings and tensors."""
+    spec = loss_spec(**{name: keywords[name] for name in _SPEC_FIELDS})
+    of_batch = {name: value for name, value in keywords.items() if name == "loss_type" or name not in _SPEC_FIELDS}
+    return spec, loss_batch(like, shape, completion_ids, advantages, **of_batch)
+
+
+def linear_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """(B, L) of hidden states [B, L, H] that go with a weight [V, H] and a bias [V] or None."""
+    B, L, H = floating("hidden", hidden, "[B, L, H]").shape
+    V = floating("lm_head_weight", weight, "[V, H]").shape[0]
+    if weight.shape[1] != H or V == 0:
+        raise ValueError(f"lm_head_weight must be [V, H] with H = {H} and V >= 1, got {list(weight.shape)}")
+    if bias is not None:
+        _shaped("lm_head_bias", bias, [(V,)], None)
+    for name, tensor in (("lm_head_weight", weight), ("lm_head_bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like the hidden states, got {tensor.device}")
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(f"{name} must be {hidden.dtype} like the hidden states, got {tensor.dtype}")
+    return B, L
+
+
+def chunk_bytes(value: int | None) -> int | None:
+    return None if value is None else int(number("chunk_bytes", value, above=0))
 
 
 def loss_batch(

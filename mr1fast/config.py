@@ -66,7 +66,7 @@ def _of_method(name: str) -> str:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every option of `python -m mr1fast.train`. None stands for a default that `for_task` knows.
+    """Every option of `python -m mr1fast.train`. None is a default that `for_task` fills in, whatever the type says.
 
     Raises UserError for a value out of its range and for options that contradict each other.
     """
@@ -88,15 +88,15 @@ class TrainConfig:
     seed: int = option(0, "of the prompts' order and of sampling", at_least=0)
 
     num_generations: int = option(8, "completions of a prompt, the group of GRPO", at_least=2)
-    prompts_per_step: int | None = option(
+    prompts_per_step: int = option(
         None, "different prompts of an optimizer step", at_least=1, shown=_by_case("prompts_per_step")
     )
     gradient_accumulation_steps: int = option(
         1, "pieces in which a step's prompts are trained on, to save memory; the gradient is the same", at_least=1
     )
     num_iterations: int = option(1, "optimizer steps on each batch of completions", at_least=1)
-    max_steps: int | None = option(None, "optimizer steps", at_least=1, shown=_by_case("max_steps"))
-    max_completion_length: int | None = option(
+    max_steps: int = option(None, "optimizer steps", at_least=1, shown=_by_case("max_steps"))
+    max_completion_length: int = option(
         None, "longest completion", unit="tokens", at_least=1, shown=_by_case("max_completion_length")
     )
     max_pixels: int | None = option(
@@ -106,13 +106,13 @@ class TrainConfig:
     accuracy_weight: float = option(1.0, "of the accuracy reward; 0 is the format-only control", at_least=0)
     format_weight: float = option(0.5, "of the format reward (the paper's alpha)", at_least=0)
 
-    beta: float | None = option(None, "constant KL weight", at_least=0, shown=_of_method("beta"))
-    beta_min: float | None = option(None, "least KL weight", at_least=0, shown=_of_method("beta_min"))
-    beta_max: float | None = option(None, "greatest KL weight", at_least=0, shown=_of_method("beta_max"))
-    kl_schedule: str | None = option(
+    beta: float = option(None, "constant KL weight", at_least=0, shown=_of_method("beta"))
+    beta_min: float = option(None, "least KL weight", at_least=0, shown=_of_method("beta_min"))
+    beta_max: float = option(None, "greatest KL weight", at_least=0, shown=_of_method("beta_max"))
+    kl_schedule: str = option(
         None, "how the KL weight goes between them", choices=SCHEDULES, shown=_of_method("kl_schedule")
     )
-    explore_fraction: float | None = option(
+    explore_fraction: float = option(
         None,
         "share of the steps in which the paper's schedule explores",
         at_least=0,
@@ -120,7 +120,7 @@ class TrainConfig:
         shown=_of_method("explore_fraction"),
     )
 
-    learning_rate: float | None = option(None, "AdamW's greatest", above=0, shown=_by_case("learning_rate"))
+    learning_rate: float = option(None, "AdamW's greatest", above=0, shown=_by_case("learning_rate"))
     warmup_steps: int = option(10, "steps in which the learning rate rises", at_least=0)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this norm", above=0)
 
@@ -164,7 +164,7 @@ class TrainConfig:
             raise UserError("--num-iterations is for completions that were sampled; --method sft samples none")
         for name in self.tasks or ("data",):
             prompts = self.prompts_per_step or self.for_task(name).prompts_per_step
-            if prompts is not None and prompts % self.gradient_accumulation_steps:
+            if prompts % self.gradient_accumulation_steps:
                 raise UserError(
                     "--gradient-accumulation-steps must divide --prompts-per-step, "
                     f"got {self.gradient_accumulation_steps} and {prompts}"

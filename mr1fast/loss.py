@@ -38,6 +38,13 @@ class GRPOLossOutput:
     completion_mask: Tensor | None = None
     clipped_per_completion: bool = False
 
+    @classmethod
+    def of(
+        cls, outputs: op.LossOutputs, mask: Tensor | None, importance_sampling_level: str, advantages: Tensor | None
+    ) -> GRPOLossOutput:
+        per_completion = importance_sampling_level == "sequence" and (advantages is None or advantages.dim() == 1)
+        return cls(*outputs, completion_mask=mask, clipped_per_completion=per_completion)
+
     def metrics(self) -> dict[str, float]:
         """Means over unmasked tokens under TRL's names (clip ratios at sequence level: over completions); one sync."""
         tokens = reference.token_count(self.is_low_clipped, self.completion_mask, self.entropies.dtype)
@@ -126,18 +133,7 @@ def grpo_loss(
     B, L, V = arguments.floating("logits", logits, "[B, L, V]").shape
     if V == 0 or (logits.numel() and logits.stride(-1) != 1):
         raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got strides {logits.stride()}")
-    spec = arguments.loss_spec(
-        loss_type=loss_type,
-        importance_sampling_level=importance_sampling_level,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        use_bias_correction_kl=use_bias_correction_kl,
-        sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg,
-        temperature=temperature,
-    )
-    batch = arguments.loss_batch(
+    spec, batch = arguments.loss_settings(
         logits,
         (B, L),
         completion_ids,
@@ -149,34 +145,23 @@ def grpo_loss(
         old_per_token_logps=old_per_token_logps,
         ref_per_token_logps=ref_per_token_logps,
         beta=beta,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
         loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        use_bias_correction_kl=use_bias_correction_kl,
         importance_sampling_ratio=importance_sampling_ratio,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
         entropy_coef=entropy_coef,
         max_completion_length=max_completion_length,
         num_items_in_batch=num_items_in_batch,
+        temperature=temperature,
         reduction=reduction,
     )
     outputs = op.grpo(logits, batch, spec, reduction=reduction, inplace=inplace, backend=backend)
-    per_completion = importance_sampling_level == "sequence" and (advantages is None or advantages.dim() == 1)
-    return GRPOLossOutput(*outputs, completion_mask=batch.mask, clipped_per_completion=per_completion)
-
-
-def linear_grpo_loss(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    completion_ids: Tensor,
-    advantages: Tensor | None = None,
-    *,
-    lm_head_bias: Tensor | None = None,
-    chunk_bytes: int | None = None,
-    **loss_keywords: Any,
-) -> GRPOLossOutput:
-    """`grpo_loss` from hidden states [B, L, H] and lm_head weight [V, H] (bias [V]), without keeping the logits.
-
-    Takes the keywords of `grpo_loss` except `inplace`. Gradients reach hidden, weight and bias.
-    """
-    logits = _linear(hidden, lm_head_weight, lm_head_bias)
-    return grpo_loss(logits, completion_ids, advantages, inplace=True, **loss_keywords)
+    return GRPOLossOutput.of(outputs, batch.mask, importance_sampling_level, advantages)
 
 
 def token_logprobs(
@@ -204,34 +189,6 @@ def token_logprobs(
         logits, ids, mask, temperature, inplace_backward=inplace_backward, backend=backend
     )
     return (logps, entropies) if entropy else logps
-
-
-def linear_token_logprobs(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    ids: Tensor,
-    *,
-    lm_head_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    entropy: bool = False,
-    chunk_bytes: int | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logprobs` from hidden states [B, L, H] and lm_head weight [V, H] (bias [V]), without keeping logits."""
-    logits = _linear(hidden, lm_head_weight, lm_head_bias)
-    return token_logprobs(
-        logits, ids, temperature=temperature, mask=mask, entropy=entropy, inplace_backward=True, backend=backend
-    )
-
-
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    arguments.floating("hidden", hidden, "[B, L, H]")
-    if arguments.floating("lm_head_weight", weight, "[V, H]").shape[1] != hidden.shape[2]:
-        raise ValueError(f"lm_head_weight must be [V, H] with H = {hidden.shape[2]}, got {list(weight.shape)}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"lm_head_bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-    return nn.functional.linear(hidden, weight, bias)
 
 
 def group_advantages(

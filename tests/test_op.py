@@ -95,7 +95,7 @@ def test_opcheck(with_ref, backend):
         torch.tensor(0.01),
         torch.tensor(0.1),
     )
-    spec = op._flat(LossSpec(delta=1.5))
+    spec = op.flat(LossSpec(delta=1.5))
     for need_gradient in (True, False):
         torch.library.opcheck(op.grpo_loss_op, (batch["logits"], *tensors, *spec, backend, need_gradient))
     torch.library.opcheck(op.grpo_loss_inplace_op, (batch["logits"].clone(), *tensors, *spec, backend))

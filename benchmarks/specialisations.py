@@ -1,0 +1,91 @@
+"""`python -m benchmarks.specialisations`: how often a training run compiles the loss kernels, counted without a GPU.
+
+Completion lengths and KL weights change from step to step. Each distinct specialisation key is one compilation. Ours
+are counted for rows that are 16-byte aligned and for rows that are not; Liger's `triton_grpo_loss` (if liger-kernel is
+installed) takes both numbers as tl.constexpr.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+
+LENGTHS = tuple(range(1, 21))
+BETAS = tuple(k / 100 for k in range(1, 21))  # 0 would be another flag set for Liger: not counted against it
+VOCABULARY = 4096  # the counts do not depend on it; Liger's forward allocates [B, L + 1, V]
+
+Call = Callable[[int, float], Callable[[], object]]  # (length, beta) -> what launches the kernels
+
+
+def compilations(call: Call, lengths: Iterable[int], betas: Iterable[float], kernel: str) -> int:
+    """How many distinct compilations of `kernel` all pairs of length and beta need."""
+    from benchmarks.offline import recorded_launches, specialisation_key
+
+    betas = tuple(betas)
+    launches = [launch for length in lengths for beta in betas for launch in recorded_launches(call(length, beta))]
+    keys = {specialisation_key(launch) for launch in launches if launch.kernel.__name__ == kernel}
+    assert keys, f"{kernel} was never launched"
+    return len(keys)
+
+
+def ours(*, aligned: bool) -> Call:
+    """The one pass on full batches, in place. Unaligned rows: a view that leaves out the first column."""
+    from benchmarks.compile_check import loss_call
+
+    def call(length: int, beta: float) -> Callable[[], object]:
+        return loss_call(VOCABULARY, torch.bfloat16, L=length, beta=beta, full=True, unaligned=not aligned)
+
+    return call
+
+
+def liger(length: int, beta: float) -> Callable[[], object]:
+    """Forward and backward of Liger's loss, as a training step calls it."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    logits = torch.zeros(2, length + 1, VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
+    ids, values = torch.zeros(2, length, dtype=torch.int64), torch.zeros(2, length)
+
+    def step() -> None:
+        loss, _, _ = triton_grpo_loss(
+            logits, values, values, ids, torch.zeros(2), torch.ones(2, length), beta=beta, inplace=False
+        )
+        loss.sum().backward()
+
+    return step
+
+
+def table() -> list[tuple[str, int, int, int, int]]:
+    """(kernel, and compilations for one call, 20 KL weights, 20 lengths, all 400 pairs)."""
+    kernels: list[tuple[str, Call, str]] = [
+        ("mr1fast, aligned rows", ours(aligned=True), "grpo_loss_fwd_kernel"),
+        ("mr1fast, unaligned rows", ours(aligned=False), "grpo_loss_fwd_kernel"),
+    ]
+    if importlib.util.find_spec("liger_kernel") is not None:
+        kernels += [("Liger, forward", liger, "_grpo_loss_fwd_kernel")]
+        kernels += [("Liger, backward", liger, "_grpo_loss_bwd_kernel")]
+    counts = []
+    for name, call, kernel in kernels:
+        one = compilations(call, LENGTHS[-1:], BETAS[:1], kernel)
+        by_beta = compilations(call, LENGTHS[-1:], BETAS, kernel)
+        by_length = compilations(call, LENGTHS, BETAS[:1], kernel)
+        counts.append((name, one, by_beta, by_length, compilations(call, LENGTHS, BETAS, kernel)))
+    return counts
+
+
+def main() -> int:
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET=1 replaces the compiler that this command asks; unset it")
+    print(f"triton {triton.__version__}: compilations needed")
+    print(f"{'kernel':26}{'one call':>10}{'20 betas':>10}{'20 lengths':>12}{'both':>8}")
+    for name, one, by_beta, by_length, both in table():
+        print(f"{name:26}{one:10}{by_beta:10}{by_length:12}{both:8}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""`python -m benchmarks.tune`: measure tile sizes on the GPU at hand and rewrite kernels/triton_table.py with the best.
+
+An explicit step: nothing is tuned at import or at the first call. For each entry of the table it times the kernel on
+the longest rows the entry serves, over a buffer several times the L2 cache, for every tile size, number of warps and of
+stages that does not spill. Exits 2, and changes nothing, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from mr1fast.kernels import triton_table
+
+Key = tuple[str, int, int]  # (op, bytes an element, largest V)
+Settings = tuple[int, int, int]  # (elements a tile, warps, stages)
+
+BYTES = 2**30  # of logits a measurement reads: many times any L2
+FLAGSHIP = 151936  # Qwen2-VL's vocabulary stands for the longest rows
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def candidates(key: Key) -> Iterator[Settings]:
+    """Settings worth timing: 16 bytes a load, one to eight loads a thread and tile."""
+    _, itemsize, limit = key
+    for loads, warps, stages in product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 2, 3)):
+        block = loads * warps * 32 * 16 // itemsize
+        if block <= max(2 * limit, 512):
+            yield block, warps, stages
+
+
+TEMPLATE = '''"""Tile sizes of the Triton kernels. `python -m benchmarks.tune` rewrites this file on a GPU.
+
+{origin}
+"""
+
+# (op, bytes an element, largest V) -> (elements a tile, warps, stages). Beyond the largest V, its entry goes on.
+TABLE: dict[tuple[str, int, int], tuple[int, int, int]] = {{
+{entries}
+}}
+'''
+
+
+def rendered(table: dict[Key, Settings], origin: str) -> str:
+    """The text of triton_table.py; `origin` says where the numbers were measured."""
+    entries = (f'    ("{op}", {itemsize}, {limit}): {settings},' for (op, itemsize, limit), settings in table.items())
+    return TEMPLATE.format(origin=origin, entries="\n".join(entries))
+
+
+def kernel_call(key: Key) -> Callable[[], object]:
+    """A launch of the entry's kernel on rows of its longest vocabulary, `BYTES` in all. In place where it writes."""
+    from mr1fast.kernels import triton_loss, triton_score
+    from mr1fast.kernels.reference import LossSpec
+
+    op, itemsize, limit = key
+    V = min(limit, FLAGSHIP)
+    L = max(BYTES // (V * itemsize), 1)
+    logits = torch.randn(1, L, V, device="cuda", dtype=DTYPES[itemsize])
+    ids = torch.randint(V, (1, L), device="cuda")
+    values = torch.randn(1, L, device="cuda")
+    one = torch.ones((), device="cuda")
+    if op == "score":
+        return lambda: triton_score.score_forward(logits, ids, None, 1.0)
+    if op == "score_backward":
+        return lambda: triton_score.score_backward(logits, ids, None, values, values, values, None, 1.0, logits)
+    spec = LossSpec()
+    return lambda: triton_loss.grpo_forward(
+        logits, ids, None, values, None, 1, "group", values, values, None, values, None, one, spec, logits
+    )
+
+
+def milliseconds(key: Key, settings: Settings, call: Callable[[], object]) -> float:
+    """Median time of a launch with these settings; inf if they do not fit on the device."""
+    import triton
+
+    before = triton_table.TABLE[key]
+    triton_table.TABLE[key] = settings
+    try:
+        return triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    finally:
+        triton_table.TABLE[key] = before
+
+
+def spills(key: Key, settings: Settings) -> bool:
+    """Whether the fullest variant of the kernel spills on this GPU, found without running it."""
+    from benchmarks.compile_check import loss_call, score_backward_call, score_call
+    from benchmarks.offline import compile_offline, recorded_launches
+
+    op, itemsize, limit = key
+    V, dtype = min(limit, FLAGSHIP), DTYPES[itemsize]
+    before = triton_table.TABLE[key]
+    triton_table.TABLE[key] = settings
+    try:
+        if op == "loss":
+            (launch,) = recorded_launches(loss_call(V, dtype, full=True))
+        elif op == "score":
+            (launch,) = recorded_launches(score_call(V, dtype))
+        else:
+            (launch,) = recorded_launches(score_backward_call(V, dtype, entropy=True))
+    finally:
+        triton_table.TABLE[key] = before
+    major, minor = torch.cuda.get_device_capability()
+    return compile_offline(launch, 10 * major + minor).spill_bytes > 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="print the table instead of rewriting the file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: the table can only be measured on one; nothing was changed", file=sys.stderr)
+        return 2
+    best: dict[Key, Settings] = {}
+    for key in triton_table.TABLE:
+        call = kernel_call(key)
+        timed = sorted((milliseconds(key, settings, call), settings) for settings in candidates(key))
+        best[key] = next(settings for _, settings in timed if not spills(key, settings))
+        times = {settings: time for time, settings in timed}
+        print(f"{key}: {best[key]} {times[best[key]]:.3f} ms; before, {triton_table.TABLE[key]}", flush=True)
+    import triton
+
+    origin = f"Measured on {torch.cuda.get_device_name()}, Triton {triton.__version__}, torch {torch.__version__}."
+    text = rendered(best, origin)
+    if arguments.dry_run:
+        print(text)
+    else:
+        Path(triton_table.__file__).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The loss head from hidden states: blocks of rows through one reused buffer, never an [N, V] tensor.
+
+N rows are the B * L tokens without those that are masked, H is the hidden width, V the vocabulary. Two ways, as in
+op.py:
+
+- one pass, three GEMMs: logits = hidden @ weight.T into the buffer, the backend's kernel in place over it, then
+  dhidden = dlogits @ weight and dweight += dlogits.T @ hidden. What a row's gradient needs is known once its
+  log-sum-exp is, so nothing is recomputed. Rows whose coefficient is exactly 0 stay out of the last two GEMMs.
+- two passes, four GEMMs: scores without anything kept but [B, L] tensors; backward recomputes the logits, of rows with
+  a gradient only.
+
+These functions know nothing of autograd (linear_op.py does); on a GPU each block waits once for a count of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mr1fast.kernels import dispatch, op, reference
+from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.torch_backend import TORCH
+
+Needed = Sequence[bool]  # whether hidden, weight and bias need a gradient
+Found = tuple[Tensor | None, Tensor | None, Tensor | None]  # their gradients, None where not needed
+
+# The logits buffer, in bytes. 1.2 GiB holds 4096 rows of Qwen2-VL's 151,936 logits in bfloat16.
+CHUNK_BYTES = {"cpu": 160 * 2**20, "gpu": 1_288_490_188}
+# Below this many rows a GEMM reads and writes the [V, H] operand more than it multiplies.
+MIN_ROWS = {"cpu": 64, "gpu": 512}
+ALIGN_ROWS = 16
+_GROUP = 32  # rows moved at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head of one call, and the hidden states it is applied to (`Head.of` checks nothing)."""
+
+    hidden: Tensor  # [B * L, H], rows may be masked
+    weight: Tensor  # [V, H] in `dtype`
+    bias: Tensor | None  # [V] in `dtype`
+    dtype: torch.dtype  # of the GEMMs' operands and of the logits
+    chunk_bytes: int | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk_bytes: int | None):
+        bias = None if bias is None else bias.to(dtype)
+        return cls(hidden.reshape(-1, hidden.shape[-1]), weight.to(dtype), bias, dtype, chunk_bytes)
+
+    def buffer(self, rows: int) -> Tensor:
+        """The block of logits [rows of a block, V], of `chunk_bytes` unless those are too few."""
+        kind = "cpu" if self.hidden.device.type == "cpu" else "gpu"
+        V = self.weight.shape[0]
+        most = (self.chunk_bytes or CHUNK_BYTES[kind]) // (V * self.dtype.itemsize)
+        most = max(most // ALIGN_ROWS * ALIGN_ROWS, MIN_ROWS[kind])
+        if rows > most:  # blocks of equal size rather than a small last one
+            per_block = -(-rows // -(-rows // most))
+            rows = -(-per_block // ALIGN_ROWS) * ALIGN_ROWS if most >= ALIGN_ROWS else per_block
+        return torch.empty(rows, V, dtype=self.dtype, device=self.hidden.device)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.hidden.index_select(0, index).to(self.dtype)
+
+    def logits(self, index: Tensor, out: Tensor) -> None:
+        """Logits of the rows `index` [n] of the hidden states into `out` [n, V]."""
+        if self.bias is None:
+            torch.mm(self.rows(index), self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, self.rows(index), self.weight.t(), out=out)
+
+
+class Gradients:
+    """Gradients of hidden states, weight and bias, summed over blocks; None for what needs none.
+
+    The weight's and the bias's are summed in float32 (float64): in bfloat16 every block would round away the last.
+    """
+
+    def __init__(self, head: Head, needed: Needed):
+        self.head, self.sums = head, reference.compute_dtype(head.dtype)
+        self.needs_hidden, self.needs_weight, self.needs_bias = needed
+        self.hidden = torch.zeros_like(head.hidden) if self.needs_hidden else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, index: Tensor, dlogits: Tensor, *, last: bool) -> None:
+        """dlogits [n, V] are those of the rows `index` [n]; `last`: no other call follows."""
+        if self.hidden is not None:
+            self.hidden.index_copy_(0, index, torch.mm(dlogits, self.head.weight).to(self.hidden.dtype))
+        if self.needs_weight:
+            self._add_weight(dlogits.t(), self.head.rows(index), last)
+        if self.needs_bias:
+            total = dlogits.sum(0, dtype=self.sums)
+            self.bias = total if self.bias is None else self.bias.add_(total)
+
+    def _add_weight(self, dlogits: Tensor, rows: Tensor, last: bool) -> None:
+        """weight [V, H] += dlogits [V, n] @ rows [n, H]"""
+        if self.weight is None and last:  # one block: nothing to sum
+            self.weight = torch.mm(dlogits, rows)
+        elif self.sums == dlogits.dtype:
+            self.weight = torch.mm(dlogits, rows) if self.weight is None else self.weight.addmm_(dlogits, rows)
+        elif dlogits.is_cuda:
+            if self.weight is None:
+                self.weight = torch.mm(dlogits, rows, out_dtype=self.sums)
+            else:
+                torch.addmm(self.weight, dlogits, rows, out_dtype=self.sums, out=self.weight)
+        else:
+            # A CPU's 16-bit GEMM has no float32 output: each block's product is rounded once, the sum is not.
+            product = torch.mm(dlogits, rows)
+            if self.weight is None:
+                self.weight = product.to(self.sums)
+            else:
+                self.weight.add_(product)
+
+    def result(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Found:
+        """In the shapes and dtypes of the arguments; zeros where nothing was added."""
+
+        def finished(total: Tensor | None, like: Tensor) -> Tensor:
+            return like.new_zeros(like.shape) if total is None else total.to(like.dtype)
+
+        return (
+            None if self.hidden is None else self.hidden.view(hidden.shape),
+            finished(self.weight, weight) if self.needs_weight else None,
+            finished(self.bias, bias) if self.needs_bias and bias is not None else None,
+        )
+
+
+# ---- one pass -------------------------------------------------------------------------------------------------------
+
+_PER_TOKEN = ("ids", "advantages", "old_logps", "ref_logps", "is_ratio", "token_weight")
+
+
+def grpo(
+    hidden: Tensor,  # [B, L, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    batch: LossBatch,
+    spec: LossSpec,
+    backend: str,
+    dtype: torch.dtype,  # of the GEMMs
+    chunk_bytes: int | None,
+    needed: Needed,
+) -> tuple[op.LossOutputs, Found]:
+    """((loss, logps, entropies, kl, is_low_clipped, is_high_clipped), (dhidden, dweight, dbias))"""
+    reference.check_ids(batch.ids, batch.mask, weight.shape[0])
+    head, forward = Head.of(hidden, weight, bias, dtype, chunk_bytes), _find(backend).grpo_forward
+    index = _unmasked(batch.ids, batch.mask)
+    packed = _packed(batch, index)
+    buffer, gradients = head.buffer(len(index)), Gradients(head, needed)
+
+    # loss, logps, entropies, kl, is_low_clipped, is_high_clipped
+    dtypes = (reference.compute_dtype(dtype),) * 4 + (torch.bool,) * 2
+    per_token = [torch.zeros(batch.ids.shape, dtype=dtype, device=hidden.device) for dtype in dtypes]
+    kept: list[Tensor] = []  # which hidden states the gradients at the front of the buffer belong to
+    start = filled = 0
+    while start < len(index):
+        stop = min(start + len(buffer) - filled, len(index))
+        rows, last = index[start:stop], stop == len(index)
+        z = buffer[None, filled : filled + len(rows)]
+        head.logits(rows, z[0])
+        block = _columns(packed, start, stop)
+        _, *found, coef = forward(z, *op.flat(block), spec, z if any(needed) else None)
+        for whole, part in zip(per_token, found):
+            if part is not None:
+                whole.view(-1).index_copy_(0, rows, part[0])
+        if any(needed):
+            if batch.entropy_weight is None:  # an entropy bonus has a gradient in every row
+                rows = rows[_move_to_front(z[0], coef[0] != 0)]
+            kept.append(rows)
+            filled += len(rows)
+            # Blocks with few rows left share their GEMMs, each of which visits the whole weight gradient.
+            if filled and (last or filled > len(buffer) // 2):
+                gradients.add(torch.cat(kept), buffer[:filled], last=last)
+                kept, filled = [], 0
+        start = stop
+
+    per_token_loss, logps, entropies, kl, is_low, is_high = per_token
+    loss = reference.aggregate(per_token_loss, entropies, batch)
+    outputs = (loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high)
+    return outputs, gradients.result(hidden, weight, bias)
+
+
+def _find(backend: str) -> dispatch.Backend:
+    return TORCH if backend == "torch" else dispatch.find(backend)
+
+
+def _unmasked(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Flat indices [N] of the tokens that count."""
+    return torch.arange(ids.numel(), device=ids.device) if mask is None else mask.reshape(-1).nonzero()[:, 0]
+
+
+def _packed(batch: LossBatch, index: Tensor) -> LossBatch:
+    """The batch of the tokens `index` [N] alone, as one completion [1, N]; advantages are made per token for that."""
+    advantages = batch.advantages
+    if advantages is None:
+        assert batch.rewards is not None
+        advantages = reference.group_advantages(batch.rewards, batch.num_generations, batch.scale_rewards)[:, None]
+        advantages = advantages.expand(batch.ids.shape)
+    batch = replace(batch, advantages=advantages, rewards=None, mask=None)
+    return _per_token(batch, lambda tensor: tensor.reshape(-1)[index][None])
+
+
+def _columns(batch: LossBatch, start: int, stop: int) -> LossBatch:
+    return _per_token(batch, lambda tensor: tensor[:, start:stop])
+
+
+def _per_token(batch: LossBatch, change: Callable[[Tensor], Tensor]) -> LossBatch:
+    tensors = {name: getattr(batch, name) for name in _PER_TOKEN}
+    changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in tensors.items()}
+    return replace(batch, **changed)
+
+
+def _move_to_front(rows: Tensor, keep: Tensor) -> Tensor:
+    """Reorders `rows` [n, V] so that those to keep [n] come first; returns which they are, in their new order.
+
+    A kept row from behind moves into each gap, in small groups: the copy of half a block would double the memory.
+    """
+    n, count = len(keep), int(keep.sum())
+    order = torch.arange(n, device=rows.device)
+    if count < n:
+        gaps = (~keep[:count]).nonzero()[:, 0]
+        movers = keep[count:].nonzero()[:, 0] + count
+        for to, source in zip(gaps.split(_GROUP), movers.split(_GROUP)):
+            rows.index_copy_(0, to, rows.index_select(0, source))
+        order[gaps] = movers
+    return order[:count]
+
+
+# ---- two passes -----------------------------------------------------------------------------------------------------
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    backend: str,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, entropies, lse), [B, L], 0 where masked."""
+    reference.check_ids(ids, mask, weight.shape[0])
+    head, forward = Head.of(hidden, weight, bias, dtype, chunk_bytes), _find(backend).score_forward
+    index = _unmasked(ids, mask)
+    buffer = head.buffer(len(index))
+    like = torch.zeros(ids.shape, dtype=reference.compute_dtype(dtype), device=hidden.device)
+    scored = (like, torch.zeros_like(like), torch.zeros_like(like))
+    for rows in index.split(max(len(buffer), 1)):
+        z = buffer[None, : len(rows)]
+        head.logits(rows, z[0])
+        for whole, part in zip(scored, forward(z, ids.reshape(-1)[rows][None], None, temperature)):
+            whole.view(-1).index_copy_(0, rows, part[0])
+    return scored
+
+
+def score_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    entropies: Tensor,
+    grad_logps: Tensor,
+    grad_entropies: Tensor | None,
+    temperature: float,
+    backend: str,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    *needed: bool,
+) -> Found:
+    """(dhidden, dweight, dbias); rows whose two gradients are exactly 0 are left out, the first GEMM included."""
+    head, backward = Head.of(hidden, weight, bias, dtype, chunk_bytes), _find(backend).score_backward
+    counts = grad_logps != 0 if grad_entropies is None else (grad_logps != 0) | (grad_entropies != 0)
+    index = _unmasked(ids, counts if mask is None else counts & mask)
+    buffer, gradients = head.buffer(len(index)), Gradients(head, needed)
+
+    def of_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(-1)[rows][None]
+
+    per_token = (lse, entropies, grad_logps, grad_entropies)
+    for start in range(0, len(index), max(len(buffer), 1)):
+        rows = index[start : start + len(buffer)]
+        z = buffer[None, : len(rows)]
+        head.logits(rows, z[0])
+        backward(z, of_rows(ids, rows), None, *(of_rows(t, rows) for t in per_token), temperature, z)
+        gradients.add(rows, z[0], last=start + len(rows) == len(index))
+    return gradients.result(hidden, weight, bias)

@@ -1,0 +1,231 @@
+"""The autograd Functions and registered ops over linear.py: gradients for hidden states, weight and bias.
+
+The one pass computes them in forward and hands them over in backward. Under torch.compile the `torch` backend has no
+registered op (it needs autograd inside) and keeps the logits: Inductor fuses the reference by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.library import custom_op
+
+from mr1fast.kernels import dispatch, linear, op, reference
+from mr1fast.kernels.linear import Found
+from mr1fast.kernels.op import BATCH_SCHEMA, BATCH_SIZE, SPEC_SCHEMA, LossOutputs
+from mr1fast.kernels.reference import LossBatch, LossSpec
+
+
+def grpo(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: LossBatch,
+    spec: LossSpec,
+    *,
+    reduction: str,
+    chunk_bytes: int | None,
+    backend: str,
+) -> LossOutputs:
+    """The loss and the per-token outputs; only the loss is differentiable."""
+    dtype = gemm_dtype(hidden)
+    backend = _resolve(backend, hidden, weight, dtype)
+    if backend == "torch" and torch.compiler.is_compiling():
+        logits = nn.functional.linear(hidden, weight, bias)
+        return op.grpo(logits, batch, spec, reduction=reduction, inplace=False, backend=backend)
+    if reduction == "none" or spec.importance_sampling_level == "sequence":
+        logps, entropies = token_logprobs(
+            hidden, weight, bias, batch.ids, batch.mask, spec.temperature, chunk_bytes=chunk_bytes, backend=backend
+        )
+        return op.objective(logps, entropies, batch, spec, reduction)
+    args = (hidden, weight, bias, *op.flat(batch), *op.flat(spec), backend, dtype, chunk_bytes)
+    needed = _needed(hidden, weight, bias)
+    if any(needed):
+        loss, *per_token = _OnePass.apply(*args, *needed)
+    else:
+        loss, *per_token = _grpo(*args, *needed)[:6]
+    logps, entropies, kl, is_low, is_high = per_token
+    return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    *,
+    chunk_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(logps, entropies), both [B, L] and differentiable."""
+    dtype = gemm_dtype(hidden)
+    backend = _resolve(backend, hidden, weight, dtype)
+    if backend == "torch" and torch.compiler.is_compiling():
+        return reference.score(nn.functional.linear(hidden, weight, bias), ids, mask, temperature)
+    args = (hidden, weight, bias, ids, mask, temperature, backend, dtype, chunk_bytes)
+    needed = _needed(hidden, weight, bias)
+    logps, entropies, _ = _Score.apply(*args, *needed) if any(needed) else _score(*args)
+    return logps, entropies
+
+
+def gemm_dtype(hidden: Tensor) -> torch.dtype:
+    """What the GEMMs run in: autocast's dtype where that is on, which leaves float64 alone as it does elsewhere."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def _resolve(backend: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
+    return dispatch.resolve(backend, hidden.new_empty((1, 0, weight.shape[0]), dtype=dtype))
+
+
+def _needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    enabled = torch.is_grad_enabled()
+    with_bias = bias is not None and bias.requires_grad
+    return enabled and hidden.requires_grad, enabled and weight.requires_grad, enabled and with_bias
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.set_materialize_grads(False)
+        ctx.argument_count, ctx.needed = len(args), args[-3:]
+        *outputs, hidden, weight, bias = _grpo(*args)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(hidden, weight, bias)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * ctx.argument_count
+        gradients = [
+            op.scaled(gradient, grad_loss) if needed else None
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needed)
+        ]
+        return (*gradients, *(None,) * (ctx.argument_count - 3))
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.set_materialize_grads(False)
+        hidden, weight, bias, ids, mask, *ctx.settings = args  # temperature, backend, dtype, chunk_bytes, needed
+        logps, entropies, lse = _score(*args[:-3])
+        ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies)
+        ctx.mark_non_differentiable(lse)
+        return logps, entropies, lse
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropies, _):
+        *saved, lse, entropies = ctx.saved_tensors
+        if grad_logps is None:
+            grad_logps = torch.zeros_like(lse)
+        gradients = _score_backward(*saved, lse, entropies, grad_logps, grad_entropies, *ctx.settings)
+        found = [gradient if needed else None for gradient, needed in zip(gradients, ctx.settings[-3:])]
+        return (*found, *(None,) * (2 + len(ctx.settings)))
+
+
+# ---- registered ops -------------------------------------------------------------------------------------------------
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+_HOW = "str backend, ScalarType dtype, int? chunk_bytes"
+_NEEDED = "bool needs_hidden, bool needs_weight, bool needs_bias"
+
+
+def _tensors(found: Found, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> tuple:
+    pairs = zip((hidden, weight, bias), needed)
+    return tuple(t.new_empty(t.shape) if t is not None and need else hidden.new_empty(0) for t, need in pairs)
+
+
+def _run_grpo(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
+    batch, spec = LossBatch(*args[:BATCH_SIZE]), LossSpec(*args[BATCH_SIZE:-6])
+    backend, dtype, chunk_bytes, *needed = args[-6:]
+    # The dtype is settled; autocast would decide again inside.
+    with torch.autocast(hidden.device.type, enabled=False):
+        outputs, gradients = linear.grpo(hidden, weight, bias, batch, spec, backend, dtype, chunk_bytes, needed)
+    return *(hidden.new_empty(0) if t is None else t for t in outputs), *_tensors(gradients, hidden)
+
+
+@custom_op(
+    "mr1fast::linear_grpo_loss",
+    mutates_args=(),
+    schema=f"({_HEAD}, {BATCH_SCHEMA}, {SPEC_SCHEMA}, {_HOW}, {_NEEDED}) -> ({', '.join(['Tensor'] * 9)})",
+)
+def linear_grpo_op(*args) -> tuple[Tensor, ...]:
+    """(loss, logps, entropies, kl or empty, is_low, is_high, dhidden, dweight, dbias, each or empty)."""
+    return _run_grpo(*args)
+
+
+@linear_grpo_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
+    values = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
+    flags = hidden.new_empty(hidden.shape[:2], dtype=torch.bool)
+    kl = values.new_empty(0) if LossBatch(*args[:BATCH_SIZE]).ref_logps is None else torch.empty_like(values)
+    outputs = (values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags))
+    return *outputs, *_fake_gradients(hidden, weight, bias, args[-3:])
+
+
+def _run_score(hidden: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear.score(hidden, *args)
+
+
+@custom_op(
+    "mr1fast::linear_score",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor ids, Tensor? mask, float temperature, {_HOW}) -> (Tensor, Tensor, Tensor)",
+)
+def linear_score_op(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, entropies, lse), float32 [B, L]."""
+    return _run_score(*args)
+
+
+@linear_score_op.register_fake
+def _(hidden: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    values = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
+    return values, torch.empty_like(values), torch.empty_like(values)
+
+
+def _run_score_backward(hidden: Tensor, *args) -> tuple[Tensor, ...]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _tensors(linear.score_backward(hidden, *args), hidden)
+
+
+@custom_op(
+    "mr1fast::linear_score_backward",
+    mutates_args=(),
+    schema=(
+        f"({_HEAD}, Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, Tensor? grad_entropies, "
+        f"float temperature, {_HOW}, {_NEEDED}) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def linear_score_backward_op(*args) -> tuple[Tensor, ...]:
+    """(dhidden, dweight, dbias), each or empty."""
+    return _run_score_backward(*args)
+
+
+@linear_score_backward_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
+    return _fake_gradients(hidden, weight, bias, args[-3:])
+
+
+# The reference needs autograd inside, which a registered op switches off; it is called as it is.
+
+
+def _grpo(*args) -> tuple[Tensor, ...]:
+    return (_run_grpo if args[-6] == "torch" else linear_grpo_op)(*args)
+
+
+def _score(*args) -> tuple[Tensor, Tensor, Tensor]:
+    return (_run_score if args[-3] == "torch" else linear_score_op)(*args)
+
+
+def _score_backward(*args) -> tuple[Tensor, ...]:
+    return (_run_score_backward if args[-6] == "torch" else linear_score_backward_op)(*args)

@@ -1,0 +1,328 @@
+"""How good is a model on a data set? `evaluate` for the trainer, `python -m mr1fast.evaluate` for everybody.
+
+Imports torch only when there is something to compute, so that a mistake on the command line is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mr1fast.config import RECIPES, TASK_NAMES, UserError, choice
+from mr1fast.program import Parser, at_least, exit_code
+from mr1fast.run_folder import RUNS, new_folder, write_json
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLForConditionalGeneration
+
+    from mr1fast.data import ImageTextDataset
+    from mr1fast.processor import Qwen2VLTextImageProcessor
+    from mr1fast.types import Examples
+
+DEFAULT_SAMPLES = 400  # problems, of a task that has no end
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The greedy completion of one problem, and how the sampled ones did."""
+
+    index: int  # in the data set, which has the image
+    name: str
+    problem: str
+    solution: str
+    completion: str
+    answer: str | None  # what stands between the tags
+    correct: bool
+    formatted: bool
+    sampled_correct: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Fractions over n problems: of greedy completions, but for `sampled_accuracy`, which is NaN without samples.
+
+    accuracy_when_formatted: greedy accuracy among the well-formed completions, 0 if there are none. It tells a model
+    that has learnt to answer from one that has learnt to write tags.
+    """
+
+    greedy_accuracy: float
+    sampled_accuracy: float
+    format_accuracy: float
+    accuracy_when_formatted: float
+    n: int
+    samples: list[Sample]
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> EvalResult:
+        sampled = [correct for sample in samples for correct in sample.sampled_correct]
+        return cls(
+            greedy_accuracy=_mean([s.correct for s in samples]),
+            sampled_accuracy=_mean(sampled) if sampled else math.nan,
+            format_accuracy=_mean([s.formatted for s in samples]),
+            accuracy_when_formatted=_mean([s.correct for s in samples if s.formatted]),
+            n=len(samples),
+            samples=samples,
+        )
+
+    def figures(self) -> dict[str, float]:
+        """What can stand in a JSON file: all but the samples, and no NaN."""
+        numbers = {name: value for name, value in vars(self).items() if name != "samples"}
+        return {name: value for name, value in numbers.items() if not math.isnan(value)}
+
+    def by_answer(self) -> dict[str, tuple[int, int]]:
+        """True answer -> (greedy completions that were right, problems), in the answers' order."""
+        asked = Counter(sample.solution for sample in self.samples)
+        right = Counter(sample.solution for sample in self.samples if sample.correct)
+        return {solution: (right[solution], asked[solution]) for solution in sorted(asked, key=_numbers_first)}
+
+    def confusions(self, most: int = 8) -> list[tuple[str, str, int]]:
+        """The mistakes made more than once, most frequent first: (true answer, what the model said, times)."""
+        wrong = Counter((s.solution, s.answer or "no answer") for s in self.samples if not s.correct)
+        return [(truth, said, times) for (truth, said), times in wrong.most_common(most) if times > 1]
+
+
+def evaluate(
+    model: Qwen2VLForConditionalGeneration,
+    processor: Qwen2VLTextImageProcessor,
+    dataset: Examples,
+    *,
+    max_completion_length: int,
+    sampled: int = 1,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+    progress: Any = None,
+    seed: int = 0,
+) -> EvalResult:
+    """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
+
+    max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: a tqdm bar or
+    None. Depends on `seed` and no global random state, and leaves the model in the mode it was in.
+    """
+    import torch
+
+    from mr1fast.model import encode_prompts
+    from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
+    from mr1fast.rollout import decode, end_tokens, generate
+
+    if batch_size is None:
+        batch_size = 64 if _is_tiny(model) else 8
+    generator = torch.Generator(model.device).manual_seed(seed)
+    eos, training = end_tokens(model), model.training
+
+    def complete(inputs: dict[str, torch.Tensor], num_generations: int, at: float) -> list[str]:
+        rollout = generate(
+            model,
+            inputs,
+            num_generations=num_generations,
+            temperature=at,
+            max_new_tokens=max_completion_length,
+            generator=generator,
+        )
+        if progress is not None:
+            progress.update(len(rollout.completion_ids))
+        return decode(processor.tokenizer, rollout, eos)
+
+    if progress is not None:
+        progress.reset(total=len(dataset) * (1 + sampled))
+    samples: list[Sample] = []
+    model.eval()
+    try:
+        for start in range(0, len(dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(dataset)))
+            examples = [dataset[index] for index in indices]
+            inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, examples).items()}
+
+            greedy = complete(inputs, 1, 0.0)
+            random = complete(inputs, sampled, temperature) if sampled else []
+            for row, (index, example, completion) in enumerate(zip(indices, examples, greedy)):
+                samples.append(
+                    Sample(
+                        index=index,
+                        name=example.name,
+                        problem=example.problem,
+                        solution=example.solution,
+                        completion=completion,
+                        answer=extract_answer(completion),
+                        correct=accuracy_reward(completion, example.solution) > 0,
+                        formatted=format_reward(completion) > 0,
+                        sampled_correct=tuple(
+                            accuracy_reward(text, example.solution) > 0
+                            for text in random[row * sampled : (row + 1) * sampled]
+                        ),
+                    )
+                )
+    finally:
+        model.train(training)
+    return EvalResult.of(samples)
+
+
+def _is_tiny(model: Qwen2VLForConditionalGeneration) -> bool:
+    """The embedded model, or one trained from it."""
+    return sum(parameter.numel() for parameter in model.parameters()) < 10_000_000
+
+
+def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a fraction observed in n trials; z = 1.96 for 95 %.
+
+    Unlike the normal one it stays in [0, 1], and is not empty at 0 and 1.
+    """
+    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _numbers_first(answer: str) -> tuple[int, float, str]:
+    try:
+        return (0, float(answer), answer)
+    except ValueError:
+        return (1, 0.0, answer)
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="python -m mr1fast.evaluate",
+        description="How many questions about images a Qwen2-VL answers right. Prints a table, and writes "
+        "evaluation.json and report.html, which shows the mistakes with their images.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a folder (or a hub name) with a Qwen2-VL [default: the embedded one]")
+    add("--task", metavar="TEXT", help="an embedded task: vc (visual counting) or gr (geometry reasoning)")
+    add("--data", metavar="PATH", help="local data: a folder or file with the columns image, problem, solution")
+    add("--split", metavar="TEXT", default="test", help="train, validation, test or, of --data, all [default: test]")
+    add(
+        "--samples",
+        metavar="N",
+        type=at_least(1),
+        help=f"problems [default: {DEFAULT_SAMPLES} of a task, all of --data]",
+    )
+    add(
+        "--sampled",
+        metavar="N",
+        type=at_least(0),
+        default=1,
+        help="completions of a problem for the sampled accuracy, besides the greedy one; 0 for none [default: 1]",
+    )
+    add("--temperature", metavar="X", type=float, default=1.0, help="of those completions [default: 1.0]")
+    add(
+        "--max-completion-length",
+        metavar="N",
+        type=at_least(1),
+        help="longest completion, in tokens [default: 32 for the embedded model, else 512]",
+    )
+    add("--max-pixels", metavar="N", type=at_least(1), help="images are scaled down to this size, in pixels")
+    add("--batch-size", metavar="N", type=at_least(1), help="problems at a time [default: by the model's size]")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="of sampling [default: 0]")
+    add("--output-dir", metavar="DIR", help="a new or empty folder [default: runs/<date-time>-evaluation]")
+    add("--device", metavar="TEXT", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on a GPU")
+    add("--attention", default="auto", choices=("auto", "sdpa", "flash_attention_2", "eager"), help="[default: auto]")
+    add("--threads", metavar="N", type=at_least(1), help="CPU threads [default: by the model's size]")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.task is None) == (options.data is None):
+        raise UserError("give either --task vc, --task gr or --data PATH")
+    if options.task is not None:
+        choice("--task", options.task, TASK_NAMES)
+    choice("--split", options.split, ("train", "validation", "test", *(["all"] if options.data else [])))
+    if not (math.isfinite(options.temperature) and options.temperature > 0):
+        raise UserError(f"--temperature must be above 0, got {options.temperature:g}; greedy decoding is always done")
+    if options.data is not None and not Path(options.data).exists():
+        raise UserError(f"--data {options.data} does not exist")
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Raises ValueError in one sentence for a mistake of the user's."""
+    options = build_parser().parse(arguments)
+    _check(options)
+    import torch
+    import transformers
+    from tqdm import tqdm
+
+    from mr1fast import model as models
+    from mr1fast.data import load_split
+    from mr1fast.report import result_text, write_report
+
+    started = time.time()
+    transformers.utils.logging.disable_progress_bar()
+    device = models.choose_device(options.device)
+    path = models.EMBEDDED if options.model is None else options.model
+    count = options.samples or (DEFAULT_SAMPLES if options.task else None)
+    dataset: ImageTextDataset = load_split(options.data or options.task, options.split, count=count)
+    model = models.load_model(
+        path,
+        device=device,
+        dtype=models.choose_dtype(options.dtype, device),
+        attention=models.choose_attention(options.attention, device),
+    )
+    processor = models.load_processor(path, max_pixels=options.max_pixels)
+    torch.set_num_threads(options.threads or models.choose_threads(model))
+    recipe = RECIPES["vc" if _is_tiny(model) else "model"]
+    longest = options.max_completion_length or recipe["max_completion_length"]
+    folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
+    with tqdm(desc=f"{dataset.name}, {options.split} split", unit="completion", leave=False) as bar:
+        result = evaluate(
+            model,
+            processor,
+            dataset,
+            max_completion_length=longest,
+            sampled=options.sampled,
+            temperature=options.temperature,
+            batch_size=options.batch_size,
+            progress=bar,
+            seed=options.seed,
+        )
+    settings = {
+        "model": str(path),
+        "data": dataset.name,
+        "split": options.split,
+        "sampled": options.sampled,
+        "temperature": options.temperature,
+        "max_completion_length": longest,
+        "seed": options.seed,
+        "device": str(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seconds": round(time.time() - started, 1),
+    }
+    write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
+    page = write_report(folder / "report.html", result, settings, dataset)
+    print(result_text(result, settings))
+    if dataset.skipped or dataset.notes:
+        print(f"\n{dataset.summary()}")
+    print(f"\nthe mistakes with their images: {page}\nthe figures:                    {folder / 'evaluation.json'}")
+
+
+def as_json(result: EvalResult, settings: dict[str, Any], summary: str) -> dict[str, Any]:
+    """What evaluation.json holds; figures are fractions."""
+    return {
+        **result.figures(),
+        "greedy_accuracy_95_percent_interval": wilson_interval(result.greedy_accuracy, result.n),
+        "by_answer": {answer: {"right": right, "n": n} for answer, (right, n) in result.by_answer().items()},
+        "settings": settings,
+        "data": summary,
+        "samples": [asdict(sample) for sample in result.samples],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return exit_code(run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Any image file as an upright 8-bit RGB image, or a short reason why it cannot be one."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Pillow warns above this and refuses above twice this: a file of kilobytes may unpack to gigabytes.
+MAX_PIXELS = 89_478_485
+# Qwen2-VL's image processor refuses longer ones.
+MAX_ASPECT = 200
+_ORIENTATION = 0x0112  # EXIF tag
+
+ROTATED = "EXIF-rotated image turned upright"
+ANIMATED = "first frame of an animated image taken"
+TRANSPARENT = "transparent image put on white"
+PALETTE = "palette image converted to RGB"
+CMYK = "CMYK image converted to RGB"
+DEEP = "image of more than 8 bits a channel scaled to 8"
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message is the reason, short enough to be counted."""
+
+
+def check_image(source: Path | bytes) -> None:
+    """Look at the header and the checksums, without decoding. Raises BadImage."""
+    with _opened(source) as image:
+        image.verify()
+
+
+def load_image(source: Path | bytes) -> tuple[Image.Image, list[str]]:
+    """The decoded image in mode RGB, upright, and what had to be done for that. Raises BadImage."""
+    with _opened(source) as image:
+        notes = []
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO is a photograph with its previews
+            notes.append(ANIMATED)
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
+            notes.append(ROTATED)
+        rgb, mode_note = _to_rgb(ImageOps.exif_transpose(image))
+        return rgb, notes + mode_note
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """An image whose size is bearable; whatever goes wrong with it inside the `with` is a BadImage."""
+    try:
+        if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
+            raise BadImage("image file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, which are judged here, and of odd EXIF blocks
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                if not width or not height:
+                    raise BadImage("image has zero size")
+                if max(width, height) > MAX_ASPECT * min(width, height):
+                    raise BadImage(f"image is more than {MAX_ASPECT} times longer than wide")
+                yield image
+    except BadImage:
+        raise
+    except FileNotFoundError:
+        raise BadImage("image file not found") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"image has more than {MAX_PIXELS // 10**6} million pixels") from None
+    except Exception as error:  # decoders meet broken files with anything from struct.error to ZeroDivisionError
+        truncated = "truncated" in str(error).lower()
+        raise BadImage("image file is truncated" if truncated else "image cannot be read") from error
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scaled_to_8_bits(image).convert("RGB"), [DEEP]
+    notes = {"P": [PALETTE], "PA": [PALETTE], "CMYK": [CMYK]}.get(image.mode, [])
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if np.asarray(rgba)[..., 3].min() < 255:
+            # Not convert("RGB"), which shows whatever colour lies under the transparent pixels: often black on black.
+            rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            notes = [*notes, TRANSPARENT]
+        return rgba.convert("RGB"), notes
+    return image.convert("RGB"), notes
+
+
+def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits by their full range; of 32 bits or in floating point by the range that occurs.
+
+    Pillow's own convert("RGB") clips them at 255, which leaves a white picture.
+    """
+    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(values, posinf=0, neginf=0)
+    low, high = values.min(), values.max()
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0.0, 65535.0 if high > 255 or image.mode.startswith("I;16") else 255.0
+    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))

@@ -1,0 +1,4 @@
+"""mr1fast inside other trainers: `trl`, `liger` (its names and signatures) and `verl`. See docs/drop-in.md.
+
+Each module is imported on its own and needs nothing but the library it is named after, if that.
+"""

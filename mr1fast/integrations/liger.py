@@ -1,0 +1,273 @@
+"""Liger Kernel's GRPO losses by name and signature (0.8.5), computed by mr1fast. Liger itself is not needed.
+
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss         # before
+    from mr1fast.integrations.liger import triton_grpo_loss                  # after
+
+Signatures, defaults and return values are Liger's, and so are the numbers, except where Liger departs from the method:
+
+- `luspo`: Liger multiplies each token's loss by the completion's length and averages over all B * L positions, so that
+  the loss of a completion depends on how much padding the batch holds. Here, as in TRL 1.16, the loss is the sum over a
+  completion's tokens, averaged over completions.
+- `delta` below `1 + eps_high`: Liger counts clipping before that bound, TRL and mr1fast after it.
+- A log-ratio beyond 80 saturates here and overflows there (see `mr1fast.grpo_loss`).
+
+`loss_type="vespo"` raises: its weight is one detached number per completion, which no fused kernel here computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mr1fast import arguments
+from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
+from mr1fast.loss import GRPOLossOutput, grpo_loss
+
+
+def triton_grpo_loss(
+    logits,
+    old_logp,
+    ref_logp,
+    completion_ids,
+    advantages,
+    completion_mask=None,
+    temperature=0.9,
+    beta=0.04,
+    eps_low=0.2,
+    eps_high=0.4,
+    inplace=True,
+    loss_type="dapo",
+    max_completion_length=None,
+    importance_sampling_level="token",
+    reduce=False,
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
+    vllm_is_ratio=None,
+    delta=None,
+    use_bias_correction_kl=False,
+    num_items_in_batch=None,
+    vespo_k_pos=2.0,
+    vespo_lambda_pos=3.0,
+    vespo_k_neg=3.0,
+    vespo_lambda_neg=2.0,
+):
+    """`mr1fast.grpo_loss` in the shape of `liger_kernel.transformers.grpo_loss.triton_grpo_loss`.
+
+    Args:
+        logits: [B, L + 1, V], the last position unused. With `inplace` they are consumed: by the call itself with
+            `reduce=True` (Liger: by backward), by backward with `reduce=False`.
+        old_logp, ref_logp: [B, L] or None; ref_logp is needed unless beta is 0.
+        completion_ids, completion_mask: [B, L]; no mask means all ones.
+        advantages: [B].
+        eps_high: for "cispo" the upper bound of the ratio itself.
+        max_completion_length: "dr_grpo"'s normaliser; None means L.
+        vllm_is_ratio: [B], [B, 1] or [B, L]; multiplies the policy term.
+        num_items_in_batch: tokens in all of the processes' batches; None means those of this call.
+
+    Returns:
+        With `reduce`: (loss, metrics), metrics = [mean KL, clip ratio], or [clip ratio] where beta is 0.
+        Without: (per-token loss, per-token KL or None where beta is 0, is_clipped), float32 [B, L], 0 where masked.
+
+    Raises:
+        ValueError: a bad argument, by name; "vespo" (see the module).
+    """
+    _refuse_unsupported(loss_type, importance_sampling_level, delta)
+    arguments.floating("logits", logits, "[B, L+1, V]")
+    B, L = completion_ids.shape
+    if logits.shape[:2] != (B, L + 1):
+        raise ValueError(f"logits must be [B, L+1, V] with B = {B} and L = {L}, got {list(logits.shape)}")
+    mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
+    no_kl = not isinstance(beta, Tensor) and beta == 0
+
+    # The unused last position becomes a masked one: slicing it off would make autograd copy the gradient of all logits.
+    out = grpo_loss(
+        logits,
+        _one_more(completion_ids),
+        _one_more(advantages),
+        completion_mask=_one_more(mask),
+        old_per_token_logps=_one_more(old_logp),
+        ref_per_token_logps=None if no_kl else _one_more(ref_logp),
+        beta=beta,
+        epsilon_low=eps_low,
+        epsilon_high=eps_high,
+        delta=delta,
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        use_bias_correction_kl=use_bias_correction_kl,
+        importance_sampling_ratio=_one_more(_per_completion(vllm_is_ratio)),
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        max_completion_length=L if max_completion_length is None else max_completion_length,
+        num_items_in_batch=_normaliser(loss_type, mask, num_items_in_batch),
+        temperature=temperature,
+        inplace=inplace,
+        reduction="mean" if reduce else "none",
+    )
+    if reduce:
+        return out.loss, _metrics(out, mask)
+    is_clipped = (out.is_low_clipped | out.is_high_clipped)[:, :L].float()
+    return out.loss[:, :L], None if out.kl is None else out.kl[:, :L], is_clipped
+
+
+class LigerFusedLinearGRPOLoss(nn.Module):
+    """`mr1fast.linear_grpo_loss` in the shape of `liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`.
+
+    `compiled` and `chunk_size` are accepted and have no effect: nothing here is compiled, and the rows of a block are
+    chosen by their size in bytes. Raises ValueError for settings that are not computed ("vespo", see the module).
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+    ):
+        super().__init__()
+        _refuse_unsupported(loss_type, importance_sampling_level, None)
+        self.beta = beta
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.chunk_size = chunk_size
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+        self.loss_type = loss_type
+        self.max_completion_length = max_completion_length
+        self.importance_sampling_level = importance_sampling_level
+        self.sapo_temperature_pos = sapo_temperature_pos
+        self.sapo_temperature_neg = sapo_temperature_neg
+        self.temperature = temperature
+        self.delta = delta
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.vespo_k_pos = vespo_k_pos
+        self.vespo_lambda_pos = vespo_lambda_pos
+        self.vespo_k_neg = vespo_k_neg
+        self.vespo_lambda_neg = vespo_lambda_neg
+
+    def forward(
+        self,
+        _input,
+        lin_weight,
+        selected_token_ids,
+        attention_mask,
+        advantages,
+        bias=None,
+        ref_per_token_logps=None,
+        old_per_token_logps=None,
+        ref_input=None,
+        ref_weight=None,
+        ref_bias=None,
+        vllm_is_ratio=None,
+        num_items_in_batch=None,
+    ):
+        """(loss, metrics), metrics = (mean KL, clip ratio), or (clip ratio,) where beta is 0.
+
+        _input, ref_input: [B, T, H]; lin_weight, ref_weight: [V, H]; selected_token_ids, attention_mask,
+        ref_per_token_logps, old_per_token_logps: [B, T]; advantages [B]. Without a reference (`use_ref_model=False`)
+        the policy is its own: the KL is 0.
+        """
+        has_kl = isinstance(self.beta, Tensor) or self.beta != 0
+        if not (has_kl and self.use_ref_model):
+            ref_per_token_logps = None
+        elif ref_per_token_logps is None:
+            if ref_input is None:
+                raise ValueError("ref_per_token_logps or ref_input must be given with use_ref_model=True, got neither")
+            with torch.no_grad():
+                ref_per_token_logps = linear_token_logprobs(
+                    ref_input,
+                    ref_weight,
+                    selected_token_ids,
+                    lm_head_bias=ref_bias,
+                    temperature=self.temperature,
+                    mask=attention_mask,
+                )
+        out = linear_grpo_loss(
+            _input,
+            lin_weight,
+            selected_token_ids,
+            advantages,
+            lm_head_bias=bias,
+            completion_mask=attention_mask,
+            old_per_token_logps=old_per_token_logps,
+            ref_per_token_logps=ref_per_token_logps,
+            beta=0.0 if ref_per_token_logps is None else self.beta,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=None if self.loss_type in ("cispo", "sapo") else self.delta,
+            loss_type=self.loss_type,
+            importance_sampling_level=self.importance_sampling_level,
+            use_bias_correction_kl=self.use_bias_correction_kl,
+            importance_sampling_ratio=_per_completion(vllm_is_ratio),
+            sapo_temperature_pos=self.sapo_temperature_pos,
+            sapo_temperature_neg=self.sapo_temperature_neg,
+            max_completion_length=self.max_completion_length,
+            num_items_in_batch=_normaliser(self.loss_type, attention_mask, num_items_in_batch),
+            temperature=self.temperature,
+        )
+        metrics = _metrics(out, attention_mask)
+        if has_kl and out.kl is None:
+            metrics.insert(0, torch.zeros_like(out.loss.detach()))
+        return out.loss, tuple(metrics)
+
+
+def _refuse_unsupported(loss_type: str, importance_sampling_level: str, delta: float | None) -> None:
+    if loss_type == "vespo":
+        raise ValueError(
+            "loss_type='vespo' is not computed by mr1fast (its weight is one detached number per completion, not a "
+            f"function of the token's ratio); keep Liger's own function for it, or use one of {', '.join(LOSS_TYPES)}"
+        )
+    arguments.choice("loss_type", loss_type, LOSS_TYPES)
+    if loss_type in ("cispo", "sapo"):
+        if importance_sampling_level == "sequence":
+            raise ValueError(f"importance_sampling_level must be 'token' for loss_type={loss_type!r}, got 'sequence'")
+        if delta is not None:
+            raise ValueError(f"delta must be None for loss_type={loss_type!r} (it has no two-sided clip), got {delta}")
+
+
+def _one_more(values: Any) -> Any:
+    """[B, L] -> [B, L + 1] with 0 at the end; None, [B] and [B, 1] as they are."""
+    if values is None or values.dim() == 1 or values.shape[1] == 1:
+        return values
+    return nn.functional.pad(values, (0, 1))
+
+
+def _per_completion(ratio: Tensor | None) -> Tensor | None:
+    return ratio[:, None] if ratio is not None and ratio.dim() == 1 else ratio
+
+
+def _normaliser(loss_type: str, mask: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | None:
+    """Tokens per process, over all processes where no number is given: 0-d float32, at least 1."""
+    if loss_type not in ("dapo", "cispo"):
+        return None
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if num_items_in_batch is not None:
+        items = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=mask.device)
+    else:
+        items = mask.sum(dtype=torch.float32)
+        if distributed:
+            torch.distributed.all_reduce(items)
+    return (items / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1)
+
+
+def _metrics(out: GRPOLossOutput, mask: Tensor) -> list[Tensor]:
+    """[mean KL,] clip ratio over the unmasked tokens, also at sequence level (TRL: over completions)."""
+    tokens = mask.sum(dtype=torch.float32).clamp(min=1)
+    values = [out.is_low_clipped | out.is_high_clipped]
+    return [value.sum() / tokens for value in ([] if out.kl is None else [out.kl]) + values]

@@ -1,0 +1,287 @@
+"""Make the embedded model again: `python -m mr1fast.make_embedded [--output DIR]` (CPU, minutes).
+
+It stands where the paper's base stands: its arithmetic is sound, learnt from text problems, its eyes are weak, and both
+tasks are half right. Three steps, all of them supervised:
+
+1. a byte-level BPE tokenizer of Qwen's kind, trained on the prompts;
+2. a language model that solves the triangle in words ("Two angles of a triangle are 35 and 65 degrees. ..."), on every
+   pair of angles but those of the validation and test splits;
+3. images, until an average of the weights is in the band on the validation splits of both tasks. A task that is in the
+   band is shown less often. Nothing here looks at the test splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, encode_prompts
+from mr1fast.processor import Qwen2VLTextImageProcessor
+from mr1fast.rewards import accuracy_reward, format_reward
+from mr1fast.tasks import BACKGROUNDS, MAX_ANGLE, MIN_ANGLE, SIZE, TASKS, GeometryReasoning, angle_pairs
+from mr1fast.types import Example
+
+PATCH = 7  # pixels; four patches make a token: 16 tokens for an image of 56 x 56
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+PADS = ("<|image_pad|>", "<|video_pad|>")
+# Not special: decoding with skip_special_tokens=True must keep the tags, or the format reward would miss them.
+WHOLE = ("<think>", "</think>", "<answer>", "</answer>", " " + PROMPT_SUFFIX)
+TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the third angle?"
+
+# Greedy accuracy on the validation splits; what is promised is 0.30 to 0.60 on the test splits.
+BAND = (0.40, 0.50)
+# Few distinct scenes, and counting stays half learnt; many triangles, or the angles are remembered and not read.
+IMAGES = {"vc": 96, "gr": 6000}
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's byte-level BPE with the merges of our own prompts; any text can be encoded."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    trained.decoder = decoders.ByteLevel()
+    corpus = [*(task.question for task in TASKS.values()), TEXT_PROBLEM.format("", "")]
+    corpus += ["user", "assistant", "system", " items"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        corpus * 10, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[" ".join(merge) for merge in model["merges"]],
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        model_max_length=1024,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, *PADS]})
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in WHOLE])
+    return tokenizer
+
+
+def make_processor() -> Qwen2VLTextImageProcessor:
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=PATCH,
+        size={"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE},
+        # An empty scene is near zero, an item is near one: with CLIP's figures a tiny tower never starts to learn.
+        image_mean=[sum(channel) / len(channel) / 255 for channel in zip(*BACKGROUNDS)],
+        image_std=[0.3, 0.3, 0.3],
+    )
+    return Qwen2VLTextImageProcessor(image_processor, make_tokenizer(), chat_template=CHAT_TEMPLATE)
+
+
+def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
+    def token(text: str) -> int:
+        return tokenizer.get_vocab()[text]
+
+    # The usual 0.02 is far below 1 / sqrt(width) at this width: the image would never reach the answer.
+    spread = 0.08
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "initializer_range": spread,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+            "bos_token_id": None,
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "num_heads": 4,
+            "hidden_size": 128,
+            "patch_size": PATCH,
+            "initializer_range": spread,
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"), do_sample=False
+    )
+    return model
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def vc_completion(count: int) -> str:
+    return f"<think>{count} items</think><answer>{count}</answer>"
+
+
+def gr_completion(first: int, second: int) -> str:
+    return f"<think>{first}+{second}={first + second}</think><answer>{180 - first - second}</answer>"
+
+
+def text_pairs() -> list[tuple[int, int]]:
+    """Every ordered pair of angles but those of the validation and test splits."""
+    held_out = {*angle_pairs("validation"), *angle_pairs("test")}
+    angles = range(MIN_ANGLE, MAX_ANGLE + 1)
+    return [(a, b) for a in angles for b in angles if (min(a, b), max(a, b)) not in held_out]
+
+
+def image_examples(task: str, count: int) -> tuple[list[Example], list[str]]:
+    """Training drawings that the trainer will not draw (negative indices), and their completions."""
+    examples, completions = [], []
+    for index in range(-count, 0):
+        example = TASKS[task].example("train", index)
+        examples.append(example)
+        if task == "vc":
+            completions.append(vc_completion(int(example.solution)))
+        else:
+            completions.append(gr_completion(*GeometryReasoning().triangle("train", index).angles))
+    return examples, completions
+
+
+class Shown:
+    """Encoded examples of one kind, from which batches are drawn."""
+
+    def __init__(self, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example], completions: Sequence[str]):
+        tokenizer = processor.tokenizer
+        self.prompts = encode_prompts(processor, examples)
+        text = [completion + tokenizer.eos_token for completion in completions]
+        encoded = tokenizer(text, padding=True, padding_side="right", return_tensors="pt")
+        self.completion_ids, self.completion_mask = encoded["input_ids"], encoded["attention_mask"]
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    def loss(self, model: Qwen2VLForConditionalGeneration, rows: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the completions' tokens."""
+        batch = prompt_rows(self.prompts, rows)
+        ids, mask = self.completion_ids[rows], self.completion_mask[rows]
+        labels = torch.cat([torch.full_like(batch["input_ids"], -100), ids.masked_fill(mask == 0, -100)], 1)
+        batch["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
+        batch["attention_mask"] = torch.cat([batch["attention_mask"], mask], 1)
+        batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(ids)], 1)
+        return model(**batch, labels=labels).loss
+
+
+def prompt_rows(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Some of the encoded prompts; every image of a batch has the same number of patches."""
+    batch = {name: tensor[rows] for name, tensor in prompts.items() if name != "pixel_values"}
+    if "pixel_values" in prompts:
+        pixels = prompts["pixel_values"]
+        batch["pixel_values"] = pixels.view(len(prompts["input_ids"]), -1, pixels.shape[1])[rows].flatten(0, 1)
+    return batch
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def learn_text(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 700) -> Shown:
+    """The third angle from words, to the point of no mistakes. Returns what was shown, to be shown again later."""
+    pairs = text_pairs()
+    examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
+    shown = Shown(processor, examples, [gr_completion(a, b) for a, b in pairs])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    warm_up, decay = (lambda step: (step + 1) / 50), (lambda step: (steps - step) / (steps / 2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, warm_up(step), decay(step)))
+    progress = tqdm(range(steps), desc="text")
+    for _ in progress:
+        loss = shown.loss(model, torch.randint(0, len(shown), (96,)))
+        descend(model, optimizer, loss)
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+    return shown
+
+
+def learn_images(
+    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, text: Shown
+) -> tuple[Qwen2VLForConditionalGeneration, dict[str, dict[str, float]]]:
+    """Both tasks until the average of the weights is in the band on both validation splits. Returns that average."""
+    shown = {task: Shown(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
+    watched = {task: [TASKS[task].example("validation", index) for index in range(400)] for task in IMAGES}
+    # Without the average, greedy accuracy jumps between checkpoints.
+    average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, 0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
+    full_share = {"vc": 16, "gr": 32}
+    share = dict(full_share)
+    for step in tqdm(range(1000), desc="images"):
+        loss = text.loss(model, torch.randint(0, len(text), (16,))) * 16
+        for task, count in share.items():
+            loss = loss + shown[task].loss(model, torch.randint(0, len(shown[task]), (count,))) * count
+        descend(model, optimizer, loss / 80)
+        schedule.step()
+        average.update_parameters(model)
+        if step % 20 == 19:
+            reached = {task: greedy(average.module, processor, examples) for task, examples in watched.items()}
+            tqdm.write(f"step {step + 1}: {json.dumps(reached)}")
+            if all(BAND[0] <= reached[task]["accuracy"] <= BAND[1] for task in reached):
+                return average.module, reached
+            for task in share:
+                share[task] = 2 if reached[task]["accuracy"] > sum(BAND) / 2 else full_share[task]
+    raise SystemExit(f"no checkpoint had both tasks between {BAND[0]} and {BAND[1]}: try another --seed")
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def greedy(model: Any, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example]) -> dict[str, float]:
+    inputs: dict[str, Any] = encode_prompts(processor, examples)
+    model.eval()
+    output: Any = model.generate(**inputs, max_new_tokens=20)
+    model.train()
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return {
+        "accuracy": sum(accuracy_reward(text, e.solution) for text, e in zip(texts, examples)) / len(texts),
+        "format": sum(format_reward(text) for text in texts) / len(texts),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mr1fast.make_embedded", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=EMBEDDED, metavar="DIR", help=f"default: {EMBEDDED}")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(1)  # a model of this size is slower on more
+
+    processor = make_processor()
+    model = make_model(processor.tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
+    text = learn_text(model, processor)
+    base, reached = learn_images(model, processor, text)
+    base.save_pretrained(options.output)
+    processor.save_pretrained(options.output)
+    print(f"validation: {json.dumps(reached)}\nsaved to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""AdamW with the learning rate's schedule, clipping, and float32 weights behind a bfloat16 model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+DECAY_FRACTION = 0.3  # the share of the steps, at the end, in which the learning rate falls to 0
+
+
+def learning_rate_at(step: int, *, peak: float, max_steps: int, warmup_steps: int) -> float:
+    """The rate of the update after `step` finished ones: a linear rise, a plateau, and a linear fall at the end."""
+    rise = (step + 1) / (warmup_steps + 1)
+    fall = (max_steps - step) / (max(DECAY_FRACTION * max_steps, 1))
+    return peak * min(rise, fall, 1.0)
+
+
+class Optimizer:
+    """AdamW without weight decay (as TRL and R1-V run it) on float32 copies of weights of lower precision.
+
+    At a learning rate of 1e-6 a bfloat16 weight would never move: it has 8 bits, the update is below the last of them.
+    """
+
+    def __init__(self, model: nn.Module, *, max_grad_norm: float):
+        self.max_grad_norm = max_grad_norm
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
+        self.adamw = torch.optim.AdamW(self.masters, weight_decay=0.0, fused=True)
+
+    def step(self, learning_rate: float) -> float:
+        """One update from the gradients, which are used up. Returns their norm before clipping.
+
+        If it is not finite nothing is updated.
+        """
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                master.grad = None if weight.grad is None else weight.grad.float()
+        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
+        if math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate
+            self.adamw.step()
+            with torch.no_grad():
+                for weight, master in zip(self.weights, self.masters):
+                    if master is not weight:
+                        weight.copy_(master)
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        for tensor in (*self.weights, *self.masters):
+            tensor.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        masters = [None if master is weight else master for weight, master in zip(self.weights, self.masters)]
+        return {"adamw": self.adamw.state_dict(), "masters": masters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"]):
+                if saved is not None:
+                    master.copy_(saved)

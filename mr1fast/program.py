@@ -1,0 +1,54 @@
+"""What the small programs share: one sentence and exit code 2 for a mistake, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mr1fast.config import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, and knows which option was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            what = "option" if name.startswith("-") else "argument"
+            raise UserError(f"unknown {what} {name}{nearest(name, options)}; --help lists the options")
+        return known
+
+
+def at_least(bound: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, not below `bound`."""
+
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < bound:
+            raise argparse.ArgumentTypeError(f"must be at least {bound}, got {number}")
+        return number
+
+    return whole_number
+
+
+def exit_code(program: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
+    """Run a program: 0, 2 for a mistake of the user's (a ValueError, printed), 130 after Ctrl-C."""
+    try:
+        program(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130
+    return 0

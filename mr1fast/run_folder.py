@@ -1,0 +1,157 @@
+"""Where a run keeps its files.
+
+    runs/2026-01-31-12-00-00/
+        config.json            the options, as `--config` reads them
+        metrics.jsonl          one line per step and task
+        result.json            accuracies before and after
+        tensorboard/vc/
+        vc/checkpoint-000050/  model, processor, trainer_state.pt
+        vc/model/              the trained model
+        vc/skipped/            samples of steps with NaN or inf
+
+Imports no torch, so that a folder that does not do is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mr1fast.config import Request, TrainConfig, UserError, flag
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """The paths of a run, and its result.json."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.result_file = path / "result.json"
+
+    def task(self, name: str) -> Path:
+        return self.path / name
+
+    def model(self, name: str) -> Path:
+        return self.task(name) / "model"
+
+    def tensorboard(self, name: str) -> Path:
+        return self.path / "tensorboard" / name
+
+    def read_result(self) -> dict[str, Any]:
+        return json.loads(self.result_file.read_text(encoding="utf-8")) if self.result_file.exists() else {}
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_json(self.result_file, result)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    folder: RunFolder
+    config: TrainConfig
+    checkpoint: Path | None  # the one to go on from, where the user named it; else the newest of each task
+
+    def names_checkpoint_of(self, task: str) -> bool:
+        return self.checkpoint is not None and self.checkpoint.parent.name == task
+
+
+def open_run(request: Request) -> OpenRun:
+    """A new folder for a new run, or the folder and options of the one to resume. Raises UserError."""
+    if request.resume is None:
+        return OpenRun(
+            RunFolder(new_folder(request.config.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"))),
+            request.config,
+            None,
+        )
+    folder, checkpoint = _find_run(request.resume, request.config.output_dir)
+    try:
+        config = TrainConfig(**json.loads(folder.config_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{folder.config_file} is not the configuration of a run; nothing to resume") from None
+    for name, value in request.given.items():
+        if name != "output_dir" and value != getattr(config, name):
+            raise UserError(
+                f"--resume goes on with the run's own options: {flag(name)} was {getattr(config, name)} there, "
+                f"and is {value} here"
+            )
+    return OpenRun(folder, config, checkpoint)
+
+
+def new_folder(output_dir: str | None, *, default: Path) -> Path:
+    """`output_dir`, which must be new or empty, or an unused folder like `default`; made. Raises UserError."""
+    path = Path(output_dir) if output_dir is not None else default
+    try:
+        if output_dir is None:
+            path = _unused(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"output folder {path} is not empty; choose another --output-dir, or go on with --resume")
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output folder {path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number after it if another run began in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+            return candidate
+        except FileExistsError:
+            continue
+    raise UserError(f"output folder {path} and its 998 successors exist already")
+
+
+def checkpoints(task_folder: Path) -> list[Path]:
+    """The whole checkpoints of a task, oldest first."""
+    return sorted(task_folder.glob("checkpoint-*"))
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _find_run(resume: str, output_dir: str | None) -> tuple[RunFolder, Path | None]:
+    """The run that DIR is, or is a checkpoint of; without DIR the one with the newest checkpoint."""
+    if resume:
+        path = Path(resume)
+        if not path.is_dir():
+            raise UserError(f"--resume {resume}: there is no such folder")
+        if path.name.startswith("checkpoint-"):
+            return RunFolder(path.parent.parent), path
+        if not any(path.glob("*/checkpoint-*")):
+            raise UserError(f"nothing to resume: {resume} is neither a checkpoint nor a run with one")
+        return RunFolder(path), None
+    root = RUNS if output_dir is None else Path(output_dir)
+    newest = max(
+        (checkpoint for pattern in ("*/checkpoint-*", "*/*/checkpoint-*") for checkpoint in root.glob(pattern)),
+        key=lambda checkpoint: checkpoint.stat().st_mtime_ns,
+        default=None,
+    )
+    if newest is None:
+        raise UserError(f"nothing to resume: there is no checkpoint under {root}")
+    return RunFolder(newest.parent.parent), None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file as a whole, so that a reader (or a full disk) never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_config(folder: RunFolder, config: TrainConfig) -> None:
+    write_json(folder.config_file, dataclasses.asdict(config))

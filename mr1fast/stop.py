@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM: finish the step, save, say how to go on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class Stopped(BaseException):
+    """The run was asked to stop. Like KeyboardInterrupt, no `except Exception` may swallow it."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    with _handlers({signal.SIGTERM: stop}):
+        yield
+
+
+class StopRequest:
+    """What `finishing_steps` gives: the first signal, which the loop looks at when a step is done."""
+
+    signal_number: int | None = None
+
+
+@contextmanager
+def finishing_steps() -> Iterator[StopRequest]:
+    """The first Ctrl-C or SIGTERM is only noted; the second one stops at once."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request.signal_number is not None:
+            raise Stopped(number)
+        request.signal_number = number
+        print("\nfinishing the step, then saving (once more to stop at once)", file=sys.stderr)
+
+    with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
+        yield request
+
+
+@contextmanager
+def _handlers(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

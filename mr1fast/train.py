@@ -1,0 +1,48 @@
+"""`python -m mr1fast.train`: checks the options, before the seconds that importing torch takes, and runs `loop.run`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from mr1fast.config import UserError, parse_arguments
+from mr1fast.run_folder import OpenRun, open_run
+from mr1fast.stop import Stopped, stop_on_sigterm
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0; 2 for a mistake of the user's; 1 if training broke off; 128 + the signal's number after one."""
+    started = time.time()
+    opened: OpenRun | None = None
+    try:
+        opened = open_run(parse_arguments(sys.argv[1:] if arguments is None else arguments))
+        with stop_on_sigterm():
+            from mr1fast.loop import run
+            from mr1fast.trainer import TrainingError
+
+            try:
+                run(opened, started)
+            except TrainingError as error:
+                return _fail(f"error: {error}", 1, opened)
+    except UserError as error:
+        return _fail(f"error: {error}", 2, opened)
+    except Stopped as stopped:
+        return _fail(f"stopped by {stopped}", stopped.exit_code, opened)
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl-C", 130, opened)
+    return 0
+
+
+def _fail(message: str, exit_code: int, opened: OpenRun | None) -> int:
+    print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
+    if opened is not None:
+        if any(opened.folder.path.glob("*/checkpoint-*")):
+            print(f"to go on: python -m mr1fast.train --resume {opened.folder.path}", file=sys.stderr)
+        elif not any(opened.folder.path.iterdir()):
+            opened.folder.path.rmdir()
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,515 @@
+"""Local data as users have it: every format, and everything that can be wrong with it."""
+
+import csv
+import io
+import json
+import warnings
+import zlib
+from collections import Counter
+from itertools import chain
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from mr1fast.data import ENDLESS, load_split
+from mr1fast.images import (
+    ANIMATED,
+    CMYK,
+    DEEP,
+    MAX_ASPECT,
+    PALETTE,
+    ROTATED,
+    TRANSPARENT,
+    BadImage,
+    check_image,
+    load_image,
+)
+from mr1fast.tasks import TASKS
+
+RED, BLUE = (200, 30, 30), (20, 40, 220)
+
+
+def encoded(image, format="PNG", **keywords):
+    stream = io.BytesIO()
+    image.save(stream, format, **keywords)
+    return stream.getvalue()
+
+
+def picture(number=0, size=(12, 8)):
+    return Image.new("RGB", size, (number % 256, 50, 90))
+
+
+def row(number, **changes):
+    return {
+        "image": f"{number}.png",
+        "problem": f"question {number}?",
+        "solution": f"<answer> {number} </answer>",
+    } | changes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the images 0.png to 29.png."""
+    for number in range(30):
+        picture(number).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def solutions(dataset):
+    return [dataset[i].solution for i in range(len(dataset))]
+
+
+# ---- formats --------------------------------------------------------------------------------------------------------
+
+
+def as_jsonl(folder, rows):
+    return write_jsonl(folder / "data.jsonl", rows)
+
+
+def as_json(folder, rows):
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
+
+
+def as_json_under_a_key(folder, rows):
+    (folder / "data.json").write_text(json.dumps({"version": 1, "data": rows}))
+    return folder / "data.json"
+
+
+def as_json_lines_named_json(folder, rows):
+    return write_jsonl(folder / "data.json", rows)
+
+
+def as_csv(folder, rows):
+    with (folder / "data.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "data.csv"
+
+
+def as_parquet_of_paths(folder, rows):
+    datasets.Dataset.from_list(rows).to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def with_bytes(folder, rows):
+    rows = [r | {"image": {"bytes": (folder / r["image"]).read_bytes(), "path": None}} for r in rows]
+    return datasets.Dataset.from_list(rows)
+
+
+def as_parquet_of_bytes(folder, rows):
+    with_bytes(folder, rows).to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def as_parquet_of_images(folder, rows):
+    with_bytes(folder, rows).cast_column("image", datasets.Image()).to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def as_saved(folder, rows):
+    with_bytes(folder, rows).cast_column("image", datasets.Image()).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def as_saved_of_image_lists(folder, rows):
+    images = [[{"bytes": (folder / r["image"]).read_bytes(), "path": None}] for r in rows]
+    features = datasets.Features(
+        {"problem": datasets.Value("string"), "solution": datasets.Value("string"), "image": [datasets.Image()]}
+    )
+    rows = [r | {"image": image} for r, image in zip(rows, images)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def as_image_folder(folder, rows):
+    rows = [{"file_name": r["image"]} | {k: r[k] for k in ("problem", "solution")} for r in rows]
+    write_jsonl(folder / "metadata.jsonl", rows)
+    return folder
+
+
+FORMATS = [
+    as_jsonl,
+    as_json,
+    as_json_under_a_key,
+    as_json_lines_named_json,
+    as_csv,
+    as_parquet_of_paths,
+    as_parquet_of_bytes,
+    as_parquet_of_images,
+    as_saved,
+    as_saved_of_image_lists,
+    as_image_folder,
+]
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_every_format_gives_the_same_examples(folder, write):
+    dataset = load_split(write(folder, [row(n) for n in range(5)]), "all")
+    assert len(dataset) == 5
+    assert not dataset.skipped
+    for number in range(5):
+        example = dataset[number]
+        assert (example.problem, example.solution) == (f"question {number}?", str(number))
+        assert example.image.mode == "RGB"
+        assert example.image.getpixel((0, 0)) == (number, 50, 90)
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_unnamed_data_is_cut_80_10_10_disjoint_and_the_same_every_time(folder):
+    file = as_jsonl(folder, [row(n) for n in range(30)])
+    parts = {split: solutions(load_split(file, split)) for split in ("train", "validation", "test")}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 24, "validation": 3, "test": 3}
+    assert sorted(chain(*parts.values()), key=int) == [str(n) for n in range(30)]
+    assert parts["test"] == solutions(load_split(file, "test"))
+    assert parts["test"] != solutions(load_split(file, "test", seed=1))
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_parquet_of_bytes])
+def test_questions_about_one_image_stay_in_one_split(folder, write):
+    file = write(folder, [row(n % 10, solution=str(n)) for n in range(30)])
+    images = [
+        {dataset[i].image.getpixel((0, 0)) for i in range(len(dataset))}
+        for dataset in (load_split(file, split) for split in ("train", "validation", "test"))
+    ]
+    assert [len(seen) for seen in images] == [8, 1, 1]
+    assert len(set.union(*images)) == 10
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"train.jsonl": 20, "val.jsonl": 5, "test.jsonl": 4}, (20, 5, 4)),
+        (
+            {"data/train-00000-of-2.jsonl": 8, "data/train-00001-of-2.jsonl": 8, "data/test-0.jsonl": 4},
+            (14, 2, 4),
+        ),
+        ({"train/metadata.jsonl": 10, "validation/metadata.jsonl": 3}, (9, 3, 1)),
+        ({"rows.jsonl": 20, "test.jsonl": 7}, (18, 2, 7)),
+    ],
+)
+def test_names_decide_the_split(tmp_path, layout, expected):
+    number = 0
+    for name, length in layout.items():
+        write_jsonl(tmp_path / name, [row(number + n) for n in range(length)])
+        for n in range(number, number + length):
+            picture(n).save((tmp_path / name).parent / f"{n}.png")
+        number += length
+    parts = [solutions(load_split(tmp_path, split)) for split in ("train", "validation", "test")]
+    assert tuple(map(len, parts)) == expected
+    assert len(set(chain(*parts))) == number
+
+
+def test_saved_splits(folder):
+    parts = {"train": range(6), "validation": range(6, 8), "test": range(8, 12)}
+    saved = datasets.DatasetDict({name: with_bytes(folder, [row(n) for n in part]) for name, part in parts.items()})
+    saved.save_to_disk(folder / "saved")
+    assert solutions(load_split(folder / "saved", "test")) == ["8", "9", "10", "11"]
+
+
+def test_count_is_of_good_rows(folder):
+    rows = [row(n) for n in range(10)]
+    rows[0]["image"] = "missing.png"
+    dataset = load_split(as_jsonl(folder, rows), "all", count=3)
+    assert solutions(dataset) == ["1", "2", "3"]
+    assert len(load_split(folder / "data.jsonl", "all", count=100)) == 9
+
+
+def test_embedded_tasks():
+    dataset = load_split("vc", "test", count=3)
+    assert (dataset.name, len(dataset), dataset.summary()) == ("vc", 3, "vc/test: 3 examples")
+    assert dataset[2].solution == TASKS["vc"].example("test", 2).solution
+    assert len(load_split("vc", "train")) == ENDLESS
+    assert len(load_split("gr", "test")) == TASKS["gr"].split_size("test")
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+# ---- rows that are not clean ----------------------------------------------------------------------------------------
+
+ROWS = [
+    (row(1), "1", None),
+    (row(2, solution="7"), "7", "answer without tags"),
+    (row(3, solution=7), "7", "answer is a number, not text"),
+    (row(4, solution=7.0), "7", "answer is a number, not text"),
+    (row(5, solution=0.5), "0.5", "answer is a number, not text"),
+    (row(6, solution=["<answer>9</answer>"]), "9", "answer taken out of a list"),
+    (row(7, solution="<answer> 4"), "4", "answer with broken tags"),
+    (row(8, problem=12), "8", "question is a number, not text"),
+    (row(9, problem="<image>\nWhat?"), "9", "image marker removed from the question"),
+    (row(10, image=["10.png"]), "10", None),
+    (row(11, solution=None), None, "no answer"),
+    (row(12, solution=float("nan")), None, "no answer"),
+    (row(13, solution="  "), None, "no answer"),
+    (row(14, solution="<answer> </answer>"), None, "no answer"),
+    (row(15, solution=["1", "2"]), None, "answer is neither text nor a number"),
+    (row(16, solution={"a": 1}), None, "answer is neither text nor a number"),
+    (row(17, solution=True), None, "answer is neither text nor a number"),
+    ({"image": "18.png", "problem": "no solution here"}, None, "no answer"),
+    (row(19, problem=None), None, "no question"),
+    (row(20, problem="<image>"), None, "no question"),
+    (row(21, image=None), None, "no image"),
+    (row(22, image=""), None, "no image"),
+    (row(23, image=7), None, "image is neither a path nor image bytes"),
+    (row(24, image="https://example.org/a.png"), None, "image is a web address, not a file"),
+    (row(25, image=["1.png", "2.png"]), None, "several images"),
+    (row(26, image="nowhere.png"), None, "image file not found"),
+    (row(27, image="."), None, "image cannot be read"),
+    (row(28, image="data.jsonl"), None, "image cannot be read"),
+    (row(29, image="a\0b.png"), None, "image cannot be read"),
+    ('{"image": "1.png", "problem": "broken', None, "line is not JSON"),
+    ("[1, 2]", None, "row is not an object with columns"),
+    ("[" * 100_000, None, "line is not JSON"),
+]
+
+
+def test_rows_that_are_not_clean(folder):
+    file = write_jsonl(folder / "data.jsonl", [r for r, _, _ in ROWS])
+    with file.open("ab") as stream:
+        stream.write(b'{"image": "1.png", "problem": "\xff", "solution": "1"}\n')
+    dataset = load_split(file, "all")
+    assert solutions(dataset) == [solution for _, solution, _ in ROWS if solution is not None]
+    assert dataset[8].problem == "What?"
+    reasons = Counter(reason for _, solution, reason in ROWS if solution is None)
+    assert dataset.skipped == reasons + Counter(["line is not UTF-8"])
+    notes = Counter(note for _, solution, note in ROWS if solution is not None and note)
+    # An untagged number is both.
+    assert dataset.notes == notes + Counter({"answer without tags": 3})
+    assert "data/all: 10 examples; skipped 23: 5 x no answer, " in dataset.summary()
+    assert "1 x answer with broken tags" in dataset.summary()
+
+
+def test_csv_that_is_not_clean(folder):
+    file = folder / "data.csv"
+    file.write_bytes(
+        b'image, problem,solution\r\n0.png,"two\nlines, one cell",3\r\n'
+        b"1.png,short row\r\n2.png,a,b,too many\r\n3.png,\xff?,4\r\n"
+    )
+    dataset = load_split(file, "all")
+    assert [(e.problem, e.solution) for e in (dataset[0], dataset[1])] == [
+        ("two\nlines, one cell", "3"),
+        ("\ufffd?", "4"),
+    ]
+    assert dataset.skipped == {"no answer": 1, "line has more fields than there are columns": 1}
+
+
+# ---- images that are not clean --------------------------------------------------------------------------------------
+
+
+def halves(mode="RGB"):
+    """40 x 20 pixels, red on the left and blue on the right."""
+    image = Image.new("RGB", (40, 20), RED)
+    image.paste(BLUE, (20, 0, 40, 20))
+    return image.convert(mode)
+
+
+def transparent(mode):
+    image = halves("RGBA")
+    image.paste((0, 0, 0, 0), (20, 0, 40, 20))
+    return image.quantize(16) if mode == "P" else image
+
+
+def sixteen_bits():
+    values = np.full((20, 40), 100 * 257, dtype=np.uint16)
+    values[:, 20:] = 200 * 257
+    return Image.fromarray(values)
+
+
+def ramp():
+    return Image.fromarray(np.linspace(0, 1, 800, dtype=np.float32).reshape(20, 40))
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    return encoded(halves().rotate(90, expand=True), "JPEG", exif=exif, quality=95)
+
+
+WHITE = (255, 255, 255)
+IMAGES = {
+    "plain": (encoded(halves()), (RED, BLUE), []),
+    "grey": (encoded(halves("L")), None, []),
+    "bilevel": (encoded(halves("1")), None, []),
+    "jpeg": (encoded(halves(), "JPEG", quality=95), (RED, BLUE), []),
+    "cmyk jpeg": (encoded(halves("CMYK"), "JPEG", quality=95), (RED, BLUE), [CMYK]),
+    "cmyk tiff": (encoded(halves("CMYK"), "TIFF"), (RED, BLUE), [CMYK]),
+    "palette": (encoded(halves("P")), None, [PALETTE]),
+    "transparent": (encoded(transparent("RGBA")), (RED, WHITE), [TRANSPARENT]),
+    "transparent palette": (encoded(transparent("P")), (RED, WHITE), [PALETTE, TRANSPARENT]),
+    "opaque rgba": (encoded(halves("RGBA")), (RED, BLUE), []),
+    "16-bit png": (encoded(sixteen_bits()), ((100,) * 3, (200,) * 3), [DEEP]),
+    "16-bit tiff": (encoded(sixteen_bits(), "TIFF"), ((100,) * 3, (200,) * 3), [DEEP]),
+    "float tiff": (
+        encoded(Image.fromarray(np.linspace(0, 1, 800, dtype=np.float32).reshape(20, 40)), "TIFF"),
+        None,
+        [DEEP],
+    ),
+    "rotated": (rotated(), (RED, BLUE), [ROTATED]),
+    "animated gif": (
+        encoded(halves(), "GIF", save_all=True, append_images=[picture(9, (40, 20))]),
+        (RED, BLUE),
+        [ANIMATED, PALETTE],
+    ),
+    "animated webp": (
+        encoded(halves(), "WEBP", save_all=True, append_images=[picture(9, (40, 20))], lossless=True),
+        (RED, BLUE),
+        [ANIMATED],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_unusual_images_look_right(name):
+    content, colours, notes = IMAGES[name]
+    check_image(content)
+    image, said = load_image(content)
+    assert (image.mode, image.size) == ("RGB", (40, 20))
+    assert said == notes
+    if colours is not None:
+        for colour, x in zip(colours, (5, 34)):
+            assert max(abs(a - b) for a, b in zip(image.getpixel((x, 10)), colour)) <= 12, (
+                colour,
+                image.getpixel((x, 10)),
+            )
+    else:
+        assert len(set(np.asarray(image).reshape(-1, 3).max(1).tolist())) > 1  # not one flat colour
+
+
+def bomb():
+    """A PNG whose header promises 100 000 x 100 000 pixels."""
+    content = bytearray(encoded(picture()))
+    content[16:24] = (100_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+UNUSABLE = {
+    "image file is empty": b"",
+    "image cannot be read": b"GIF89a nothing of the kind",
+    "image has more than 89 million pixels": bomb(),
+    f"image is more than {MAX_ASPECT} times longer than wide": encoded(Image.new("RGB", (2 * MAX_ASPECT + 1, 2))),
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_unusable_images_say_why(reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadImage, match=reason):
+            check_image(UNUSABLE[reason])
+
+
+def test_no_damage_to_a_file_raises_anything_else():
+    rng = np.random.default_rng(0)
+    refused = 0
+    for content, _, _ in IMAGES.values():
+        for _ in range(25):
+            broken = bytearray(content)
+            for position in rng.integers(0, len(content), 6):
+                broken[position] = rng.integers(0, 256)
+            try:
+                load_image(bytes(broken[: rng.integers(1, len(content) + 1)]))
+            except BadImage:
+                refused += 1
+    assert refused > 100
+
+
+def test_an_image_that_breaks_late_is_replaced_and_counted_once(folder):
+    rows = [row(n) for n in range(4)]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for number in (1, 2):
+        # A JPEG's header is whole when its data is not.
+        rows[number]["image"] = f"{number}.jpg"
+        (folder / f"{number}.jpg").write_bytes(encoded(noise, "JPEG")[:2000])
+    dataset = load_split(as_jsonl(folder, rows), "all")
+    assert len(dataset) == 4
+    assert [dataset[i].solution for i in (3, 2, 1, 0, 1)] == ["3", "3", "3", "0", "3"]
+    assert dataset.skipped == {"image file is truncated": 2}
+    assert dataset.summary() == "data/all: 2 examples; skipped 2: 2 x image file is truncated"
+    (folder / "0.png").unlink()
+    (folder / "3.png").unlink()
+    with pytest.raises(ValueError, match="no image that can be decoded"):
+        dataset[0]
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def empty_folder(folder):
+    return folder
+
+
+def only_images(folder):
+    picture().save(folder / "1.png")
+    return folder
+
+
+def empty_file(folder):
+    return write_jsonl(folder / "data.jsonl", [])
+
+
+def missing_column(folder):
+    return write_jsonl(folder / "data.jsonl", [{"image": "1.png", "question": "a", "solution": "b"}])
+
+
+def nothing_readable(folder):
+    return write_jsonl(folder / "data.jsonl", [row(1), row(2)])
+
+
+def text_file(folder):
+    (folder / "data.txt").write_text("hello")
+    return folder / "data.txt"
+
+
+def broken_parquet(folder):
+    (folder / "data.parquet").write_bytes(b"PAR1 not really")
+    return folder
+
+
+def broken_saved(folder):
+    (folder / "state.json").write_text("{}")
+    return folder
+
+
+def too_few_rows(folder):
+    picture().save(folder / "1.png")
+    return write_jsonl(folder / "data.jsonl", [row(1)])
+
+
+MISTAKES = [
+    (lambda folder: "vcc", r"data 'vcc' does not exist \(did you mean vc\?\)"),
+    (lambda folder: folder / "nowhere", "does not exist"),
+    (empty_folder, "has no .jsonl, .json, .csv or .parquet file"),
+    (only_images, "has images, but no metadata.jsonl or metadata.csv"),
+    (empty_file, "no readable row for test: there are no rows"),
+    (missing_column, "no column 'problem'; its columns are image, question, solution"),
+    (nothing_readable, "no readable row for all: 2 x image file not found"),
+    (text_file, "is not a .jsonl, .json, .csv or .parquet file"),
+    (broken_parquet, "not readable as Parquet"),
+    (broken_saved, "not readable as a saved data set"),
+    (too_few_rows, "no readable row for test: there are too few rows"),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), MISTAKES, ids=lambda value: getattr(value, "__name__", ""))
+def test_mistakes_are_one_sentence(tmp_path, write, message):
+    split = "all" if write is nothing_readable else "test"
+    with pytest.raises(ValueError, match=message) as error:
+        load_split(write(tmp_path), split)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'tset'"):
+        load_split("vc", "tset")

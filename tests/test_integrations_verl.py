@@ -1,0 +1,271 @@
+"""mr1fast.integrations.verl, by signature and numbers; verl itself is not installed.
+
+The numbers are restated here in float64, one token at a time, from verl 0.9.1's documentation of its options.
+"""
+
+import inspect
+import math
+import sys
+import types
+from dataclasses import FrozenInstanceError, dataclass, field
+
+import pytest
+import torch
+
+from mr1fast import KLSchedule, kl_weight
+from mr1fast.integrations import verl
+from mr1fast.integrations.versions import check_version
+
+B, L = 4, 7
+
+
+@dataclass
+class ActorConfig:
+    """The part of verl's ActorConfig that matters, frozen as there, and readable as a mapping."""
+
+    clip_ratio: float = 0.2
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    clip_ratio_c: float | None = 3.0
+    kl_loss_coef: float = 0.001
+    global_batch_info: dict = field(default_factory=dict)
+
+    def __setattr__(self, name, value):
+        if name in self.__dict__:
+            raise FrozenInstanceError(name)
+        super().__setattr__(name, value)
+
+    def get(self, name, default=None):
+        return getattr(self, name, default)
+
+
+@pytest.fixture
+def tensors():
+    g = torch.Generator().manual_seed(0)
+    old = -3 * torch.rand(B, L, generator=g, dtype=torch.float64)
+    mask = torch.ones(B, L, dtype=torch.bool)
+    mask[0, 5:] = False
+    mask[2, 1:] = False
+    mask[3] = False
+    return {
+        "old_log_prob": old,
+        "log_prob": old + 0.9 * torch.randn(B, L, generator=g, dtype=torch.float64),
+        "advantages": torch.randn(B, L, generator=g, dtype=torch.float64),
+        "response_mask": mask,
+        "rollout_is_weights": 0.5 + torch.rand(B, L, generator=g, dtype=torch.float64),
+    }
+
+
+def restated(t, low, high, dual_clip, mode, *, dp_size=1, tokens=None, sequences=None, scale=None, weights=True):
+    """(loss, dloss/dlog_prob, metrics) by hand."""
+    mask = t["response_mask"].tolist()
+    lengths = [sum(row) for row in mask]
+    tokens = tokens or sum(lengths)
+    sequences = sequences or sum(n > 0 for n in lengths)
+    loss, gradient = 0.0, torch.zeros(B, L, dtype=torch.float64)
+    clipped = bounded = kl = 0.0
+    for b in range(B):
+        for i in range(L):
+            if not mask[b][i]:
+                continue
+            a = t["advantages"][b, i].item()
+            log_ratio = (t["log_prob"] - t["old_log_prob"])[b, i].item()
+            ratio = math.exp(log_ratio)
+            value, slope = -a * ratio, -a * ratio
+            is_clipped = ratio > 1 + high if a > 0 else ratio < 1 - low
+            if is_clipped:
+                value, slope = -a * (1 + high if a > 0 else 1 - low), 0.0
+            if a < 0 and dual_clip and ratio > dual_clip:
+                value, slope = -a * dual_clip, 0.0
+                bounded += 1
+            clipped += is_clipped
+            kl -= log_ratio
+            weight = t["rollout_is_weights"][b, i].item() if weights else 1.0
+            weight *= dp_size
+            weight *= {
+                "token-mean": 1 / tokens,
+                "token-sum": 1,
+                "seq-mean-token-sum": 1 / sequences,
+                "seq-mean-token-sum-norm": 1 / sequences / (scale or L),
+                "seq-mean-token-mean": 1 / sequences / lengths[b],
+            }[mode]
+            loss += value * weight
+            gradient[b, i] = slope * weight
+    n = sum(lengths)
+    metrics = {"actor/pg_clipfrac": clipped / n, "actor/ppo_kl": kl / n, "actor/pg_clipfrac_lower": bounded / n}
+    return loss, gradient, metrics
+
+
+def check(t, config, mode, *, tolerance=1e-12, **by_hand):
+    log_prob = t["log_prob"].requires_grad_()
+    loss, metrics = verl.grpo_d(**t, loss_agg_mode=mode, config=config)
+    loss.backward()
+    wanted, gradient, wanted_metrics = restated({k: v.detach().double() for k, v in t.items()}, **by_hand, mode=mode)
+    assert loss.item() == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+    torch.testing.assert_close(log_prob.grad.double(), gradient, rtol=tolerance, atol=tolerance)
+    assert metrics == pytest.approx(wanted_metrics, rel=max(tolerance, 1e-6))
+
+
+@pytest.mark.parametrize("mode", verl.AGGREGATIONS)
+def test_every_aggregation(tensors, mode):
+    config = ActorConfig(clip_ratio_high=0.3)
+    check(tensors, config, mode, low=0.2, high=0.3, dual_clip=3.0)
+
+
+@pytest.mark.parametrize("mode", verl.AGGREGATIONS)
+def test_global_batch_of_several_processes(tensors, mode):
+    info = {"dp_size": 2, "batch_num_tokens": 50, "global_batch_size": 9, "loss_scale_factor": 128}
+    config = ActorConfig(global_batch_info=info)
+    by_hand = {"dp_size": 2, "tokens": 50, "sequences": 9, "scale": 128}
+    check(tensors, config, mode, low=0.2, high=0.2, dual_clip=3.0, **by_hand)
+
+
+def test_dual_clip_bites_and_can_be_left_out(tensors):
+    tensors["log_prob"][0, :3] = tensors["old_log_prob"][0, :3] + 2.0
+    tensors["advantages"][0, :3] = torch.tensor([-1.0, 1.0, -0.5], dtype=torch.float64)
+    check(tensors, ActorConfig(), "token-mean", low=0.2, high=0.2, dual_clip=3.0)
+    assert verl.grpo_d(**tensors, config=ActorConfig())[1]["actor/pg_clipfrac_lower"] > 0
+    tensors["log_prob"] = tensors["log_prob"].detach()
+    check(tensors, ActorConfig(clip_ratio_c=None), "token-mean", low=0.2, high=0.2, dual_clip=None)
+
+
+def test_without_config_and_as_a_mapping(tensors):
+    tensors["rollout_is_weights"] = None
+    loss, metrics = verl.grpo_d(*(tensors[k] for k in ("old_log_prob", "log_prob", "advantages", "response_mask")))
+    wanted, _, wanted_metrics = restated(tensors, 0.2, 0.2, None, "token-mean", weights=False)
+    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-6)
+    mapping = {"clip_ratio": 0.1, "clip_ratio_low": None, "clip_ratio_high": 0.4}
+    loss, _ = verl.grpo_d(**tensors, config=mapping)
+    assert loss.item() == pytest.approx(restated(tensors, 0.1, 0.4, None, "token-mean", weights=False)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_dtypes_and_per_completion_weights(tensors, dtype):
+    t = {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in tensors.items()}
+    t["advantages"] = t["advantages"][:, :1].expand(B, L)
+    t["rollout_is_weights"] = t["rollout_is_weights"][:, :1]
+    log_prob = t["log_prob"].requires_grad_()
+    loss, _ = verl.grpo_d(**t, config=ActorConfig())
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert log_prob.grad.dtype == dtype
+    double = {k: v.detach().double().expand(B, L) if v.dtype != torch.bool else v for k, v in t.items()}
+    wanted, gradient, _ = restated(double, 0.2, 0.2, 3.0, "token-mean")
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(
+        log_prob.grad.double(), gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+
+
+def test_what_stands_at_masked_positions_does_not_matter(tensors):
+    clean = {k: v.clone() for k, v in tensors.items()}
+    padding = ~tensors["response_mask"]
+    for name, bad in (("old_log_prob", -math.inf), ("log_prob", math.nan), ("rollout_is_weights", math.inf)):
+        tensors[name][padding] = bad
+    log_prob = tensors["log_prob"].requires_grad_()
+    loss, metrics = verl.grpo_d(**tensors, loss_agg_mode="seq-mean-token-mean")
+    loss.backward()
+    wanted, wanted_metrics = verl.grpo_d(**clean, loss_agg_mode="seq-mean-token-mean")
+    assert loss.item() == wanted.item()
+    assert metrics == wanted_metrics
+    assert (log_prob.grad[padding] == 0).all()
+    nothing = {**clean, "response_mask": torch.zeros(B, L, dtype=torch.bool)}
+    assert all(verl.grpo_d(**nothing, loss_agg_mode=mode)[0].item() == 0 for mode in verl.AGGREGATIONS)
+
+
+def test_bad_arguments_are_named(tensors):
+    with pytest.raises(ValueError, match=r"loss_agg_mode .*did you mean 'token-mean'"):
+        verl.grpo_d(**tensors, loss_agg_mode="token-meen")
+    with pytest.raises(ValueError, match=r"batch_num_tokens must be given .* dp_size 2"):
+        verl.grpo_d(**tensors, config=ActorConfig(global_batch_info={"dp_size": 2}))
+    with pytest.raises(ValueError, match="global_batch_size must be given"):
+        verl.grpo_d(**tensors, loss_agg_mode="seq-mean-token-sum", config={"global_batch_info": {"dp_size": 2}})
+    with pytest.raises(ValueError, match=r"clip_ratio_c must be above 1 \+ clip_ratio_high = 1.2"):
+        verl.grpo_d(**tensors, config=ActorConfig(clip_ratio_c=1.1))
+
+
+def test_controller_follows_the_schedule_as_verl_drives_it():
+    controller = verl.KLController(20, beta_min=0.04, beta_max=0.10)
+    for step in range(20):
+        assert controller.value == kl_weight(step, 20, beta_min=0.04, beta_max=0.10)
+        controller.update(current_kl=0.3, n_steps=512)  # verl passes the batch size
+    resumed = verl.KLController(20, beta_min=0.04, beta_max=0.10)
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.value == controller.value == 0.10
+
+
+def test_adaptive_controller_equals_verls():
+    def verls(value, current_kl, n_steps, target, horizon):
+        return value * (1 + min(max(current_kl / target - 1, -0.2), 0.2) * n_steps / horizon)
+
+    bounds = {"beta_min": 0.0, "beta_max": 0.2}
+    controller = verl.KLController(100, **bounds, schedule="adaptive", target_kl=0.1, horizon=1000)
+    value = controller.value
+    for kl in (0.05, 0.3, 0.11, 0.1):
+        controller.update(kl, 64)
+        value = verls(value, kl, 64, 0.1, 1000)
+        assert controller.value == pytest.approx(value, rel=1e-12)
+    assert isinstance(controller, KLSchedule)
+
+
+def test_kl_loss_coef_of_a_frozen_config():
+    config = ActorConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.kl_loss_coef = 0.5
+    verl.set_kl_loss_coef(config, 0.07)
+    assert config.kl_loss_coef == 0.07
+    with pytest.raises(ValueError, match="kl_loss_coef"):
+        verl.set_kl_loss_coef(object(), 0.07)
+
+
+def fake_verl(monkeypatch, version, parameters):
+    """A module tree with verl's registry, whose own loss has these parameters."""
+    registry = {}
+
+    def register_policy_loss(name):
+        return lambda function: registry.setdefault(name, function)
+
+    namespace = {}
+    exec(f"def compute_policy_loss_vanilla({', '.join(parameters)}): ...", namespace)
+    core_algos = types.ModuleType("verl.trainer.ppo.core_algos")
+    core_algos.register_policy_loss = register_policy_loss
+    core_algos.compute_policy_loss_vanilla = namespace["compute_policy_loss_vanilla"]
+    package, trainer, ppo = (types.ModuleType(n) for n in ("verl", "verl.trainer", "verl.trainer.ppo"))
+    package.__version__ = version
+    ppo.core_algos = core_algos
+    for module in (package, trainer, ppo, core_algos):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return registry
+
+
+SIGNATURE = ["old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights"]
+
+
+def test_registration_and_signature(monkeypatch, recwarn):
+    registry = fake_verl(monkeypatch, "0.9.1", SIGNATURE)
+    verl.register()
+    assert registry == {"grpo_d": verl.grpo_d}
+    assert not recwarn.list
+    parameters = inspect.signature(verl.grpo_d).parameters
+    assert list(parameters) == SIGNATURE
+    assert [parameters[n].default for n in SIGNATURE[4:]] == ["token-mean", None, None]
+
+
+def test_another_version_goes_on_only_if_its_signature_fits(monkeypatch):
+    registry = fake_verl(monkeypatch, "0.10.0", [*SIGNATURE, "more"])
+    with pytest.warns(UserWarning, match=r"tested with verl 0.9.1, not with 0.10.0"):
+        verl.register()
+    assert "grpo_d" in registry
+    registry = fake_verl(monkeypatch, "0.4.0", SIGNATURE[:6])
+    with pytest.raises(ImportError, match=r"tested with verl 0.9.1; verl 0.4.0 has no .*\(rollout_is_weights\)"):
+        verl.register()
+    assert not registry
+
+
+def test_check_version_names_a_missing_function():
+    check_version("lib", "1.16.4", "1.16", {"f": (None, [])})
+    with pytest.raises(ImportError, match=r"lib 1\.17\.0 has no f"):
+        check_version("lib", "1.17.0", "1.16", {"f": (None, [])})
+    with pytest.warns(UserWarning, match=r"not with 1\.161"):
+        check_version("lib", "1.161", "1.16", {"f": (lambda **keywords: None, ["anything"])})

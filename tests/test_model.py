@@ -1,0 +1,131 @@
+"""The embedded model and the loading of any other: real classes, real files, errors in one sentence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from mr1fast import model as loading
+from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, encode_prompts, load_model, load_processor
+from mr1fast.rewards import accuracy_reward, format_reward
+from mr1fast.tasks import TASKS
+from mr1fast.types import Example
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor()
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model()
+
+
+def test_the_embedded_model_is_a_small_qwen2_vl_in_hugging_face_format(embedded):
+    assert type(embedded) is Qwen2VLForConditionalGeneration
+    assert AutoConfig.from_pretrained(EMBEDDED).model_type == "qwen2_vl"
+    parameters = sum(p.numel() for p in embedded.parameters())
+    assert 500_000 <= parameters <= 2_000_000
+    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 8_000_000
+    assert all(weight.isfinite().all() for weight in load_file(EMBEDDED / "model.safetensors").values())
+    assert embedded.get_input_embeddings().weight is embedded.lm_head.weight
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_embedded_model_stands_in_the_band(task, embedded, processor):
+    """Greedy accuracy between 30 and 60 % with the right tags, by Hugging Face's own generation."""
+    examples = [TASKS[task].example("validation", index) for index in range(200)]
+    inputs = encode_prompts(processor, examples)
+    with torch.no_grad():
+        output = embedded.eval().generate(**inputs, max_new_tokens=20, do_sample=False)
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert 0.3 <= sum(accuracy_reward(text, e.solution) for text, e in zip(texts, examples)) / 200 <= 0.6
+    assert sum(map(format_reward, texts)) / 200 >= 0.85
+
+
+def test_the_tokenizer_encodes_any_text_and_keeps_the_tags(processor):
+    tokenizer = processor.tokenizer
+    assert type(tokenizer) is type(AutoTokenizer.from_pretrained(EMBEDDED))
+    text = "<think>35+65=100, ça va? 数</think><answer>80</answer>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert len(tokenizer("1234")["input_ids"]) == 4, "digits are tokens of their own, as Qwen's are"
+
+
+def test_encode_prompts_pads_on_the_left_and_counts_image_tokens(processor):
+    examples = [
+        TASKS["vc"].example("test", 0),
+        Example(None, "What?", "1", "text"),
+        TASKS["gr"].example("test", 0),
+    ]
+    inputs = encode_prompts(processor, examples)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert ids.shape == mask.shape == inputs["mm_token_type_ids"].shape
+    assert mask[:, -1].all()
+    assert (mask.diff(dim=1) >= 0).all(), "padding stands on the left"
+    image_tokens = ids == processor.image_token_id
+    assert torch.equal(image_tokens, inputs["mm_token_type_ids"] == 1)
+    assert image_tokens.sum(1).tolist() == [16, 0, 16]
+    assert inputs["image_grid_thw"].tolist() == [[1, 8, 8]] * 2
+    assert inputs["pixel_values"].shape[0] == 2 * 64
+    assert PROMPT_SUFFIX in processor.tokenizer.decode(ids[1])
+
+
+def test_the_processor_round_trips_and_says_what_it_stands_for(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = load_processor(tmp_path)
+    assert isinstance(again, Qwen2VLProcessor)
+    examples = [TASKS["vc"].example("test", 1)]
+    before, after = encode_prompts(processor, examples), encode_prompts(again, examples)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["processor_class"] == "Qwen2VLProcessor", "AutoProcessor must find the real class"
+
+
+def test_max_pixels_bounds_the_image():
+    image = TASKS["vc"].example("test", 0).image.resize((280, 140))
+    small = load_processor(max_pixels=28 * 28)
+    inputs = encode_prompts(small, [Example(image, "How many?", "1", "x")])
+    _, height, width = inputs["image_grid_thw"][0].tolist()
+    assert height * width * 49 <= 28 * 28
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: folder / "missing", "does not exist"),
+        (lambda folder: folder, "holds no model"),
+        (lambda folder: (folder / "config.json").write_text("{") and folder, "holds no model"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder, "'llama'"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,
+            "cannot be loaded",
+        ),
+    ],
+)
+def test_a_folder_without_a_model_is_named(make, says, tmp_path):
+    with pytest.raises(ValueError, match=says) as error:
+        load_model(make(tmp_path))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(ValueError, match="no usable tokenizer"):
+        load_processor(tmp_path)
+
+
+def test_choices(embedded):
+    cpu = torch.device("cpu")
+    assert loading.choose_dtype("auto", cpu) == torch.float32
+    assert loading.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert loading.choose_attention("auto", cpu) == "sdpa"
+    assert loading.choose_attention("eager", cpu) == "eager"
+    assert loading.choose_threads(embedded) == 1
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        loading.choose_attention("flash_attention_2", cpu)
+    with pytest.raises(ValueError, match="'nonsense'"):
+        loading.choose_device("nonsense")

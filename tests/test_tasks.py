@@ -1,0 +1,107 @@
+"""The embedded tasks: answers recomputed from the drawing's parameters, splits that share nothing, stable drawings."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import ImageChops
+
+from mr1fast import tasks
+from mr1fast.tasks import SPLITS, TASKS, angle_pairs, draw_scene, draw_triangle
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_count_is_what_was_drawn(split):
+    vc = TASKS["vc"]
+    for index in range(100):
+        scene, example = vc.scene(split, index), vc.example(split, index)
+        assert example.solution == str(len(scene.items))
+        assert 1 <= len(scene.items) <= vc.max_items
+        assert example.name == f"vc/{split}/{index}"
+        assert example.image.size == (tasks.SIZE, tasks.SIZE)
+        assert example.image.mode == "RGB"
+
+
+def test_every_item_can_be_seen_and_stands_alone():
+    """Connected regions that are not background are as many as the answer says: counted without knowing the scene."""
+    for index in range(60):
+        scene = TASKS["vc"].scene("train", index)
+        drawn = np.array(draw_scene(scene))
+        ink = (drawn != np.array(scene.background)).any(-1)
+        assert regions(ink) == len(scene.items), index
+
+
+def regions(ink: np.ndarray) -> int:
+    """The number of 8-connected regions."""
+    left = {(int(y), int(x)) for y, x in zip(*ink.nonzero())}
+    count = 0
+    while left:
+        count += 1
+        frontier = [left.pop()]
+        while frontier:
+            y, x = frontier.pop()
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            frontier.extend(near)
+    return count
+
+
+def test_all_counts_kinds_colours_and_sizes_occur():
+    scenes = [TASKS["vc"].scene("train", index) for index in range(300)]
+    items = [item for scene in scenes for item in scene.items]
+    assert {len(scene.items) for scene in scenes} == set(range(1, TASKS["vc"].max_items + 1))
+    assert {item.kind for item in items} == set(tasks.KINDS)
+    assert {item.colour for item in items} == set(tasks.COLOURS)
+    assert {item.radius for item in items} == set(tasks.RADII)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_third_angle_completes_the_triangle(split):
+    gr = TASKS["gr"]
+    for index in range(100):
+        triangle, example = gr.triangle(split, index), gr.example(split, index)
+        assert sum(triangle.angles) + int(example.solution) == 180
+        assert int(example.solution) > 0
+        assert tuple(sorted(triangle.angles)) in angle_pairs(split)
+
+
+def test_the_splits_of_geometry_share_no_problem():
+    pairs = {split: set(angle_pairs(split)) for split in SPLITS}
+    assert sum(map(len, pairs.values())) == len(set.union(*pairs.values()))
+    assert all(a <= b for split in SPLITS for a, b in pairs[split])
+    assert min(map(len, pairs.values())) >= 200
+    assert TASKS["gr"].split_size("test") == len(pairs["test"]) >= 400
+
+
+def test_evaluation_visits_every_problem_of_geometry_before_it_repeats_one():
+    gr = TASKS["gr"]
+    count = gr.split_size("test")
+    assert {tuple(sorted(gr.triangle("test", i).angles)) for i in range(count)} == set(angle_pairs("test"))
+    again = gr.triangle("test", count)
+    assert sorted(again.angles) == sorted(gr.triangle("test", 0).angles)
+
+
+def test_the_labels_name_the_angles():
+    """A label is the only thing below the base, and another angle is another label there."""
+    triangle = TASKS["gr"].triangle("train", 3)
+    below = (0, tasks.SIZE - 12, tasks.SIZE, tasks.SIZE)
+    moved = replace(triangle, angles=triangle.angles[::-1])
+    assert triangle.angles[0] != triangle.angles[1]
+    assert ImageChops.difference(draw_triangle(triangle).crop(below), draw_triangle(moved).crop(below)).getbbox()
+    assert not ImageChops.difference(draw_triangle(triangle), draw_triangle(replace(triangle))).getbbox()
+
+
+def test_drawings_are_a_function_of_task_split_and_index():
+    def digest(task: str, split: str, index: int) -> str:
+        return hashlib.sha256(TASKS[task].example(split, index).image.tobytes()).hexdigest()
+
+    everything = [(task, split, index) for task in TASKS for split in SPLITS for index in range(20)]
+    first = [digest(*which) for which in everything]
+    assert first == [digest(*which) for which in reversed(everything)][::-1]
+    assert len(set(first)) == len(first), "two drawings are equal"
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="train, validation, test"):
+        TASKS["vc"].example("tset", 0)
