@@ -16,12 +16,15 @@ Signatures, defaults and return values are Liger's, and so are the numbers, exce
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from mr1fast import arguments
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.loss import GRPOLossOutput, grpo_loss, linear_grpo_loss, linear_token_logprobs
+from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
+from mr1fast.loss import GRPOLossOutput, grpo_loss
 
 
 def triton_grpo_loss(
@@ -238,7 +241,7 @@ def _refuse_unsupported(loss_type: str, importance_sampling_level: str, delta: f
             raise ValueError(f"delta must be None for loss_type={loss_type!r} (it has no two-sided clip), got {delta}")
 
 
-def _one_more(values: Tensor | None) -> Tensor | None:
+def _one_more(values: Any) -> Any:
     """[B, L] -> [B, L + 1] with 0 at the end; None, [B] and [B, 1] as they are."""
     if values is None or values.dim() == 1 or values.shape[1] == 1:
         return values

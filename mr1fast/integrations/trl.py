@@ -1,0 +1,396 @@
+"""TRL's GRPOTrainer (1.16) with our loss and GRPO-D's dynamic KL weight.
+
+    from trl import GRPOConfig, GRPOTrainer                                    # before
+    from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer             # after
+
+The loss is computed by `linear_grpo_loss` from the hidden states, log-probabilities by `linear_token_logprobs`; TRL
+keeps everything else, and the names of its metrics. Settings outside the one-pass form (see `outside_one_pass`) keep
+TRL's own `_compute_loss`, on our log-probabilities.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import utils as trl_utils
+
+from mr1fast import arguments
+from mr1fast.integrations.versions import check_version
+from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kl_weight import SCHEDULES, kl_weight
+from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
+from mr1fast.loss import GRPOLossOutput
+
+TESTED = "1.16"
+check_version(
+    "trl",
+    trl.__version__,
+    TESTED,
+    {
+        "GRPOTrainer._compute_loss": (getattr(GRPOTrainer, "_compute_loss", None), ["model", "inputs"]),
+        "GRPOTrainer._generate_and_score_completions": (
+            getattr(GRPOTrainer, "_generate_and_score_completions", None),
+            ["inputs"],
+        ),
+        "GRPOTrainer._get_per_token_logps_and_entropies": (
+            getattr(GRPOTrainer, "_get_per_token_logps_and_entropies", None),
+            ["model", "input_ids", "attention_mask", "logits_to_keep", "compute_entropy", "mm_token_type_ids"],
+        ),
+        "trainer.utils.FusedCausalLMOutput": (
+            getattr(trl_utils, "FusedCausalLMOutput", None),
+            ["loss", "log_probs", "entropy", "aux_loss"],
+        ),
+        "trainer.utils.maybe_gather_lm_head_ctx": (getattr(trl_utils, "maybe_gather_lm_head_ctx", None), []),
+    },
+)
+
+# What TRL passes from its batch to the model.
+_MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+# Runs in place of the lm_head and all that follows: (hidden [B, L, H], weight [V, H], bias, labels [B, L]).
+Head = Callable[[Tensor, Tensor, Tensor | None, Tensor], trl_utils.FusedCausalLMOutput]
+
+
+@dataclass
+class GRPODConfig(GRPOConfig):
+    """TRL's GRPOConfig with the KL weight as a function of the optimizer step, `mr1fast.kl_weight`.
+
+    Without beta_max the weight stays at `beta`, as in TRL. With it, `beta` is left alone or equal to beta_max.
+    """
+
+    kl_schedule: str = field(default="paper", metadata={"help": "How the KL weight moves: " + ", ".join(SCHEDULES)})
+    beta_min: float | None = field(default=None, metadata={"help": "Lowest KL weight; 0 if only beta_max is given."})
+    beta_max: float | None = field(default=None, metadata={"help": "Highest KL weight, the one at the end."})
+    explore_fraction: float = field(default=0.3, metadata={"help": "Share of the steps in which 'paper' falls."})
+
+    def __post_init__(self) -> None:
+        if self.beta_max is None and self.beta_min is not None:
+            raise ValueError(f"beta_max must be given with beta_min ({self.beta_min}), got None")
+        if self.beta_max is not None:
+            if self.beta not in (0.0, self.beta_max):
+                raise ValueError(f"beta must be left out (or be beta_max = {self.beta_max}), got {self.beta}")
+            # TRL prepares the reference model where beta is not 0.
+            self.beta = self.beta_max
+        _checked_schedule(self)
+        super().__post_init__()
+
+
+def _checked_schedule(args: Any) -> dict[str, Any]:
+    """The keywords of `kl_weight`; ValueError, by name, if it would not take them."""
+    name = getattr(args, "kl_schedule", "paper")
+    if name == "adaptive":
+        raise ValueError(f"kl_schedule='adaptive' is not supported in TRL's trainer; use one of {', '.join(SCHEDULES)}")
+    arguments.choice("kl_schedule", name, SCHEDULES)
+    beta_max = getattr(args, "beta_max", None)
+    if beta_max is None:
+        return {"schedule": "constant", "beta_min": 0.0, "beta_max": args.beta}
+    keywords = {
+        "schedule": name,
+        "beta_min": getattr(args, "beta_min", None) or 0.0,
+        "beta_max": beta_max,
+        "explore_fraction": getattr(args, "explore_fraction", 0.3),
+    }
+    kl_weight(0, 1, **keywords)
+    return keywords
+
+
+def outside_one_pass(trainer: Any) -> list[str]:
+    """The settings with which TRL's own `_compute_loss` is kept, by name; empty for the one-pass form."""
+    reasons = {
+        f"loss_type={trainer.loss_type!r}": trainer.loss_type not in LOSS_TYPES,
+        f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1.0,
+        f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": trainer.off_policy_mask_threshold is not None,
+        "use_adaptive_entropy=True": trainer.use_adaptive_entropy,
+        f"router_aux_loss_coef={trainer.router_aux_loss_coef}": trainer.aux_loss_enabled,
+        "final_logit_softcapping": _softcapped(trainer.model),
+    }
+    return [name for name, outside in reasons.items() if outside]
+
+
+class _GRPOD(GRPOTrainer):
+    """What GRPODTrainer adds to GRPOTrainer, and `patch_trl` to any trainer derived from it."""
+
+    args: Any  # GRPOConfig or GRPODConfig
+    model: Any
+    _head: Head | None = None
+    _patched_schedule: dict[str, Any] | None = None
+
+    @property
+    def kl_schedule(self) -> dict[str, Any]:
+        """The keywords of `mr1fast.kl_weight` in use."""
+        return self._patched_schedule or _checked_schedule(self.args)
+
+    def kl_weight(self) -> float:
+        """beta of the next update: a function of the optimizer steps done, and so exact after a resume."""
+        total = max(self.state.max_steps, 1)
+        return kl_weight(min(self.state.global_step, total), total, **self.kl_schedule)
+
+    def _generate_and_score_completions(self, inputs):
+        # TRL asks for reference log-probs only where beta is not 0, but a later update may need those of this batch.
+        self.beta = self.kl_schedule["beta_max"]
+        return super()._generate_and_score_completions(inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        def run() -> tuple[Tensor, Tensor | None, Tensor | None]:
+            return super(_GRPOD, self)._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+
+        module = self._causal_lm(model)
+        if _softcapped(module):
+            return run()
+        temperature = self.temperature / _logit_scale(module)
+        head = self._head or (lambda *tensors: _score(*tensors, temperature=temperature))
+        with _replaced_head(module, head, logits_to_keep, self.args.cast_lm_head_to_fp32):
+            return run()
+
+    def _compute_loss(self, model, inputs):
+        self.beta = self.kl_weight()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["beta"].append(self.beta)
+        if outside_one_pass(self):
+            return super()._compute_loss(model, inputs)
+
+        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        loss_mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        scale, entropy_scale = 1 / steps, 1 / steps
+        if self.loss_type in ("dapo", "cispo"):
+            # num_items_in_batch counts the tokens of a whole generation batch, over all processes.
+            scale = self.accelerator.num_processes
+            if mode == "train":
+                scale *= self.args.steps_per_generation / steps
+        results: list[GRPOLossOutput] = []
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor) -> trl_utils.FusedCausalLMOutput:
+            out = linear_grpo_loss(
+                hidden,
+                weight,
+                ids,
+                inputs["advantages"],
+                lm_head_bias=bias,
+                completion_mask=loss_mask,
+                old_per_token_logps=inputs.get("old_per_token_logps"),
+                ref_per_token_logps=inputs.get("ref_per_token_logps"),
+                beta=self.beta,
+                epsilon_low=self.epsilon_low,
+                epsilon_high=self.epsilon_high,
+                delta=self.args.delta,
+                loss_type=self.loss_type,
+                importance_sampling_level=self.importance_sampling_level,
+                use_bias_correction_kl=self.args.use_bias_correction_kl,
+                importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+                sapo_temperature_pos=self.args.sapo_temperature_pos,
+                sapo_temperature_neg=self.args.sapo_temperature_neg,
+                entropy_coef=self.entropy_coef * entropy_scale / scale,
+                max_completion_length=self.max_completion_length,
+                num_items_in_batch=inputs["num_items_in_batch"],
+                temperature=self.temperature / _logit_scale(self._causal_lm(model)),
+            )
+            results.append(out)
+            return trl_utils.FusedCausalLMOutput(loss=out.loss, log_probs=out.per_token_logps, entropy=out.entropies)
+
+        self._head = head
+        try:
+            # TRL's own code from the batch to the model's arguments, images included.
+            self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([inputs["prompt_ids"], ids], dim=1),
+                torch.cat([inputs["prompt_mask"], mask], dim=1),
+                ids.size(1),
+                compute_entropy=True,
+                **{name: inputs.get(name) for name in _MODEL_INPUTS},
+            )
+        finally:
+            self._head = None
+        (out,) = results
+        self._log_loss(mode, out, loss_mask, self.entropy_coef * entropy_scale, scale, steps)
+        return out.loss * scale
+
+    def _log_loss(self, mode, out: GRPOLossOutput, mask: Tensor, entropy_coef: float, scale: float, steps: int) -> None:
+        """TRL's metrics, over all processes, with two transfers instead of one each."""
+        metrics = self._metrics[mode]
+        flags = {"low_mean": out.is_low_clipped, "high_mean": out.is_high_clipped}
+        flags["region_mean"] = out.is_low_clipped | out.is_high_clipped
+        tokens, completions = mask.sum().float(), torch.tensor(float(len(mask)), device=mask.device)
+        sums = {"entropy": out.entropies.sum()}
+        if out.kl is not None:
+            sums["kl"] = out.kl.sum()
+        for name, flag in flags.items():
+            sums[name] = (flag.any(1) if out.clipped_per_completion else flag).sum().float()
+        totals = self.accelerator.reduce(torch.stack([tokens, completions, *sums.values()]), reduction="sum").tolist()
+        token_count, completion_count = max(totals[0], 1.0), max(totals[1], 1.0)
+        values = dict(zip(sums, totals[2:]))
+        flag_count = completion_count if out.clipped_per_completion else token_count
+        if "kl" in values:
+            metrics["kl"].append(values["kl"] / token_count)
+        metrics["entropy"].append(values["entropy"] / token_count)
+        if self.loss_type == "cispo":
+            metrics["cispo_clip_ratio"].append(values["high_mean"] / flag_count)
+        elif self.loss_type != "sapo":
+            for name in flags:
+                metrics[f"clip_ratio/{name}"].append(values[name] / flag_count)
+            pair = torch.stack([out.is_low_clipped, out.is_high_clipped], dim=-1)  # [B, L, 2]
+            if out.clipped_per_completion:
+                rates = pair.any(1).float()
+            else:
+                rates = pair.sum(1) / mask.sum(1, keepdim=True)  # NaN for a completion without tokens
+            rates = self.accelerator.gather(rates)
+            metrics["clip_ratio/low_min"].append(trl_utils.nanmin(rates[:, 0]).item())
+            metrics["clip_ratio/high_max"].append(trl_utils.nanmax(rates[:, 1]).item())
+        if self._entropy_bonus_enabled:
+            local_entropy = out.entropies.sum() / tokens.clamp(min=1)
+            policy_loss = out.loss.detach() * scale + entropy_coef * local_entropy
+            if self.loss_type not in ("dapo", "cispo"):
+                policy_loss = policy_loss * steps
+            metrics["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
+            if mode == "train" and self.accelerator.sync_gradients:
+                metrics["entropy_coef"].append(self.entropy_coef)
+
+    def _causal_lm(self, model) -> nn.Module:
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+
+class GRPODTrainer(_GRPOD):
+    """TRL's GRPOTrainer with our loss and the KL weight of GRPODConfig (a GRPOConfig keeps beta constant)."""
+
+
+def patch_trl(
+    trainer: Any,
+    *,
+    kl_schedule: str = "paper",
+    beta_min: float | None = None,
+    beta_max: float | None = None,
+    explore_fraction: float = 0.3,
+) -> Any:
+    """Give an existing GRPOTrainer (or a subclass's object) our loss, and a KL schedule; returns the trainer.
+
+    Without beta_max the weight stays the trainer's own. Undone by `unpatch`. Raises ValueError for anything but a
+    GRPOTrainer, a trainer patched already, or a schedule on a trainer that was built without a reference (beta 0).
+    """
+    original: Any = type(trainer)
+    if not issubclass(original, GRPOTrainer):
+        raise ValueError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}")
+    if issubclass(original, _GRPOD):
+        raise ValueError(f"trainer has our loss already (it is a {type(trainer).__name__})")
+    if beta_max is None and beta_min is not None:
+        raise ValueError(f"beta_max must be given with beta_min ({beta_min}), got None")
+    schedule = None
+    if beta_max is not None:
+        options = types.SimpleNamespace(
+            kl_schedule=kl_schedule, beta_min=beta_min, beta_max=beta_max, explore_fraction=explore_fraction
+        )
+        schedule = _checked_schedule(options)
+        if beta_max > 0 and trainer.args.beta == 0:
+            raise ValueError(
+                f"beta_max={beta_max} needs a reference model, and TRL prepared none: the trainer was built with "
+                f"beta=0.0. Build it with GRPOConfig(beta={beta_max})"
+            )
+    trainer.__class__ = type(f"GRPOD{original.__name__}", (_GRPOD, original), {"_original_class": original})
+    trainer._patched_schedule = schedule
+    return trainer
+
+
+def unpatch(trainer: Any) -> Any:
+    """Undo `patch_trl`: TRL's loss and the constant beta of the trainer's arguments. Returns the trainer."""
+    original = getattr(type(trainer), "_original_class", None)
+    if original is None:
+        raise ValueError(f"trainer must be one that patch_trl was given, got a {type(trainer).__name__}")
+    trainer.__class__ = original
+    del trainer._patched_schedule
+    trainer.beta = trainer.args.beta
+    return trainer
+
+
+# ---- from TRL's call of the model to our loss head ------------------------------------------------------------------
+
+
+@contextmanager
+def _replaced_head(module: nn.Module, head: Head, completion_length: int, lm_head_in_float32: bool) -> Iterator[None]:
+    """While this lasts, `module(..., labels=...)` runs the backbone and then `head` on the completion's positions.
+
+    Replacing the forward, and not calling the parts from outside, keeps the hooks of DDP, FSDP and ZeRO at work. It is
+    put back at once, since `generate` and TRL's other calls want the original.
+    """
+
+    def forward(self, *args, labels, fused_lm_head: bool = True, **kwargs):
+        text_config = self.config.get_text_config()
+        if getattr(text_config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        outputs = self.base_model(*args, **kwargs, use_cache=False)
+        lm_head = self.get_output_embeddings()
+        weight, bias = lm_head.weight, lm_head.bias
+        hidden = outputs.last_hidden_state[:, -completion_length - 1 : -1].to(weight.device)
+        labels = labels[:, -completion_length:].to(weight.device)
+        precision: AbstractContextManager = nullcontext()
+        if lm_head_in_float32:
+            hidden = hidden.float()
+            precision = torch.autocast(hidden.device.type, enabled=False)
+        with precision, trl_utils.maybe_gather_lm_head_ctx(weight, bias):
+            result = head(hidden, weight, bias, labels)
+        if kwargs.get("output_router_logits"):
+            aux_loss: Any = load_balancing_loss_func(
+                outputs.router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                kwargs.get("attention_mask"),
+            )
+            result.aux_loss = aux_loss
+        return result
+
+    own = module.__dict__.get("forward")
+    module.forward = types.MethodType(forward, module)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, temperature: float
+) -> trl_utils.FusedCausalLMOutput:
+    logps, entropies = linear_token_logprobs(
+        hidden, weight, labels, lm_head_bias=bias, temperature=temperature, mask=labels != -100, entropy=True
+    )
+    return trl_utils.FusedCausalLMOutput(log_probs=logps, entropy=entropies)
+
+
+def _softcapped(model: Any) -> bool:
+    """Gemma 2's tanh between lm_head and softmax, which our loss head does not have: TRL keeps such models."""
+    return bool(getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+
+
+def _logit_scale(model: Any) -> float:
+    """What the model multiplies its logits by (a temperature by another name), under each family's name."""
+    config = model.config.get_text_config()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
