@@ -1,7 +1,7 @@
 # make train    GRPO-D training of the embedded Qwen2-VL on the CPU; options in ARGS, e.g. make train ARGS="--task vc"
 # make test     the tests
 # make check    lint, format, types
-# make compile-check, compile-check-old    every Triton kernel through the compiler, no GPU needed; old: on Triton 3.6.0
+# make compile-check, compile-check-old    every GPU kernel through its compiler, no GPU needed; old: on Triton 3.6.0
 # Each sets up .venv first if it is missing or out of date.
 
 PYTHON ?= python3
@@ -46,6 +46,7 @@ check: $(READY)
 
 compile-check: $(READY)
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check
+	@$(BIN)/python -m benchmarks.compile_check_cuda
 
 # The oldest Triton that is supported, in an environment of its own: what is clean on the new one may spill on the old.
 OLD := .venv-triton36
