@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mr1fast import kl_weight
 from mr1fast.integrations import trl as integration
+from mr1fast.integrations import trl_head
 from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer, patch_trl, unpatch
 
 # Of the wall clock; and the metric that only we have.
@@ -112,9 +113,9 @@ def test_outside_of_one_pass_trls_loss_runs_on_our_logprobs(model, tmp_path, mon
 
     monkeypatch.setattr(integration, "linear_grpo_loss", never)
     scored = []
-    score = integration.linear_token_logprobs
+    score = trl_head.linear_token_logprobs
     monkeypatch.setattr(
-        integration, "linear_token_logprobs", lambda *a, **k: scored.append(torch.is_grad_enabled()) or score(*a, **k)
+        trl_head, "linear_token_logprobs", lambda *a, **k: scored.append(torch.is_grad_enabled()) or score(*a, **k)
     )
     _, trainer = both(model, tmp_path, max_steps=2, **settings)
     assert integration.outside_one_pass(trainer) == [reason]
@@ -260,7 +261,7 @@ def test_patch_an_existing_trainer_and_undo_it(model, tmp_path, monkeypatch):
         raise AssertionError("our loss")
 
     monkeypatch.setattr(integration, "linear_grpo_loss", never)
-    monkeypatch.setattr(integration, "linear_token_logprobs", never)
+    monkeypatch.setattr(trl_head, "linear_token_logprobs", never)
     back, trainer = tiny_trl.train(model, GRPOTrainer, GRPOConfig, tmp_path, beta=0.2, before=patched_and_back)
     assert type(trainer) is GRPOTrainer
     assert trainer.beta == 0.2
@@ -323,11 +324,11 @@ def test_logit_scale_is_a_temperature(model):
 
     module = torch.nn.Linear(1, 1)
     module.config = Config()
-    assert integration._logit_scale(module) == 0.25
+    assert trl_head.logit_scale(module) == 0.25
     Config.model_type = "hyperclovax"
-    assert integration._logit_scale(module) == 4.0
+    assert trl_head.logit_scale(module) == 4.0
     Config.logit_scale = 0.5
-    assert integration._logit_scale(module) == 0.5
+    assert trl_head.logit_scale(module) == 0.5
 
 
 def test_forward_is_put_back(model, tmp_path):
@@ -339,6 +340,6 @@ def test_forward_is_put_back(model, tmp_path):
         raise RuntimeError("in the head")
 
     ids = torch.ones(1, 5, dtype=torch.int64)
-    with integration._replaced_head(module, fail, 3, False), pytest.raises(RuntimeError, match="in the head"):
+    with trl_head.replaced_head(module, fail, 3, False), pytest.raises(RuntimeError, match="in the head"):
         module(input_ids=ids, labels=ids)
     assert module.__dict__["forward"] is before
