@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mr1fast.kernels import native, triton_backend
+from mr1fast.kernels import cuda, native, triton_backend
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Backend:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpp", native.why_not, native.grpo_forward, native.score_forward, native.score_backward),
+    Backend("cuda", cuda.why_not, cuda.grpo_forward, cuda.score_forward, cuda.score_backward),
     Backend(
         "triton",
         triton_backend.why_not,

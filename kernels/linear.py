@@ -113,9 +113,7 @@ class Gradients:
             if self.weight is None:
                 self.weight = product.to(self.sums)
             else:
-                # Part by part, for the conversion to stay in the cache (an addition of mixed types is not vectorised).
-                for total, part in zip(self.weight.split(1024), product.split(1024)):
-                    total.add_(part.to(self.sums))
+                self.weight.add_(product)
 
     def result(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Found:
         """In the shapes and dtypes of the arguments; zeros where nothing was added."""

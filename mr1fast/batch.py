@@ -11,7 +11,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
 from mr1fast.loss import GRPOLossOutput
-from mr1fast.prefix import completion_hidden
+from mr1fast.prefix import completion_hidden, encode_prefix
 from mr1fast.types import Batch
 
 _PER_TOKEN = ("completion_ids", "completion_mask", "advantages", "ref_per_token_logps", "old_per_token_logps")
@@ -19,7 +19,7 @@ _PER_TOKEN = ("completion_ids", "completion_mask", "advantages", "ref_per_token_
 
 def batch_logps(model: Qwen2VLForConditionalGeneration, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, L] float32 of the completions' tokens, 0 where masked; differentiable."""
-    hidden = completion_hidden(model, batch.inputs, batch.completion_ids, batch.num_generations)
+    hidden = completion_hidden(model, encode_prefix(model, batch.inputs), batch.completion_ids)
     logps = linear_token_logprobs(
         hidden, model.lm_head.weight, batch.completion_ids, temperature=temperature, mask=batch.completion_mask
     )
@@ -31,7 +31,8 @@ def grpo_batch_loss(
     model: Qwen2VLForConditionalGeneration, batch: Batch, *, beta: float, temperature: float
 ) -> GRPOLossOutput:
     """The paper's loss of a batch: a mean over completions, so that pieces add up weighted by their size."""
-    hidden = completion_hidden(model, batch.inputs, batch.completion_ids, batch.num_generations)
+    prefix = batch.prefix or encode_prefix(model, batch.inputs)
+    hidden = completion_hidden(model, prefix, batch.completion_ids)
     return linear_grpo_loss(
         hidden,
         model.lm_head.weight,
@@ -53,6 +54,8 @@ def sft_batch_loss(model: Qwen2VLForConditionalGeneration, batch: Batch) -> Tens
 
 def split_batch(batch: Batch, pieces: int) -> list[Batch]:
     """The batch in pieces of equally many prompts, each with all of its completions."""
+    if pieces == 1:
+        return [batch]
     prompts = batch.inputs["input_ids"].shape[0]
     assert prompts % pieces == 0
     size = prompts // pieces
@@ -70,7 +73,9 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
 
 def prompt_rows(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """The prompts start <= p < stop of `encode_prompts`, with their images, of which a prompt has one or none."""
-    rows = {name: inputs[name][start:stop] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    rows = {
+        name: tensor[start:stop] for name, tensor in inputs.items() if name not in ("pixel_values", "image_grid_thw")
+    }
     if "image_grid_thw" in inputs:
         has_image = (inputs["mm_token_type_ids"] == 1).any(1)
         images = slice(int(has_image[:start].sum()), int(has_image[:stop].sum()))

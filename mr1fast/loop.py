@@ -68,9 +68,8 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     checkpoint = _rewind(folder, checkpoint)
     model = setup.load(setup.base_path if checkpoint is None else checkpoint)
-    trainer = Trainer(
-        config, model, setup.base if needs_reference(config) else None, setup.processor, setup.train_split(config, name)
-    )
+    dataset = setup.train_split(config, name)
+    trainer = Trainer(config, model, setup.base if needs_reference(config) else None, setup.processor, dataset)
     if checkpoint is not None:
         trainer.load_state_dict(load_state(checkpoint))
     validation = setup.split(name, "validation", config.eval_validation_samples) if config.eval_steps else None
@@ -97,15 +96,17 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
             if stop.signal_number is not None:
                 raise Stopped(stop.signal_number)
     log.close()
+    if config.data is not None:
+        print(dataset.summary())
     return model
 
 
 def postfix(metrics: dict[str, float]) -> str:
     """What the progress bar shows beside the time left."""
-    names = {"reward": "reward", "rewards/accuracy_reward/mean": "accuracy", "kl": "kl", "beta": "beta", "loss": "loss"}
+    names = {"reward": "reward", "rewards/accuracy_reward/mean": "accuracy", "kl": "kl", "beta": "beta"}
+    if "reward" not in metrics:
+        names = {"loss": "loss"}
     shown = {title: metrics[name] for name, title in names.items() if name in metrics}
-    if "reward" in shown:
-        del shown["loss"]
     if skipped := metrics["skipped_steps"]:
         shown["skipped"] = skipped
     return ", ".join(f"{title} {value:.3g}" for title, value in shown.items())
@@ -134,13 +135,13 @@ class Setup:
     names: list[str]  # of the tasks, or of the data set
     tests: dict[str, ImageTextDataset]
 
-    def split(self, name: str, split: str, count: int) -> ImageTextDataset:
+    def split(self, name: str, split: str, count: int | None) -> ImageTextDataset:
         return load_split(self.config.data or name, split, count=count, seed=self.config.seed)
 
     def train_split(self, config: TrainConfig, name: str) -> ImageTextDataset:
-        """As many examples as the run can use."""
+        """All rows of local data; of an embedded task, which is endless, as many as the run can use."""
         batches = -(-config.max_steps // config.num_iterations)
-        return self.split(name, "train", batches * config.prompts_per_step)
+        return self.split(name, "train", None if config.data is not None else batches * config.prompts_per_step)
 
     def evaluate(
         self, model: Qwen2VLForConditionalGeneration, dataset: ImageTextDataset, name: str, progress: Any = None
@@ -155,8 +156,7 @@ class Setup:
             progress=progress,
             seed=config.seed,
         )
-        names = ("greedy_accuracy", "sampled_accuracy", "format_accuracy", "accuracy_when_formatted", "n")
-        return {figure: getattr(result, figure) for figure in names}
+        return result.figures()
 
     def description(self) -> str:
         parameters = sum(p.numel() for p in self.base.parameters())

@@ -20,7 +20,9 @@ class MetricsLog:
 
         self.file, self.task = run.metrics_file, task
         if self.file.exists():
-            rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            # A run that was killed may have left half a line.
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
             kept = [row for row in rows if row["task"] != task or row["step"] <= start_step]
             self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.tensorboard = SummaryWriter(str(run.tensorboard(task)), purge_step=start_step + 1)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen2VLForConditionalGeneration
+from transformers import Cache, DynamicCache, Qwen2VLForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -34,35 +35,75 @@ class Prefix:
         key_values = [(each(keys), each(values)) for keys, values in self.key_values]
         return Prefix(key_values, each(self.last_hidden), each(self.attention_mask), each(self.next_position))
 
-    def cache(self) -> DynamicCache:
-        return DynamicCache(self.key_values)
+    def detach(self) -> Prefix:
+        key_values = [(keys.detach(), values.detach()) for keys, values in self.key_values]
+        return Prefix(key_values, self.last_hidden.detach(), self.attention_mask, self.next_position)
+
+    def cache(self, room: int = 0) -> Cache:
+        """A cache that holds the prefix. With `room` for so many tokens it is written in place, without gradients."""
+        if room == 0:
+            return DynamicCache(self.key_values)
+        return Cache(layers=[_RoomyLayer(keys, values, room) for keys, values in self.key_values])
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer that does not copy itself for every token that is sampled."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        B, heads, self.length, D = keys.shape
+        self.buffers = [tensor.new_empty(B, heads, self.length + room, D) for tensor in (keys, values)]
+        for buffer, tensor in zip(self.buffers, (keys, values)):
+            buffer[:, :, : self.length] = tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start : self.length] = new
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def place_inputs(model: Qwen2VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`encode_prompts` on the model's device, with M-RoPE's position_ids [P, 3, T] and next_position [P], int64."""
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    mask = inputs["attention_mask"]
+    positions, deltas = model.model.get_rope_index(
+        inputs["input_ids"],
+        inputs["mm_token_type_ids"],
+        image_grid_thw=inputs.get("image_grid_thw"),
+        attention_mask=mask,
+    )
+    next_position = mask.sum(1) + deltas.flatten().to(mask.device)
+    return inputs | {"position_ids": positions.transpose(0, 1), "next_position": next_position}
 
 
 def encode_prefix(model: Qwen2VLForConditionalGeneration, inputs: dict[str, Tensor]) -> Prefix:
-    """Run the prompts of `encode_prompts` (on any device) through vision tower and language model."""
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+    """Run prompts, of `encode_prompts` or `place_inputs`, through vision tower and language model."""
+    if "position_ids" not in inputs:
+        inputs = place_inputs(model, inputs)
+    input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
     embeds = model.model.get_input_embeddings()(input_ids)
-    grid = inputs.get("image_grid_thw")
-    if grid is not None:
-        features = model.model.get_image_features(inputs["pixel_values"], grid).pooler_output
+    if "image_grid_thw" in inputs:
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         is_image = (input_ids == model.config.image_token_id)[..., None]
         embeds = embeds.masked_scatter(is_image, torch.cat(features).to(embeds.dtype))
-    positions, deltas = model.model.get_rope_index(
-        input_ids, inputs["mm_token_type_ids"], image_grid_thw=grid, attention_mask=attention_mask
-    )
     cache = DynamicCache()
     hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, past_key_values=cache
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=inputs["position_ids"].transpose(0, 1),
+        past_key_values=cache,
     ).last_hidden_state
     key_values = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
-    next_position = attention_mask.sum(1) + deltas.flatten().to(attention_mask.device)
-    return Prefix(key_values, hidden[:, -1], attention_mask.bool(), next_position)  # type: ignore[arg-type]
+    return Prefix(key_values, hidden[:, -1], mask.bool(), inputs["next_position"])  # type: ignore[arg-type]
 
 
-def extend(
-    model: Qwen2VLForConditionalGeneration, prefix: Prefix, cache: DynamicCache, ids: Tensor, start: int
-) -> Tensor:
+def extend(model: Qwen2VLForConditionalGeneration, prefix: Prefix, cache: Cache, ids: Tensor, start: int) -> Tensor:
     """Hidden states [B, N, H] of the completions' tokens `ids` [B, N], the first of which is token `start`.
 
     `cache` holds the prefix and the completions' tokens before `start`, and takes up the new ones.
@@ -78,11 +119,12 @@ def extend(
     ).last_hidden_state
 
 
-def completion_hidden(
-    model: Qwen2VLForConditionalGeneration, inputs: dict[str, Tensor], completion_ids: Tensor, num_generations: int
-) -> Tensor:
-    """Hidden states [B, L, H]: the one at t predicts `completion_ids[:, t]` (padded on the right, [B, L])."""
-    prefix = encode_prefix(model, inputs).repeat(num_generations)
+def completion_hidden(model: Qwen2VLForConditionalGeneration, prefix: Prefix, completion_ids: Tensor) -> Tensor:
+    """Hidden states [B, L, H]: the one at t predicts `completion_ids[:, t]` (padded on the right, [B, L]).
+
+    `prefix`: of the P prompts of the B completions.
+    """
+    prefix = prefix.repeat(completion_ids.shape[0] // prefix.last_hidden.shape[0])
     first = prefix.last_hidden[:, None]
     if completion_ids.shape[1] == 1:
         return first

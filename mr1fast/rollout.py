@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
-from mr1fast.prefix import encode_prefix, extend
+from mr1fast.prefix import Prefix, encode_prefix, extend
 from mr1fast.types import Rollout
 
 
@@ -19,16 +19,18 @@ def generate(
     temperature: float = 1.0,
     max_new_tokens: int,
     generator: torch.Generator | None = None,
+    prefix: Prefix | None = None,
 ) -> Rollout:
     """Complete each of P prompts `num_generations` times, up to the end of sequence or `max_new_tokens`.
 
     inputs: of `encode_prompts`, padded on the left. temperature: 0 takes the likeliest token.
     generator: on the model's device; without one torch's global state is used.
+    prefix: of these inputs, if the caller has computed it.
     Raises ValueError for a model that computes no numbers.
     """
     eos, banned, pad = end_tokens(model), banned_tokens(model), pad_token(model)
-    prefix = encode_prefix(model, inputs).repeat(num_generations)
-    cache, hidden = prefix.cache(), prefix.last_hidden
+    prefix = (prefix or encode_prefix(model, inputs)).repeat(num_generations)
+    cache, hidden = prefix.cache(room=max_new_tokens), prefix.last_hidden
     if not hidden.isfinite().all():
         raise ValueError("the model's hidden states are not finite: its weights are broken")
     B = hidden.shape[0]

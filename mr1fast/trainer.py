@@ -22,6 +22,7 @@ from mr1fast.loss import group_advantages
 from mr1fast.metrics import completion_metrics, mean_metrics, reward_metrics
 from mr1fast.model import encode_prompts
 from mr1fast.optimizer import Optimizer, learning_rate_at
+from mr1fast.prefix import encode_prefix, place_inputs
 from mr1fast.processor import Qwen2VLTextImageProcessor
 from mr1fast.rewards import accuracy_reward, format_reward
 from mr1fast.rollout import decode, end_tokens, generate, pad_token
@@ -103,8 +104,7 @@ class Trainer:
 
     def sample(self) -> Sampled:
         examples = self.examples()
-        inputs = encode_prompts(self.processor, examples)
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        inputs = place_inputs(self.model, encode_prompts(self.processor, examples))
         sampled = self._targets(examples, inputs) if self.config.method == "sft" else self._rollout(examples, inputs)
         self.num_tokens += int(inputs["attention_mask"].sum()) * sampled.batch.num_generations
         self.num_tokens += int(sampled.batch.completion_mask.sum())
@@ -112,6 +112,9 @@ class Trainer:
 
     def _rollout(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> Sampled:
         config, G = self.config, self.config.num_generations
+        # Sampler and policy are one network at this point: prompts and images are computed once for both. But not in
+        # pieces, whose point is to hold the activations of one at a time.
+        prefix = encode_prefix(self.model, inputs) if config.gradient_accumulation_steps == 1 else None
         rollout = generate(
             self.model,
             inputs,
@@ -119,6 +122,7 @@ class Trainer:
             temperature=config.temperature,
             max_new_tokens=config.max_completion_length,
             generator=self.generator,
+            prefix=prefix and prefix.detach(),
         )
         eos = end_tokens(self.model)
         completions = decode(self.processor.tokenizer, rollout, eos)
@@ -134,6 +138,7 @@ class Trainer:
             completion_ids=rollout.completion_ids,
             completion_mask=rollout.completion_mask,
             advantages=group_advantages(total, G).to(self.model.device),
+            prefix=prefix,
         )
         if self.reference is not None:
             with torch.no_grad():
@@ -202,14 +207,19 @@ class Trainer:
             # The loss is a mean over completions, and the pieces are equally large.
             (loss / len(pieces)).backward()
         metrics = mean_metrics(rows)
-        if not math.isfinite(metrics["loss"]):
+        old = batch.old_per_token_logps
+        if math.isfinite(metrics["loss"]):
+            metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
+            if config.num_iterations > 1 and logps and old is None:
+                # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
+                old = torch.cat(logps).detach()
+        else:
+            metrics["grad_norm"] = math.nan
             self.optimizer.zero_grad()
-            return metrics | {"grad_norm": math.nan}
-        metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
-        if config.num_iterations > 1 and logps and batch.old_per_token_logps is None:
-            # The policy that sampled is the one before this first update; the next ones on this batch are off-policy.
-            old = dataclasses.replace(batch, old_per_token_logps=torch.cat(logps).detach())
-            self.sampled = dataclasses.replace(sampled, batch=old)
+        # The graph of the prefix is used up.
+        self.sampled = dataclasses.replace(
+            sampled, batch=dataclasses.replace(batch, old_per_token_logps=old, prefix=None)
+        )
         return metrics
 
     def _count(self, reason: str) -> None:
@@ -241,7 +251,7 @@ class Trainer:
             "sampled": None,
         }
         if self.sampled is not None and self.finished_steps % self.config.num_iterations:
-            state["sampled"] = {**vars(self.sampled), "batch": vars(self.sampled.batch)}
+            state["sampled"] = {**vars(self.sampled), "batch": {**vars(self.sampled.batch), "prefix": None}}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mr1fast.prefix import Prefix
+
 
 @dataclass(frozen=True)
 class Example:
@@ -41,10 +43,11 @@ class Rollout:
 class Batch:
     """What a step trains on: prompts, their completions, and what the loss needs to know of each."""
 
-    inputs: dict[str, Tensor]  # of P prompts, see `model.encode_prompts`
+    inputs: dict[str, Tensor]  # of P prompts, see `prefix.place_inputs`
     num_generations: int  # G
     completion_ids: Tensor  # [B, L] int64
     completion_mask: Tensor  # [B, L] bool
     advantages: Tensor | None = None  # [B] float32; None for supervised fine-tuning
     ref_per_token_logps: Tensor | None = None  # [B, L] float32, of the frozen reference; None where the KL weight is 0
     old_per_token_logps: Tensor | None = None  # [B, L] float32, of the policy that sampled; None while it is still that
+    prefix: Prefix | None = None  # of the prompts, with the graph, from sampling; good for the first update only

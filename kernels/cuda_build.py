@@ -1,0 +1,101 @@
+"""Where the CUDA kernels come from: nvcc compiles csrc/grpo_cuda.cu once, and a check on the device decides.
+
+nvcc is not tied to the build of torch, so it is looked for here: CUDA_HOME, CUDA_PATH, the PATH, /usr/local/cuda. The
+library includes nothing of torch and serves any; it is kept in MR1FAST_CACHE (default ~/.cache/mr1fast), under a name
+made of the sources and the architecture. Before it gets there it runs against the reference in a process of its own
+(cuda_check.py), so that a kernel that a device or driver does not take costs a warning and not a training run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = ("grpo_cuda.cu", "grpo_cuda.h", "cuda_primitives.h", "split_row.h", "token_loss.h", "half.h")
+FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared")
+CHECK_SECONDS = 300
+
+
+class CannotBuild(Exception):
+    """Says in one sentence why there is no library."""
+
+
+def source_folder() -> Path:
+    """csrc/ of the checkout that this package was imported from; a wheel has none."""
+    return Path(__file__).resolve().parents[1] / "csrc"
+
+
+@functools.cache
+def find_nvcc() -> str | None:
+    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders += [Path(folder) for folder in os.get_exec_path()]
+    folders += [Path("/usr/local/cuda/bin"), *sorted(Path("/usr/local").glob("cuda-*/bin"), reverse=True)]
+    return next((found for folder in folders if (found := shutil.which("nvcc", path=str(folder)))), None)
+
+
+def architecture(major: int, minor: int) -> str:
+    """nvcc's name of a compute capability; from 9.0 on with what is specific to it."""
+    return f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
+
+
+def compile_command(nvcc: str, arch: str, output: Path) -> list[str]:
+    target = f"arch=compute_{arch},code=sm_{arch}"
+    return [nvcc, *FLAGS, "-gencode", target, str(source_folder() / SOURCES[0]), "-o", str(output)]
+
+
+def library_path(arch: str) -> Path:
+    """Where the library of these sources for that architecture is kept."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for name in SOURCES:
+        digest.update((source_folder() / name).read_bytes())
+    cache = os.environ.get("MR1FAST_CACHE") or Path.home() / ".cache" / "mr1fast"
+    return Path(cache) / f"grpo_cuda_{digest.hexdigest()[:16]}_sm_{arch}.so"
+
+
+def build(device: int, arch: str) -> Path:
+    """The library, compiled and checked on that device if it is not there yet. Raises CannotBuild."""
+    if not (source_folder() / SOURCES[0]).is_file():
+        raise CannotBuild(
+            "the CUDA sources are not part of this installation; install from a checkout: pip install -e ."
+        )
+    path = library_path(arch)
+    if path.is_file():
+        return path
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise CannotBuild("nvcc was not found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda); install the CUDA toolkit")
+    import fcntl  # not on Windows, which has come to its end by now
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a distributed run all come here at once
+        if not path.is_file():
+            _compile_and_check(nvcc, device, arch, path)
+    return path
+
+
+def _compile_and_check(nvcc: str, device: int, arch: str, path: Path) -> None:
+    print(f"mr1fast: compiling the CUDA kernels for sm_{arch}, once ({path})", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
+        done = subprocess.run(compile_command(nvcc, arch, fresh), capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CannotBuild(f"{nvcc} failed:\n{done.stderr.strip()[-2000:]}")
+        try:
+            checked = subprocess.run(
+                [sys.executable, "-m", "mr1fast.kernels.cuda_check", str(fresh), str(device)],
+                capture_output=True,
+                text=True,
+                timeout=CHECK_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise CannotBuild(f"the kernels did not come to an end on device {device} in {CHECK_SECONDS} s") from None
+        if checked.returncode != 0:
+            raise CannotBuild(f"the kernels failed their check on device {device}:\n{checked.stderr.strip()[-2000:]}")
+        os.replace(fresh, path)

@@ -1,0 +1,53 @@
+"""`python -m mr1fast.kernels.cuda_check [LIBRARY] [DEVICE]`: the CUDA kernels against the reference, on the device.
+
+cuda_build.py runs it on a library before anybody else may use it; without arguments it checks the one in use.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from mr1fast.kernels import cuda
+from mr1fast.kernels.testing import assert_within_budget, random_batch
+
+# Scalars only; unaligned; clusters of different sizes; too long for any cluster.
+VOCABULARIES = (37, 1003, 32000, 151936, 10**6 + 8)
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def gradient(batch: dict, logits: torch.Tensor, level: str, backend: str) -> torch.Tensor:
+    from mr1fast import grpo_loss
+
+    leaf = logits.detach().clone().requires_grad_()
+    keywords = batch | {"logits": leaf, "importance_sampling_level": level, "entropy_coef": 0.01}
+    grpo_loss(**keywords, beta=0.1, backend=backend).loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def check(device: int) -> None:
+    """Gradients of the one pass and of the two-pass way, every dtype and path; AssertionError if one is off."""
+    for dtype in cuda.DTYPES:
+        for V in VOCABULARIES:
+            batch = random_batch(2, 3, V, dtype=dtype, device=f"cuda:{device}")
+            for level in ("token", "sequence"):
+                exact = gradient(batch, batch["logits"].double(), level, "torch")
+                peer = gradient(batch, batch["logits"], level, "torch")
+                actual = gradient(batch, batch["logits"], level, "cuda")
+                scale = exact.abs().max()
+                name = f"{dtype}, V {V}, {level} level"
+                assert_within_budget(name, actual / scale, exact / scale, peer / scale, FLOOR[dtype])
+                print(f"{name}: within the budget")
+
+
+def main() -> None:
+    device = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    if len(sys.argv) > 1:
+        cuda.use(cuda.open_library(sys.argv[1]), device)
+    check(device)
+
+
+if __name__ == "__main__":
+    main()

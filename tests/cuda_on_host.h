@@ -1,0 +1,293 @@
+// The machine of csrc/grpo_cuda.cu on a CPU: the names of csrc/cuda_primitives.h, so that the kernels run without a GPU.
+//
+// Each CUDA thread is a fiber that runs until it must wait; the order among those that can run is random (seeded), bulk
+// loads happen only when somebody waits for them and bulk stores only when their end is awaited. A missing barrier thus
+// shows as a wrong result, a missing arrival as a deadlock, which is reported.
+#pragma once
+
+#include <assert.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "half.h"
+
+#define MR1_KERNEL
+#define MR1_DEVICE inline
+#define MR1_THREADS(most, resident)
+#define MR1_HAS_CLUSTERS 1
+
+namespace mr1fast {
+
+constexpr int kClusterThreads = 64, kRowThreads = 64, kScoreThreads = 64;
+constexpr int kSmallestClusterRow = 128;
+constexpr size_t kStack = 65536;
+
+struct Machine {
+  bool clusters;
+  int shared_per_block, shared_per_processor, shared_reserved;
+};
+inline Machine host_machine{true, 1 << 20, 1 << 20, 0};
+inline std::mt19937 host_random{0};
+
+inline const char* machine(Machine* m) {
+  *m = host_machine;
+  return nullptr;
+}
+
+// ---- fibers ---------------------------------------------------------------------------------------------------------
+
+struct Meeting {  // of `size` threads, again and again
+  int size, arrived = 0, generation = 0;
+  void arrive() {
+    if (++arrived == size) {
+      arrived = 0;
+      ++generation;
+    }
+  }
+};
+
+struct HostWarp {
+  Meeting meeting{32};
+  float values[32];
+};
+
+struct HostBlock {
+  int64_t index;
+  int rank;
+  char* shared;
+  Meeting meeting;
+  std::vector<HostWarp> warps;
+};
+
+struct HostCluster {
+  std::vector<HostBlock> blocks;
+  Meeting meeting;
+};
+
+struct BulkStore {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  HostBlock* block;
+  int thread;
+  int cluster_ticket = 0;
+  const int* blocked_on = nullptr;  // runs again once *blocked_on is not blocked_at
+  int blocked_at = 0;
+  bool done = false;
+  std::vector<BulkStore> stores;
+};
+
+inline ucontext_t scheduler;
+inline Fiber* current = nullptr;
+inline HostCluster* cluster_now = nullptr;
+inline std::function<void()> kernel_now;
+inline const char* failure = nullptr;
+inline int threads_now = 0;
+
+inline void wait_while(const int* word, int value) {
+  while (*word == value) {
+    current->blocked_on = word;
+    current->blocked_at = value;
+    swapcontext(&current->context, &scheduler);
+  }
+}
+
+inline void meet(Meeting& m) {
+  const int before = m.generation;
+  m.arrive();
+  wait_while(&m.generation, before);
+}
+
+inline void fiber_main() {
+  kernel_now();
+  current->done = true;
+  swapcontext(&current->context, &scheduler);
+}
+
+// ---- what a kernel sees ---------------------------------------------------------------------------------------------
+
+inline int thread() { return current->thread; }
+inline int threads() { return threads_now; }
+inline int64_t block() { return current->block->index; }
+inline void barrier() { meet(current->block->meeting); }
+inline char* shared_memory() { return current->block->shared; }
+
+inline float from_lane(float x, int mask) {
+  HostWarp& warp = current->block->warps[current->thread / 32];
+  const int lane = current->thread % 32;
+  warp.values[lane] = x;
+  meet(warp.meeting);
+  const float other = warp.values[lane ^ mask];
+  meet(warp.meeting);
+  return other;
+}
+
+inline void require(bool condition) {
+  if (condition) return;
+  failure = "completion_ids out of range at an unmasked position";
+  current->done = true;
+  swapcontext(&current->context, &scheduler);
+}
+
+struct alignas(16) Words {
+  uint32_t w[4];
+};
+inline Words read_words(const void* p) {
+  assert((uintptr_t)p % 16 == 0);
+  return *(const Words*)p;
+}
+inline void write_words(void* p, const Words& x) {
+  assert((uintptr_t)p % 16 == 0);
+  *(Words*)p = x;
+}
+inline Words read_words_once(const void* p) { return read_words(p); }
+inline void write_words_once(void* p, const Words& x) { write_words(p, x); }
+
+template <typename T, int W>
+void unpack(const Words& x, float (&y)[W], T) {
+  T values[W];
+  memcpy(values, &x, 16);
+  for (int i = 0; i < W; ++i) y[i] = to_float(values[i]);
+}
+template <typename T, int W>
+Words pack(const float (&y)[W], T) {
+  T values[W];
+  for (int i = 0; i < W; ++i) from_float(y[i], values + i);
+  Words x;
+  memcpy(&x, values, 16);
+  return x;
+}
+template <typename T>
+float read_one(const T* p) {
+  return to_float(*p);
+}
+template <typename T>
+void write_one(T* p, float x) {
+  from_float(x, p);
+}
+
+inline int cluster_rank() { return current->block->rank; }
+inline void cluster_arrive() {
+  current->cluster_ticket = cluster_now->meeting.generation;
+  cluster_now->meeting.arrive();
+}
+inline void cluster_wait() { wait_while(&cluster_now->meeting.generation, current->cluster_ticket); }
+inline void write_remote(float* p, int rank, float x) {
+  *(float*)(cluster_now->blocks[rank].shared + ((char*)p - current->block->shared)) = x;
+}
+
+struct Arrival {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  int state;  // 0: nothing expected, 1: under way, 2: arrived
+};
+inline void expect_nothing_yet(Arrival* a) { *a = {}; }
+inline void publish_arrivals() {}
+inline uint64_t evict_first() { return 0; }
+inline void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a, uint64_t) {
+  assert(((uintptr_t)to | (uintptr_t)from | bytes) % 16 == 0 && bytes > 0 && bytes < 1 << 20);
+  *a = {to, from, bytes, 1};
+}
+inline void wait_for(Arrival* a) {
+  wait_while(&a->state, 0);
+  if (a->state == 1) memcpy(a->to, a->from, a->bytes);
+  a->state = 2;
+}
+inline void publish_to_bulk() {}
+inline void bulk_store(void* to, const void* from, uint32_t bytes, uint64_t) {
+  assert(((uintptr_t)to | (uintptr_t)from | bytes) % 16 == 0 && bytes > 0);
+  current->stores.push_back({to, from, bytes});
+}
+inline void wait_for_bulk_stores() {
+  for (const BulkStore& s : current->stores) memcpy(s.to, s.from, s.bytes);
+  current->stores.clear();
+}
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+struct Free {
+  void operator()(char* p) const { free(p); }
+};
+
+inline const char* run_cluster(HostCluster& cluster) {
+  std::vector<Fiber> fibers(cluster.blocks.size() * threads_now);
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& f = fibers[i];
+    f.block = &cluster.blocks[i / threads_now];
+    f.thread = (int)(i % threads_now);
+    f.stack.reset(new char[kStack]);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, fiber_main, 0);
+  }
+  std::vector<Fiber*> order;
+  for (Fiber& f : fibers) order.push_back(&f);
+  while (!failure) {
+    std::shuffle(order.begin(), order.end(), host_random);
+    bool any = false, all_done = true;
+    for (Fiber* f : order) {
+      if (f->done) continue;
+      all_done = false;
+      if (f->blocked_on && *f->blocked_on == f->blocked_at) continue;
+      any = true;
+      f->blocked_on = nullptr;
+      current = f;
+      swapcontext(&scheduler, &f->context);
+      if (failure) break;
+    }
+    if (all_done) {
+      for (Fiber& f : fibers) {
+        if (!f.stores.empty()) return "a block ended before its bulk stores had read its memory";
+      }
+      return nullptr;
+    }
+    if (!any) return "deadlock: every thread waits";
+  }
+  return failure;
+}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(
+    void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
+    Arguments... arguments) {
+  assert(threads % 32 == 0 && threads > 0);
+  const int parts = cluster > 0 ? cluster : 1;
+  assert(blocks % parts == 0 && shared_bytes <= host_machine.shared_per_block);
+  failure = nullptr;
+  threads_now = threads;
+  kernel_now = [=] { kernel(Parameters(arguments)...); };
+  for (int64_t first = 0; first < blocks; first += parts) {
+    HostCluster now;
+    now.meeting.size = parts * threads;
+    std::vector<std::unique_ptr<char, Free>> memory;
+    for (int rank = 0; rank < parts; ++rank) {
+      const size_t bytes = (shared_bytes + 255) / 128 * 128;
+      memory.emplace_back((char*)aligned_alloc(128, bytes));
+      memset(memory.back().get(), 0xff, bytes);  // NaN
+      HostBlock b{first + rank, rank, memory.back().get(), {threads}, std::vector<HostWarp>(threads / 32)};
+      now.blocks.push_back(std::move(b));
+    }
+    cluster_now = &now;
+    if (const char* wrong = run_cluster(now)) return wrong;
+  }
+  return nullptr;
+}
+
+}  // namespace mr1fast

@@ -1,0 +1,227 @@
+"""The CUDA kernels themselves, run on a CPU: csrc/grpo_cuda.cu compiled by g++ against tests/cuda_on_host.h.
+
+What this cannot show is speed, and what only the hardware decides (memory ordering, PTX). `benchmarks/device.sh` does.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_loss import OPTIONS, check, run
+
+from mr1fast import grpo_loss, token_logprobs
+from mr1fast.kernels import cuda, dispatch
+from mr1fast.kernels.testing import random_batch
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulation uses glibc's fibers")
+
+HERE = Path(__file__).parent
+CLUSTERS, NO_CLUSTERS = 1, 0
+LOSS_TYPES = ("grpo", "cispo", "sapo")  # the three policy terms; the others differ in a normaliser outside
+BLOCK = 1 << 20  # bytes of shared memory that a block may have
+# A multiprocessor that takes three blocks of 1.5 KB: rows of 130 to 1000 elements are split among 1 to 8 blocks.
+SMALL = 4608
+
+
+def compiled(source, output):
+    compiler = shutil.which("g++")
+    assert compiler, "the CUDA kernels are tested with g++"
+    folders = [f"-I{folder}" for folder in (source.parent, HERE, HERE.parent / "csrc")]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *folders]
+    subprocess.run([compiler, *flags, str(source), "-o", str(output)], check=True)
+    return cuda.open_library(str(output))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return compiled(HERE / "cuda_on_host.cpp", tmp_path_factory.mktemp("cuda") / "cuda_on_host.so")
+
+
+@pytest.fixture
+def on_host(library, monkeypatch):
+    """backend="cuda" on CPU tensors; call it to describe the machine: on_host(clusters, shared_per_processor, seed)."""
+    backends = tuple(
+        replace(backend, why_not=lambda logits: None) if backend.name == "cuda" else backend
+        for backend in dispatch.BACKENDS
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", backends)
+    monkeypatch.setattr(cuda, "_library", lambda logits: library)
+
+    def machine(clusters, shared_per_processor=SMALL, seed=0):
+        library.mr1_host_machine(clusters, BLOCK, shared_per_processor, seed)
+
+    machine(CLUSTERS)
+    return machine
+
+
+def path_of(library, logits):
+    """Which kernel the one pass takes for these logits, in place."""
+    call = cuda._Call(logits, torch.zeros(logits.shape[:2], dtype=torch.int64), None, 1.0, logits)
+    return library.mr1_grpo_path(call.c).decode()
+
+
+def test_paths(library, on_host):
+    """Aligned rows go to the smallest cluster that holds them; all else is two-phase."""
+    assert "two-phase" in path_of(library, torch.zeros(2, 3, 8))  # short
+    assert "cluster of 1," in path_of(library, torch.zeros(2, 3, 128))
+    assert "cluster of 2," in path_of(library, torch.zeros(2, 3, 384))
+    assert "cluster of 8," in path_of(library, torch.zeros(2, 3, 1600))
+    assert "two-phase" in path_of(library, torch.zeros(2, 3, 130))  # 8 bytes beyond the last 16
+    assert "two-phase" in path_of(library, torch.zeros(2, 3, 132)[..., 1:129])
+    assert "cluster" in path_of(library, torch.zeros(2, 3, 132)[..., 4:])
+    assert "two-phase" in path_of(library, torch.zeros(2, 3, 10**6))  # too long for eight blocks, even one at a time
+    on_host(NO_CLUSTERS)
+    assert "two-phase" in path_of(library, torch.zeros(2, 3, 384))
+
+
+def test_paths_on_a_h100(library):
+    library.mr1_host_machine(1, 232448, 233472, 0)  # what the driver reports, but for the 1 KB a block costs besides
+    big = torch.empty(1, 1, 151936, dtype=torch.bfloat16)
+    assert "cluster of 4," in path_of(library, big)
+    assert "cluster of 8," in path_of(library, big.float())
+
+
+@pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_float32(option, loss_type, clusters, on_host, poisoned_memory):
+    on_host(clusters, seed=len(option))
+    batch = random_batch(6, 2, 456, seed=len(option))
+    settings = {"loss_type": loss_type, "max_completion_length": 7}
+    if loss_type == "cispo":
+        settings["epsilon_high"] = 1.1
+    check(batch, "cuda", **(settings | OPTIONS[option](batch)))
+
+
+@pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [1, 2, 37, 64, 131, 392, 1000, 1999])
+def test_shapes(V, dtype, clusters, on_host, poisoned_memory):
+    on_host(clusters, seed=V)
+    batch = random_batch(2, 2, V, dtype=dtype, seed=1)
+    check(batch, "cuda", beta=0.2, entropy_coef=0.01)
+    check(batch, "cuda", beta=0.2, completion_mask=None, importance_sampling_level="sequence")
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_threads_gives_the_same_bits(seed, resident, on_host):
+    batch = random_batch(2, 3, 800, dtype=torch.bfloat16)
+    results = []
+    for order in (0, seed + 1):
+        on_host(CLUSTERS, resident * 1300, seed=order)
+        output, gradient = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1, entropy_coef=0.1)
+        results.append((output["loss"], output["entropies"], gradient))
+    for first, second in zip(*results):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 8])
+@pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
+def test_views_and_their_surroundings(clusters, first, inplace, on_host):
+    """Rows inside longer ones, aligned or not: the same result, and nothing around them is touched."""
+    on_host(clusters)
+    batch = random_batch(3, 4, 400)
+    exact = batch["logits"].double().requires_grad_()
+    grpo_loss(**(batch | {"logits": exact}), beta=0.1, backend="torch").loss.backward()
+    whole = torch.full((3, 5, 416), 7.0)
+    view = whole[:, :4, first : first + 400]
+    view.copy_(batch["logits"])
+    leaf = view.detach().requires_grad_()
+    grpo_loss(**(batch | {"logits": leaf}), beta=0.1, inplace=inplace, backend="cuda").loss.backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+    view.zero_()
+    assert (whole[:, 4] == 7).all()
+    assert (whole[..., :first] == 7).all()
+    assert (whole[..., first + 400 :] == 7).all()
+
+
+@pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
+def test_banned_tokens_and_nan(clusters, on_host):
+    on_host(clusters)
+    batch = random_batch(2, 4, 400)
+    batch["completion_mask"][:] = True
+    batch["logits"][..., 200:] = -float("inf")  # whole parts of the row
+    batch["completion_ids"] %= 200
+    check(batch, "cuda", beta=0.1, entropy_coef=0.2)
+    batch["completion_ids"][0, 1] = 300
+    output, gradient = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
+    assert output["per_token_logps"][0, 1] == -float("inf")
+    assert (gradient[0, 1] == 0).all()
+    assert output["loss"].isfinite()
+    batch["completion_ids"][0, 1] = 3
+    batch["logits"][1, 2, 399] = float("nan")
+    output, gradient = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
+    assert output["per_token_logps"][1, 2].isnan()
+    assert output["per_token_logps"].isnan().sum() == 1
+    assert output["loss"].isnan()
+
+
+@pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
+def test_masked_positions_may_hold_anything(clusters, on_host):
+    on_host(clusters)
+    batch = random_batch(3, 4, 400)
+    clean, clean_gradient = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
+    masked = ~batch["completion_mask"]
+    batch["completion_ids"][masked] = -100
+    for name in ("logits", "old_per_token_logps", "ref_per_token_logps"):
+        batch[name][masked] = float("nan")
+    output, gradient = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
+    assert torch.equal(output["loss"], clean["loss"])
+    assert torch.equal(gradient, clean_gradient)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_and_huge_logits(temperature, on_host):
+    batch = random_batch(3, 3, 400, scale=300.0)
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    results = []
+    for logits, backend in ((batch["logits"].double(), "torch"), (batch["logits"], "cuda")):
+        leaf = logits.clone().requires_grad_()
+        logps, entropies = token_logprobs(leaf, ids, mask=mask, temperature=temperature, entropy=True, backend=backend)
+        (logps.sin() * entropies.cos()).sum().backward()
+        results.append((logps.detach().double(), entropies.detach().double(), leaf.grad.double()))
+    for exact, actual in zip(*results):
+        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "where", ["// all parts are here", "const Plan plan = shared.plan;\n  if (plan.zero) {\n    for"]
+)
+def test_the_emulation_finds_a_missing_barrier(where, on_host, tmp_path):
+    """It is worth something only if it fails where a GPU would: the barrier before `where` is taken out."""
+    batch = random_batch(2, 2, 800)
+    good, _ = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
+    before, after = (HERE.parent / "csrc" / "grpo_cuda.cu").read_text().split(where)
+    line = before.rstrip().rsplit("\n", 1)[-1].strip()
+    assert line in ("barrier();", "cluster_wait();")
+    (tmp_path / "grpo_cuda.cu").write_text(before[: before.rindex(line)] + where + after)
+    shim = (HERE / "cuda_on_host.cpp").read_text()
+    (tmp_path / "shim.cpp").write_text(shim.replace("../csrc/grpo_cuda.cu", "grpo_cuda.cu"))
+    broken = compiled(tmp_path / "shim.cpp", tmp_path / "broken.so")
+    broken.mr1_host_machine(CLUSTERS, BLOCK, SMALL, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_library", lambda logits: broken)
+        try:
+            bad, _ = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
+            symptom = "" if torch.equal(bad["loss"], good["loss"]) else "another loss"
+        except RuntimeError as error:
+            symptom = str(error)
+    assert "another loss" in symptom or "deadlock" in symptom
+
+
+def test_an_id_out_of_range_is_refused(on_host):
+    batch = random_batch(2, 3, 64)
+    batch["completion_ids"][0, 0] = 64
+    with pytest.raises(ValueError, match="completion_ids"):
+        grpo_loss(**batch, backend="cuda")
+
+
+def test_the_call_is_laid_out_as_in_c(library):
+    assert library.mr1_sizeof_call() == ctypes.sizeof(cuda.RowsCall)

@@ -1,0 +1,245 @@
+import math
+
+import pytest
+import torch
+
+from mr1fast import trainer as trainer_module
+from mr1fast.checkpoint import load_state, save_checkpoint, save_model
+from mr1fast.config import TrainConfig, UserError
+from mr1fast.model import load_model, load_processor
+from mr1fast.run_folder import checkpoints
+from mr1fast.tasks import TASKS
+from mr1fast.trainer import Trainer, needs_reference, sft_target
+
+SMALL = {
+    "task": "vc",
+    "max_steps": 6,
+    "prompts_per_step": 2,
+    "num_generations": 4,
+    "max_completion_length": 10,
+    "warmup_steps": 1,
+    "learning_rate": 1e-2,  # high, so that a few steps change what is sampled
+}
+
+
+class Drawings:
+    """Seven drawings: the data set is gone through more than once."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return TASKS["vc"].example("train", index)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor()
+
+
+def make_trainer(processor, folder=None, **options) -> Trainer:
+    torch.set_num_threads(1)
+    config = TrainConfig(**{**SMALL, **options}).for_task("vc")
+    reference = load_model().eval().requires_grad_(False) if needs_reference(config) else None
+    model = load_model() if folder is None else load_model(folder)
+    trainer = Trainer(config, model, reference, processor, Drawings())
+    if folder is not None:
+        trainer.load_state_dict(load_state(folder))
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+SETTINGS = {
+    "grpo-d": {"method": "grpo-d", "temperature": 1.5},
+    "grpo": {"method": "grpo", "temperature": 1.5, "gradient_accumulation_steps": 2},
+    "grpo-d, 2 iterations": {"num_iterations": 2, "gradient_accumulation_steps": 2, "temperature": 1.5},
+    "grpo without KL": {"method": "grpo", "beta": 0.0, "num_iterations": 3},
+    "sft": {"method": "sft", "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_resumed_run_ends_with_the_same_weights(setting, processor, tmp_path):
+    options = SETTINGS[setting]
+    whole = make_trainer(processor, **options)
+    metrics, states = [], []
+    for step in range(1, 6):
+        if step in (2, 4):  # stopped after step 1, in the middle of a batch with 2 or 3 iterations, and after 3
+            states.append(save_checkpoint(whole.model, processor, whole.state_dict(), tmp_path, step=step - 1, keep=9))
+        metrics.append(whole.step())
+    base = load_model().state_dict()
+    assert any(not torch.equal(base[name], value) for name, value in weights(whole).items())
+    for folder in states:
+        resumed = make_trainer(processor, folder, **options)
+        for step in range(resumed.finished_steps, 5):
+            again = resumed.step()
+            assert {**again, "step_time": 0} == {**metrics[step], "step_time": 0}
+        for name, value in weights(whole).items():
+            assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_prompts_are_new_each_step_and_all_are_seen_in_an_epoch(processor):
+    trainer = make_trainer(processor, num_iterations=2)
+    names = []
+    for step in range(14):
+        trainer.finished_steps = step
+        names.append([example.name for example in trainer.examples()])
+    assert names[0] == names[1] != names[2]
+    seen = [name for batch in names[::2] for name in batch]
+    assert len(set(seen[:7])) == len(set(seen[7:14])) == 7
+    assert seen[:7] != seen[7:14]
+
+
+def test_the_metrics_have_trls_names(processor):
+    metrics = make_trainer(processor).step()
+    assert set(metrics) >= {
+        "loss", "grad_norm", "learning_rate", "num_tokens", "completions/mean_length", "completions/clipped_ratio",
+        "rewards/accuracy_reward/mean", "rewards/accuracy_reward/std", "rewards/format_reward/mean", "reward",
+        "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean", "step_time", "beta",
+    }  # fmt: skip
+    assert all(isinstance(value, float | int) for value in metrics.values())
+    assert metrics["beta"] == 0.02  # the middle of 0 and 0.04
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["num_tokens"] > 0
+
+
+def test_the_ratio_is_one_at_the_first_iteration_only(processor):
+    trainer = make_trainer(processor, num_iterations=2, temperature=2.0, method="grpo", learning_rate=0.1)
+    first = trainer.step()
+    assert trainer.sampled.batch.old_per_token_logps is not None
+    second = trainer.step()
+    assert first["clip_ratio/region_mean"] == 0
+    assert second["clip_ratio/region_mean"] > 0
+    assert second["rewards/accuracy_reward/mean"] == first["rewards/accuracy_reward/mean"]
+
+
+def test_pieces_change_how_much_is_held_and_not_the_gradient(processor):
+    """In one piece the prompts' part of the graph comes from sampling, in two it is computed again."""
+    steps = []
+    for pieces in (1, 2):
+        trainer = make_trainer(processor, gradient_accumulation_steps=pieces, temperature=1.5)
+        trainer.sampled = trainer.sample()
+        assert (trainer.sampled.batch.prefix is None) == (pieces == 2)
+        completions = trainer.sampled.completions
+        steps.append((completions, trainer.step(), trainer.step()))
+        assert trainer.sampled.batch.prefix is None
+    assert steps[0][0] == steps[1][0]
+    for one, two in zip(steps[0][1:], steps[1][1:]):
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+
+
+def test_the_reference_does_not_move(processor):
+    trainer = make_trainer(processor, temperature=1.5)
+    before = {name: value.clone() for name, value in trainer.reference.state_dict().items()}
+    for _ in range(3):
+        metrics = trainer.step()
+    assert all(torch.equal(before[name], value) for name, value in trainer.reference.state_dict().items())
+    assert metrics["kl"] > 0
+
+
+def test_no_reference_where_the_kl_weight_is_0():
+    assert not needs_reference(TrainConfig(method="sft").for_task("vc"))
+    assert not needs_reference(TrainConfig(method="grpo", beta=0.0).for_task("vc"))
+    assert not needs_reference(TrainConfig(beta_max=0.0).for_task("vc"))
+    assert needs_reference(TrainConfig(method="grpo").for_task("vc"))
+    assert needs_reference(TrainConfig().for_task("gr"))
+
+
+def test_the_kl_weight_follows_the_schedule(processor):
+    trainer = make_trainer(processor, beta_min=0.1, beta_max=0.3, kl_schedule="linear", max_steps=4)
+    betas = []
+    for step in range(4):
+        trainer.finished_steps = step
+        betas.append(trainer.beta)
+    assert betas == pytest.approx([0.1, 0.15, 0.2, 0.25])
+
+
+def test_sft_learns_its_target(processor):
+    trainer = make_trainer(processor, method="sft", learning_rate=2e-3, max_steps=20)
+    losses = [trainer.step()["loss"] for _ in range(12)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert sft_target("3") == "<think>3</think><answer>3</answer>"
+    ids = trainer.sampled.batch.completion_ids[0][trainer.sampled.batch.completion_mask[0]]
+    assert processor.tokenizer.decode(ids) == trainer.sampled.completions[0] + processor.tokenizer.eos_token
+
+
+def test_the_weighted_sum_of_the_rewards(processor):
+    trainer = make_trainer(processor, accuracy_weight=0.0, format_weight=2.0)
+    metrics = trainer.step()
+    assert metrics["reward"] == pytest.approx(2 * metrics["rewards/format_reward/mean"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_skips_the_step(bad, processor, monkeypatch):
+    trainer = make_trainer(processor, temperature=1.5)
+    before = weights(trainer)
+    monkeypatch.setattr(trainer_module, "accuracy_reward", lambda completion, solution: bad)
+    for step in (1, 2):
+        metrics = trainer.step()
+        assert metrics["skipped_steps"] == trainer.skipped_in_a_row == step
+    assert trainer.skipped_sample["reason"] == "a reward is not a finite number"
+    assert len(trainer.skipped_sample["completions"]) == 8
+    assert trainer.skipped_sample["examples"][0]["problem"] == TASKS["vc"].question
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+    monkeypatch.undo()
+    metrics = trainer.step()
+    assert metrics["skipped_steps"] == 2
+    assert trainer.skipped_in_a_row == 0
+    assert trainer.skipped_sample is None
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def test_a_gradient_that_is_no_number_skips_the_step(processor):
+    trainer = make_trainer(processor, temperature=1.5)
+    before = weights(trainer)
+    hook = trainer.model.model.visual.patch_embed.proj.weight.register_hook(lambda grad: grad * math.nan)
+    metrics = trainer.step()
+    assert math.isnan(metrics["grad_norm"])
+    assert trainer.skipped_sample["reason"] == "grad_norm is nan"
+    hook.remove()
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+    assert math.isfinite(trainer.step()["grad_norm"])
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def test_a_loss_that_is_no_number_skips_the_step(processor, monkeypatch):
+    trainer = make_trainer(processor, num_iterations=2)
+    before = weights(trainer)
+    real = trainer_module.batch_logps
+    monkeypatch.setattr(trainer_module, "batch_logps", lambda *arguments: real(*arguments) * math.nan)
+    metrics = trainer.step()
+    assert math.isnan(metrics["loss"])
+    assert trainer.skipped_sample["reason"] == "loss is nan"
+    assert trainer.sampled.batch.old_per_token_logps is None
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def test_checkpoints_are_whole_and_the_last_are_kept(processor, tmp_path):
+    model = load_model()
+    for step in (1, 2, 3, 3):
+        save_checkpoint(model, processor, {"step": step}, tmp_path, step=step, keep=2)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-000002", "checkpoint-000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
+    assert load_state(tmp_path / "checkpoint-000003") == {"step": 3}
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(processor, tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    model = load_model()
+    save_checkpoint(model, processor, {}, tmp_path, step=1, keep=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(UserError, match=r"000002 could not be written .*last whole checkpoint is .*000001"):
+            save_checkpoint(model, processor, {}, tmp_path, step=2, keep=1)
+        with pytest.raises(UserError, match="model could not be written"):
+            save_model(model, processor, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+    loaded = load_model(tmp_path / "checkpoint-000001").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
