@@ -2,7 +2,7 @@
 # make test     the tests
 # make check    lint, format, types
 # make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
-# make compile-check, compile-check-old    every Triton kernel through the compiler, no GPU needed; old: on Triton 3.6.0
+# make compile-check, compile-check-old    every GPU kernel through its compiler, no GPU needed; old: on Triton 3.6.0
 # Each sets up .venv first if it is missing or out of date.
 
 PYTHON ?= python3
@@ -47,6 +47,7 @@ check: $(READY)
 
 compile-check: $(READY)
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check
+	@$(BIN)/python -m benchmarks.compile_check_cuda
 
 # The oldest Triton that is supported, in an environment of its own: what is clean on the new one may spill on the old.
 OLD := .venv-triton36
