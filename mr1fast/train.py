@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run(opened, started)
             except TrainingError as error:
                 return _fail(f"error: {error}", 1, opened)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: most often a full disk
         return _fail(f"error: {error}", 2, opened)
     except Stopped as stopped:
         return _fail(f"stopped by {stopped}", stopped.exit_code, opened)

@@ -38,7 +38,7 @@ def metrics(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_whole_program(tmp_path):
+def test_the_whole_program(tmp_path, monkeypatch):
     """Both tasks, from the command line, into runs/<date-time>."""
     process = program("--max-steps=2", *SMALL, cwd=tmp_path)
     output, errors = process.communicate(timeout=250)
@@ -67,16 +67,11 @@ def test_the_whole_program(tmp_path):
     for words in ("reward", "accuracy", "kl", "beta"):
         assert words in errors  # the progress bar
     snippet = re.search(r"from mr1fast.model import .*\nmodel = .*\nprocessor = .*", output).group()
-    code = f"{snippet}\nprint(sum(p.numel() for p in model.parameters()))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    assert int(loaded.stdout) == sum(p.numel() for p in load_model().parameters())
+    loaded: dict = {}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, loaded)
+    assert loaded["model"].num_parameters() == load_model().num_parameters()
+    assert loaded["processor"].tokenizer.eos_token
 
 
 def stopped(number, options, run) -> subprocess.CompletedProcess:
