@@ -70,13 +70,13 @@ def load(group: str, quick: bool) -> list[Scene]:
 def matching(scenes: list[Scene], pattern: str) -> list[tuple[Scene, tuple[Case, ...]]]:
     """The scenes with the cases whose "group, shape, dtype, name" contains every word of the pattern.
 
-    The cases that others refer to (`limit`, `against`) stay where any other case of their scene does.
+    The cases that others refer to (`limit`, `against`) and memcpy stay where any other case of their scene does.
     """
     selected = []
     for scene in scenes:
         words = pattern.lower().split()
         wanted = [case for case in scene.cases if all(word in f"{scene.title}, {case.name}".lower() for word in words)]
-        needed = {name for case in wanted for name in (case.name, case.limit, case.against)}
+        needed = {name for case in wanted for name in (case.name, case.limit, case.against, "memcpy")}
         if wanted:
             selected.append((scene, tuple(case for case in scene.cases if case.name in needed)))
     return selected

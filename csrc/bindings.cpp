@@ -17,7 +17,7 @@ using at::Tensor;
 using mr1fast::View;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- tensors to views ------------------------------------------------------------------------------------------------
+// ---- tensors to views -----------------------------------------------------------------------------------------------
 
 template <typename T>
 View<T> view(const Tensor& t, const char* name, const Tensor& like, at::ScalarType dtype) {
@@ -59,7 +59,8 @@ mr1fast::DType dtype_of(const Tensor& logits) {
 }
 
 mr1fast::Logits describe(
-    const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, double temperature, const OptionalTensor& grad) {
+    const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, double temperature,
+    const OptionalTensor& grad) {
   mr1fast::Logits x{};
   x.z = rows<const char>(logits, "logits");
   x.B = logits.size(0);
@@ -91,10 +92,10 @@ mr1fast::Logits describe(
   return x;
 }
 
-// ---- running ---------------------------------------------------------------------------------------------------------
+// ---- running --------------------------------------------------------------------------------------------------------
 
 void run(mr1fast::Job& job) {
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { job.work(); });
+  at::parallel_for(0, job.threads(at::get_num_threads()), 1, [&](int64_t, int64_t) { job.work(); });
 }
 
 Tensor new_floats(const Tensor& logits) { return at::empty({logits.size(0), logits.size(1)}, at::kFloat); }

@@ -48,11 +48,6 @@ struct ScoreGradient {
 };
 
 struct Step;
-struct RowKernels {
-  void (*float32)(const Step&);
-  void (*bfloat16)(const Step&);
-  void (*float16)(const Step&);
-};
 
 // "avx512", "avx2" or "portable": the best this machine runs. Environment variable MR1FAST_CPU, read at the first call,
 // asks for a lesser one (tests do); a name this machine cannot run is an error.
@@ -63,6 +58,7 @@ const char* instruction_set();
 class Job {
  public:
   Job(const Logits& logits, const Outputs& outputs, const Objective* objective, const ScoreGradient* score);
+  int64_t threads(int64_t available) const;  // how many are worth waking
   void work();
   // sum token_weight * loss - entropy_weight * sum entropies, after the work; summed in row order.
   float loss() const;

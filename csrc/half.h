@@ -53,7 +53,7 @@ inline void from_float(float x, Float16* out) {
     h = 0x7e00;
   } else if (magnitude >= 0x477ff000) {  // rounds to 2^16 or more
     h = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 rounds at 2^-24, and leaves the mantissa in the low bits
+  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 rounds at 2^-24 and leaves the mantissa in the low bits
     h = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000;
   } else {
     h = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;

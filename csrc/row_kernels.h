@@ -1,126 +1,146 @@
-// The two passes over a row of logits, for the vectors of the `Simd` in scope. Included once per instruction set, inside
-// a namespace and a target region (grpo_cpu.cpp); only what is inlined here may be called, or code for one instruction
-// set could be linked into another's path.
+// The two passes over a row of logits, for the vectors of the `Simd` in scope. Included once per instruction set,
+// inside a namespace and a target region (row_kernels.cpp); only what is inlined here may be called, or code for one
+// instruction set could be linked into another's path.
+//
+// A `Pair` is two vectors of logits. For float they follow each other; 16-bit formats may split a pair differently
+// (into even and odd elements, say), as long as store_pair undoes what load_pair did.
 
-constexpr int kUnroll = 4;
-constexpr float kFloor = -127.0f;  // 2^-127 and below is 0
+constexpr int64_t kPair = 2 * Simd::kWidth;
+static_assert(kBlock % (2 * kPair) == 0);
 
-// A vector of n < kWidth values at p; the rest is -inf, which adds nothing to any sum.
+// The n < kPair logits at p; the rest is -inf, which adds nothing to any sum.
 template <typename T>
-static MR1_INLINE Simd::Vec load_part(const T* p, int64_t n) {
-  T buffer[Simd::kWidth];
-  for (int64_t i = 0; i < Simd::kWidth; ++i) {
+static MR1_INLINE Simd::Pair load_rest(const T* p, int64_t n) {
+  T buffer[kPair];
+  for (int64_t i = 0; i < kPair; ++i) {
     if (i < n) {
       buffer[i] = p[i];
     } else {
       set_negative_infinity(buffer + i);
     }
   }
-  return Simd::load(buffer);
+  return Simd::load_pair(buffer);
 }
 
 template <typename T>
-static MR1_INLINE void store_part(T* p, Simd::Vec a, int64_t n) {
-  T buffer[Simd::kWidth];
-  Simd::store(buffer, a);
+static MR1_INLINE void store_rest(T* p, Simd::Pair a, int64_t n) {
+  T buffer[kPair];
+  Simd::store_pair(buffer, a);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// The exponentials of a pair, of which n logits exist. Beside 16-bit logits they have memory of their own, with room for
+// a whole pair, and keep its order; those of float may stand in the gradient's memory, where another row follows.
 template <typename T>
-static MR1_INLINE Simd::Vec block_max(const T* z, int64_t n) {
-  constexpr int W = Simd::kWidth, kStride = W * kUnroll;
-  Simd::Vec m[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) m[u] = Simd::set1(-INFINITY);
-  int64_t i = 0;
-  for (; i + kStride <= n; i += kStride) {
-    // The hardware prefetcher stops at page ends and cannot keep up; rows mostly follow each other in memory, so that
-    // running over the row's end fetches the next one. A prefetch never faults.
-    for (int line = 0; line * 64 < (int)(kStride * sizeof(T)); ++line) {
-      __builtin_prefetch((const char*)(z + i) + kPrefetchBytes + line * 64, 0, 3);
-    }
-    for (int u = 0; u < kUnroll; ++u) m[u] = Simd::max(m[u], Simd::load(z + i + u * W));
+static MR1_INLINE void store_exponentials(float* e, Simd::Pair a, int64_t n) {
+  if (std::is_same_v<T, float> && n < kPair) {
+    store_rest(e, a, n);
+  } else {
+    Simd::store_pair(e, a);
   }
-  for (; i + W <= n; i += W) m[0] = Simd::max(m[0], Simd::load(z + i));
-  if (i < n) m[0] = Simd::max(m[0], load_part(z + i, n - i));
-  return Simd::max(Simd::max(m[0], m[1]), Simd::max(m[2], m[3]));
 }
 
-// Statistics of one block; exp(z - max) goes to e if kStore. The maximum returned is that of the logits, before scaling.
+template <typename T>
+static MR1_INLINE float block_max(const T* z, int64_t n) {
+  Simd::Vec m[4];
+  for (auto& x : m) x = Simd::set1(-INFINITY);
+  int64_t i = 0;
+  for (; i + 2 * kPair <= n; i += 2 * kPair) {
+    const Simd::Pair a = Simd::load_pair(z + i), b = Simd::load_pair(z + i + kPair);
+    m[0] = Simd::max(m[0], a.first);
+    m[1] = Simd::max(m[1], a.second);
+    m[2] = Simd::max(m[2], b.first);
+    m[3] = Simd::max(m[3], b.second);
+  }
+  for (; i < n; i += kPair) {
+    const Simd::Pair a = i + kPair <= n ? Simd::load_pair(z + i) : load_rest(z + i, n - i);
+    m[0] = Simd::max(m[0], a.first);
+    m[1] = Simd::max(m[1], a.second);
+  }
+  return Simd::hmax(Simd::max(Simd::max(m[0], m[1]), Simd::max(m[2], m[3])));
+}
+
+// Statistics of one block: {max z, sum x, sum x (z - max)} with x = exp((z - max) / temperature). kStore: x goes to e.
 template <bool kStore, typename T>
 static MR1_INLINE RowStats<float> visit_block(const T* z, float* e, int64_t n, float levels) {
-  constexpr int W = Simd::kWidth, kStride = W * kUnroll;
   using Vec = Simd::Vec;
-  const float top = Simd::hmax(block_max(z, n));
+  const float top = block_max(z, n);
   // A block of banned tokens only (-inf): any finite shift gives exponentials of 0 instead of NaN.
   const Vec shift = Simd::set1(top == -INFINITY ? 0.0f : top), scale = Simd::set1(levels);
-  const Vec floor = Simd::set1(kFloor * Simd::kLevels);
-  Vec sum[kUnroll], weighted[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) sum[u] = weighted[u] = Simd::set1(0.0f);
-
-#define MR1_VISIT(u, loaded, stored)                                                          \
-  {                                                                                           \
-    const Vec y = Simd::max(floor, Simd::mul(Simd::sub(loaded, shift), scale));               \
-    const Vec x = Simd::exp2_levels(y);                                                       \
-    stored;                                                                                   \
-    sum[u] = Simd::add(sum[u], x);                                                            \
-    weighted[u] = Simd::fma(x, y, weighted[u]);                                               \
-  }
+  const Vec floor = Simd::set1(kFloor * Simd::kLevels / levels);
+  Vec sum[4], weighted[4];
+  for (int u = 0; u < 4; ++u) sum[u] = weighted[u] = Simd::set1(0.0f);
+  const auto visit = [&](Vec logits, int u) MR1_LAMBDA {
+    const Vec d = Simd::max(floor, Simd::sub(logits, shift)), x = Simd::exp2_levels(d, scale);
+    sum[u] = Simd::add(sum[u], x);
+    weighted[u] = Simd::fma(x, d, weighted[u]);
+    return x;
+  };
   int64_t i = 0;
-  for (; i + kStride <= n; i += kStride) {
-    for (int u = 0; u < kUnroll; ++u) {
-      MR1_VISIT(u, Simd::load(z + i + u * W), if (kStore) Simd::store(e + i + u * W, x))
+  for (; i + 2 * kPair <= n; i += 2 * kPair) {
+    // What the next block's maximum will wait for, while this one computes. The hardware prefetcher stops at page ends
+    // and cannot keep up. Rows mostly follow each other, so that running over the row's end fetches the next one; a
+    // prefetch never faults.
+    for (int line = 0; line < (int)(2 * kPair * sizeof(T)); line += 64) {
+      __builtin_prefetch((const char*)(z + i) + kPrefetchBytes + line, 0, 3);
+    }
+    const Simd::Pair a = Simd::load_pair(z + i), b = Simd::load_pair(z + i + kPair);
+    const Simd::Pair x = {visit(a.first, 0), visit(a.second, 1)}, y = {visit(b.first, 2), visit(b.second, 3)};
+    if (kStore) {
+      Simd::store_pair(e + i, x);
+      Simd::store_pair(e + i + kPair, y);
     }
   }
-  for (; i + W <= n; i += W) MR1_VISIT(0, Simd::load(z + i), if (kStore) Simd::store(e + i, x))
-  if (i < n) MR1_VISIT(0, load_part(z + i, n - i), if (kStore) store_part(e + i, x, n - i))
-#undef MR1_VISIT
-  const float s = Simd::hsum(Simd::add(Simd::add(sum[0], sum[1]), Simd::add(sum[2], sum[3])));
-  const float w = Simd::hsum(Simd::add(Simd::add(weighted[0], weighted[1]), Simd::add(weighted[2], weighted[3])));
-  return {top, s, w * (0.69314718055994531f / Simd::kLevels)};
+  for (; i < n; i += kPair) {
+    const Simd::Pair a = i + kPair <= n ? Simd::load_pair(z + i) : load_rest(z + i, n - i);
+    const Simd::Pair x = {visit(a.first, 0), visit(a.second, 1)};
+    if (kStore) store_exponentials<T>(e + i, x, n - i);
+  }
+  const auto total = [](const Vec* v) MR1_LAMBDA {
+    return Simd::hsum(Simd::add(Simd::add(v[0], v[1]), Simd::add(v[2], v[3])));
+  };
+  return {top, total(sum), total(weighted)};
 }
 
+// out = e * factor.
 template <bool kStream, typename T>
 static MR1_INLINE void scale_block(const float* e, T* out, int64_t n, float factor) {
-  constexpr int W = Simd::kWidth, kStride = W * kUnroll;
   const Simd::Vec f = Simd::set1(factor);
   int64_t i = 0;
-  for (; i + kStride <= n; i += kStride) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const Simd::Vec g = Simd::mul(Simd::load(e + i + u * W), f);
-      if (kStream) {
-        Simd::stream(out + i + u * W, g);
-      } else {
-        Simd::store(out + i + u * W, g);
-      }
+  for (; i + kPair <= n; i += kPair) {
+    const Simd::Pair x = Simd::load_pair(e + i), d = {Simd::mul(x.first, f), Simd::mul(x.second, f)};
+    if (kStream) {
+      Simd::stream_pair(out + i, d);
+    } else {
+      Simd::store_pair(out + i, d);
     }
   }
-  for (; i + W <= n; i += W) Simd::store(out + i, Simd::mul(Simd::load(e + i), f));
-  if (i < n) store_part(out + i, Simd::mul(load_part(e + i, n - i), f), n - i);
+  if (i < n) {
+    const Simd::Pair x = std::is_same_v<T, float> ? load_rest(e + i, n - i) : Simd::load_pair(e + i);
+    store_rest(out + i, {Simd::mul(x.first, f), Simd::mul(x.second, f)}, n - i);
+  }
 }
 
-// out = p * (base + slope * log p), with p from the logits and the row's log-sum-exp.
+// out = x (base + slope d) with d = z - shift, x = exp(d / temperature).
 template <typename T>
-static MR1_INLINE void differentiate_block(const T* z, T* out, int64_t n, const Step& step) {
-  constexpr int W = Simd::kWidth;
+static MR1_INLINE void differentiate_block(const T* z, T* out, int64_t n, const RowDerivative& g, float levels) {
   using Vec = Simd::Vec;
-  const Vec shift = Simd::set1(step.lse), temperature = Simd::set1(step.inv_temperature);
-  const Vec levels = Simd::set1(1.44269504088896341f * Simd::kLevels), floor = Simd::set1(kFloor * Simd::kLevels);
-  const Vec base = Simd::set1(step.gradient.base);
-  const Vec slope = Simd::set1(step.gradient.slope * (0.69314718055994531f / Simd::kLevels));
-#define MR1_GRADIENT(name, loaded)                                                                            \
-  const Vec y_##name = Simd::max(floor, Simd::mul(Simd::sub(Simd::mul(loaded, temperature), shift), levels)); \
-  const Vec name = Simd::mul(Simd::exp2_levels(y_##name), Simd::fma(slope, y_##name, base));
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    __builtin_prefetch((const char*)(z + i) + kPrefetchBytes, 0, 3);
-    MR1_GRADIENT(g, Simd::load(z + i))
-    Simd::store(out + i, g);
+  const Vec shift = Simd::set1(g.shift), scale = Simd::set1(levels);
+  const Vec floor = Simd::set1(kFloor * Simd::kLevels / levels);
+  const Vec base = Simd::set1(g.base), slope = Simd::set1(g.slope);
+  const auto derivative = [&](Vec logits) MR1_LAMBDA {
+    const Vec d = Simd::max(floor, Simd::sub(logits, shift));
+    return Simd::mul(Simd::exp2_levels(d, scale), Simd::fma(slope, d, base));
+  };
+  for (int64_t i = 0; i < n; i += kPair) {
+    const Simd::Pair a = i + kPair <= n ? Simd::load_pair(z + i) : load_rest(z + i, n - i);
+    const Simd::Pair d = {derivative(a.first), derivative(a.second)};
+    if (i + kPair <= n) {
+      Simd::store_pair(out + i, d);
+    } else {
+      store_rest(out + i, d, n - i);
+    }
   }
-  if (i < n) {
-    MR1_GRADIENT(g, load_part(z + i, n - i))
-    store_part(out + i, g, n - i);
-  }
-#undef MR1_GRADIENT
 }
 
 // Pass 2 of the previous row and pass 1 of this one, block by block in turn: while the one computes from the cache, the
@@ -128,13 +148,12 @@ static MR1_INLINE void differentiate_block(const T* z, T* out, int64_t n, const 
 template <typename T>
 static void run_step(const Step& step) {
   const T* z = (const T*)step.z;
-  const T* previous_z = (const T*)step.previous_z;
   T* out = (T*)step.out;
   const float levels = (float)(1.44269504088896341 * Simd::kLevels * step.inv_temperature);
   for (int64_t lo = 0, block = 0; lo < step.vocabulary; lo += kBlock, ++block) {
     const int64_t n = step.vocabulary - lo < kBlock ? step.vocabulary - lo : kBlock;
     if (out && step.previous_z) {
-      differentiate_block(previous_z + lo, out + lo, n, step);
+      differentiate_block((const T*)step.previous_z + lo, out + lo, n, step.derivative, levels);
     } else if (out && step.stream) {
       scale_block<true>(step.previous_e + lo, out + lo, n, step.scale[block]);
     } else if (out) {

@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C vectors for row_kernels.h. Included inside a namespace and a target region: see grpo_cpu.cpp.
+// AVX2 + FMA + F16C vectors for row_kernels.h. Included inside a namespace and a target region: see row_kernels.cpp.
 
 struct Simd {
   using Vec = __m256;
@@ -23,13 +23,13 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
   }
 
-  // 2^(y / kLevels) for y <= about 0; y is at least kFloor * kLevels, where the result is exactly 0.
-  static MR1_INLINE Vec exp2_levels(Vec y) {
+  // 2^(d * levels / kLevels) for d * levels <= about 0 and at least kFloor * kLevels, where the result is exactly 0.
+  static MR1_INLINE Vec exp2_levels(Vec d, Vec levels) {
     const __m256 table = _mm256_castsi256_ps(_mm256_setr_epi32(
         0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7));
     const Vec magic = set1(kRoundMagic);
-    const Vec t = add(y, magic);  // the low bits of t are round(y)
-    const Vec r = sub(y, sub(t, magic));
+    const Vec t = fma(d, levels, magic);  // the low bits of t are round(d * levels)
+    const Vec r = _mm256_fmsub_ps(d, levels, sub(t, magic));
     const __m256i bits = _mm256_castps_si256(t);
     const __m256i level = _mm256_castps_si256(_mm256_permutevar8x32_ps(table, bits));
     const __m256i power = _mm256_add_epi32(level, _mm256_slli_epi32(bits, 20));
@@ -38,28 +38,52 @@ struct Simd {
     return mul(_mm256_castsi256_ps(power), p);
   }
 
-  static MR1_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-  static MR1_INLINE Vec load(const BFloat16* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+  struct Pair {
+    Vec first, second;
+  };
+  static MR1_INLINE Pair load_pair(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + kWidth)}; }
+  static MR1_INLINE Pair load_pair(const BFloat16* p) {  // even and odd elements: a shift and a mask
+    const __m256i u = _mm256_loadu_si256((const __m256i*)p);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(u, 16)), _mm256_castsi256_ps(_mm256_and_si256(u, upper_half()))};
   }
-  static MR1_INLINE Vec load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static MR1_INLINE Pair load_pair(const Float16* p) {
+    const __m128i* q = (const __m128i*)p;
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+  }
 
-  static MR1_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
-  static MR1_INLINE void store(BFloat16* p, Vec a) { _mm_storeu_si128((__m128i*)p, to_bf16(a)); }
-  static MR1_INLINE void store(Float16* p, Vec a) { _mm_storeu_si128((__m128i*)p, to_f16(a)); }
+  static MR1_INLINE void store_pair(float* p, Pair a) {
+    _mm256_storeu_ps(p, a.first);
+    _mm256_storeu_ps(p + kWidth, a.second);
+  }
+  template <typename Half>
+  static MR1_INLINE void store_pair(Half* p, Pair a) {
+    _mm256_storeu_si256((__m256i*)p, pack(a, p));
+  }
 
   // Past the cache; p is aligned to a cache line.
-  static MR1_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a); }
-  static MR1_INLINE void stream(BFloat16* p, Vec a) { _mm_stream_si128((__m128i*)p, to_bf16(a)); }
-  static MR1_INLINE void stream(Float16* p, Vec a) { _mm_stream_si128((__m128i*)p, to_f16(a)); }
+  static MR1_INLINE void stream_pair(float* p, Pair a) {
+    _mm256_stream_ps(p, a.first);
+    _mm256_stream_ps(p + kWidth, a.second);
+  }
+  template <typename Half>
+  static MR1_INLINE void stream_pair(Half* p, Pair a) {
+    _mm256_stream_si256((__m256i*)p, pack(a, p));
+  }
   static MR1_INLINE void fence() { _mm_sfence(); }
 
  private:
-  static MR1_INLINE __m128i to_bf16(Vec a) {  // round to nearest even
+  static MR1_INLINE __m256i upper_half() { return _mm256_set1_epi32((int)0xffff0000); }
+  static MR1_INLINE __m256i rounded_to_bf16(Vec a) {  // to nearest even, in the upper half
     const __m256i u = _mm256_castps_si256(a);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
   }
-  static MR1_INLINE __m128i to_f16(Vec a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static MR1_INLINE __m256i pack(Pair a, BFloat16*) {
+    const __m256i even = _mm256_srli_epi32(rounded_to_bf16(a.first), 16), odd = rounded_to_bf16(a.second);
+    return _mm256_blend_epi16(even, odd, 0xaa);
+  }
+  static MR1_INLINE __m256i pack(Pair a, Float16*) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return _mm256_set_m128i(_mm256_cvtps_ph(a.second, kNearest), _mm256_cvtps_ph(a.first, kNearest));
+  }
 };

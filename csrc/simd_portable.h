@@ -1,4 +1,4 @@
-// Vectors of four floats for row_kernels.h in GCC's vector extension (also Clang's): SSE2 or NEON, or plain scalar code.
+// Vectors of four floats for row_kernels.h in GCC's vector extension (also Clang's): SSE2, NEON, or scalar code.
 
 struct Simd {
   typedef float Vec __attribute__((vector_size(16)));
@@ -18,8 +18,9 @@ struct Simd {
   }
   static MR1_INLINE float hsum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
-  // 2^(y / kLevels) for y <= about 0; y is at least kFloor * kLevels, where the result is exactly 0.
-  static MR1_INLINE Vec exp2_levels(Vec y) {
+  // 2^(d * levels / kLevels) for d * levels <= about 0 and at least kFloor * kLevels, where the result is exactly 0.
+  static MR1_INLINE Vec exp2_levels(Vec d, Vec levels) {
+    const Vec y = d * levels;
     const Vec magic = set1(kRoundMagic);
     const Vec t = y + magic;  // the low bits of t are round(y)
     const Vec r = y - (t - magic);
@@ -31,23 +32,30 @@ struct Simd {
     return (Vec)power * p;
   }
 
-  static MR1_INLINE Vec load(const float* p) {
-    Vec a;
+  struct Pair {
+    Vec first, second;
+  };
+  static MR1_INLINE Pair load_pair(const float* p) {
+    Pair a;
     __builtin_memcpy(&a, p, sizeof a);
     return a;
   }
   template <typename Half>
-  static MR1_INLINE Vec load(const Half* p) {
-    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  static MR1_INLINE Pair load_pair(const Half* p) {
+    return {Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])},
+            Vec{to_float(p[4]), to_float(p[5]), to_float(p[6]), to_float(p[7])}};
   }
-  static MR1_INLINE void store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof a); }
+  static MR1_INLINE void store_pair(float* p, Pair a) { __builtin_memcpy(p, &a, sizeof a); }
   template <typename Half>
-  static MR1_INLINE void store(Half* p, Vec a) {
-    for (int i = 0; i < kWidth; ++i) from_float(a[i], p + i);
+  static MR1_INLINE void store_pair(Half* p, Pair a) {
+    for (int i = 0; i < kWidth; ++i) {
+      from_float(a.first[i], p + i);
+      from_float(a.second[i], p + kWidth + i);
+    }
   }
   template <typename T>
-  static MR1_INLINE void stream(T* p, Vec a) {
-    store(p, a);
+  static MR1_INLINE void stream_pair(T* p, Pair a) {
+    store_pair(p, a);
   }
   static MR1_INLINE void fence() {}
 };

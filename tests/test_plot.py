@@ -1,0 +1,228 @@
+"""Pictures: what is in them, and that nothing a run can leave behind stops them."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mr1fast import plot
+from mr1fast.data import load_split
+from mr1fast.evaluate import Sample
+from mr1fast.model import load_model, load_processor
+from mr1fast.plot import PANELS, _labels, draw_curves, main, read_run, smoothed
+from mr1fast.samples import Shown, before_and_after, clipped, draw_samples
+from mr1fast.types import Example
+
+
+def row(step, task="vc", **changes):
+    metrics = {
+        "rewards/accuracy_reward/mean": 0.4 + step / 100,
+        "rewards/format_reward/mean": 1.0,
+        "reward": 0.9,
+        "kl": 0.01 * step,
+        "beta": 0.04,
+        "entropy": 0.5,
+        "completions/mean_length": 12.0,
+        "loss": -0.1,
+        "step_time": 0.3,
+    }
+    if step % 5 == 0:
+        metrics |= {f"eval/{task}/greedy_accuracy": 0.5, f"eval/{task}/sampled_accuracy": 0.4}
+    return {"task": task, "step": step, **metrics, **changes}
+
+
+def write_run(folder, rows, result=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Collects, for each panel that is drawn, its title and its lines as (x, y)."""
+    panels = {}
+    draw = plot._draw_panel
+
+    def spy(axis, panel, series):
+        draw(axis, panel, series)
+        panels[panel.title] = [np.asarray(line.get_xydata()) for line in axis.lines]
+        panels[panel.title + "/limits"] = axis.get_ylim()
+
+    monkeypatch.setattr(plot, "_draw_panel", spy)
+    return panels
+
+
+def not_blank(file):
+    return len(np.unique(np.asarray(Image.open(file).convert("L")))) > 10
+
+
+def test_a_whole_run(tmp_path, drawn):
+    result = {
+        "before": {"vc": {"greedy_accuracy": 0.4}, "gr": {"greedy_accuracy": 0.3}},
+        "after": {"vc": {"greedy_accuracy": 0.9}},
+        "config": {"method": "grpo-d"},
+    }
+    rows = [row(step, task) for task in ("vc", "gr") for step in range(1, 21)]
+    run = write_run(tmp_path / "run", rows, result)
+    assert draw_curves([run], run / "curves.png") == run / "curves.png"
+    assert not_blank(run / "curves.png")
+    assert [panel.title for panel in PANELS] == [title for title in drawn if "/" not in title]
+    greedy = drawn[PANELS[0].title]
+    assert [points.tolist() for points in greedy if len(points) == 1] == [[[0, 40]], [[20, 90]], [[0, 30]]]
+    assert sum(points.tolist() == [[5, 50], [10, 50], [15, 50], [20, 50]] for points in greedy) == 2
+    assert drawn[PANELS[0].title + "/limits"] == (0, 103)
+    accuracy = drawn["Answers while training"][0]
+    np.testing.assert_allclose(accuracy, [[step, 40 + step] for step in range(1, 21)])
+    assert _labels(read_run(run)) == [
+        "grpo-d, visual counting: 40.0 % right on the test split before training, 90.0 % after",
+        "grpo-d, geometry reasoning",
+    ]
+
+
+def test_runs_over_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / name, [row(step) for step in range(1, 9)]) for name in ("one", "two", "there/one")]
+    assert _labels([s for run in runs[:2] for s in read_run(run)]) == ["one", "two"]
+    assert len(set(_labels([s for run in runs for s in read_run(run)]))) == 3
+    assert main([str(run) for run in runs]) == 0
+    assert not_blank(tmp_path / "curves.png")
+    assert main([str(runs[0])]) == 0
+    assert not_blank(runs[0] / "curves.png")
+    assert main([str(runs[0]), "--output", str(tmp_path / "new" / "a.svg")]) == 0
+    assert b"<svg" in (tmp_path / "new" / "a.svg").read_bytes()
+
+
+def test_only_panels_with_data_are_drawn(tmp_path, drawn):
+    run = write_run(tmp_path / "sft", [{"task": "vc", "step": step, "loss": 1 / step} for step in (1, 2)])
+    draw_curves([run], tmp_path / "a.png")
+    assert [title for title in drawn if "/" not in title] == ["Loss"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 3000])
+def test_any_length_of_run(tmp_path, drawn, steps):
+    run = write_run(tmp_path / "run", [row(step) for step in range(1, steps + 1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves([run], tmp_path / "a.png")
+    assert len(drawn["Reward"][-1]) == steps
+
+
+def test_what_a_broken_run_leaves_behind(tmp_path, drawn):
+    run = write_run(
+        tmp_path / "run",
+        [
+            row(1),
+            row(2, loss=float("nan"), kl=float("inf")),
+            row(3, reward=None, entropy="?"),
+            row(4),
+            row(4, reward=5.0),
+        ],
+    )
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"task": "vc"}\n{"task": "vc", "step": 5, "rew')
+    (run / "result.json").write_text("{")
+    draw_curves([run], tmp_path / "a.png")
+    np.testing.assert_allclose(drawn["Reward"][-1], [[1, 0.9], [2, 0.9], [4, 5.0]])
+    assert drawn["Loss"][-1][:, 0].tolist() == [1, 3, 4]
+    assert drawn["Distance from the base model"][-1][:, 0].tolist() == [1, 3, 4]
+
+
+def test_an_outlier_does_not_flatten_the_rest(tmp_path, drawn):
+    run = write_run(tmp_path / "run", [row(step, step_time=60.0 if step == 1 else 0.3) for step in range(1, 101)])
+    draw_curves([run], tmp_path / "a.png")
+    bottom, top = drawn["Time of a step/limits"]
+    assert bottom == 0
+    assert top < 30
+
+
+def test_smoothing():
+    noisy = 5 + np.random.default_rng(0).normal(size=400)
+    assert smoothed(noisy).shape == (400,)
+    assert smoothed(noisy).std() < 0.4 * noisy.std()
+    for n in (1, 3, 10, 400):
+        np.testing.assert_allclose(smoothed(np.full(n, 3.0)), 3.0)
+    # A step function is crossed where it is: the average looks both ways.
+    assert smoothed(np.repeat([0.0, 1.0], 100))[99:101].mean() == pytest.approx(0.5)
+
+
+MISTAKES = [
+    (["nowhere"], "run folder 'nowhere' does not exist"),
+    (["."], "'.' is no run: it has no metrics.jsonl"),
+    (["empty"], "has no step in it yet"),
+    (["odd"], "no metric that could be drawn"),
+    (["good", "--output", "a.txt"], "--output must be a .png, .pdf or .svg file, got 'a.txt'"),
+    (["good", "--output", "good/metrics.jsonl/a.png"], "cannot be written"),
+    (["good", "--ouput", "a.png"], "unknown option --ouput (did you mean --output?)"),
+    ([], "the following arguments are required: RUN"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) or "nothing" for a, _ in MISTAKES])
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "empty", [])
+    write_run(tmp_path / "odd", [{"task": "vc", "step": 1, "other": 1.0}])
+    write_run(tmp_path / "good", [row(1)])
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_both_models_answer_the_same_problems():
+    base, processor = load_model(), load_processor()
+    broken = load_model()
+    broken.lm_head.weight.data.mul_(-1)
+    dataset = load_split("vc", "test", count=3)
+    examples = [dataset[i] for i in range(3)]
+    shown = before_and_after(base, broken, processor, examples, max_completion_length=16)
+    assert [one.example for one in shown] == examples
+    assert [one.before.solution for one in shown] == [example.solution for example in examples]
+    assert all(one.before.answer is not None for one in shown)
+    assert all(one.after.answer is None and not one.after.correct for one in shown)
+
+
+def shown(number, **changes):
+    example = Example(
+        Image.new("RGB", (56, 56), (30 * number, 90, 90)), "How many $x_1$ \\frac{?", "4", f"row {number}"
+    )
+    arguments = {"index": number, "name": "", "problem": "", "solution": "4", "sampled_correct": (), "formatted": True}
+    after = Sample(**arguments, completion="<answer>4</answer>", answer="4", correct=True)
+    before = Sample(**arguments, completion=changes.pop("completion", ""), answer=None, correct=False)
+    return Shown(Example(**{**vars(example), **changes}), before, after)
+
+
+@pytest.mark.parametrize("number", [1, 3, 12])
+def test_samples_are_drawn(tmp_path, number):
+    file = draw_samples(tmp_path / "vc" / "samples.png", [shown(n) for n in range(number)], "a $title_$")
+    pixels = np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3)
+    for colour in ((26, 127, 55), (207, 34, 46)):  # right, wrong
+        assert (np.abs(pixels.astype(int) - colour).max(1) < 8).sum() > 100
+    assert (pixels == (0, 90, 90)).all(1).sum() > 5000  # the first image
+
+
+def test_samples_with_odd_texts_and_images(tmp_path):
+    odd = [
+        shown(0, problem="每个三角形 " * 40, completion="word " * 500),
+        shown(1, problem="x" * 500, solution="y" * 300),
+        shown(2, image=Image.new("RGB", (3000, 40))),
+        shown(3, image=None, problem=""),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not_blank(draw_samples(tmp_path / "samples.png", odd, "odd"))
+
+
+def test_clipped():
+    assert clipped("one two three", 2, 7) == "one two\nthree"
+    assert clipped("one two three four five", 2, 7) == "one two\nthree…"
+    assert clipped("", 2, 7) == ""
+    assert clipped("abcdefghijkl", 1, 6) == "abcde…"
