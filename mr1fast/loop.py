@@ -21,11 +21,15 @@ from mr1fast.config import TASK_NAMES, TrainConfig, UserError
 from mr1fast.data import ImageTextDataset, load_split
 from mr1fast.evaluate import evaluate
 from mr1fast.metrics import MetricsLog
+from mr1fast.plot import draw_curves
 from mr1fast.processor import Qwen2VLTextImageProcessor
 from mr1fast.run_folder import OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
+from mr1fast.samples import before_and_after, draw_samples
 from mr1fast.stop import Stopped, finishing_steps
 from mr1fast.summary import load_snippet, result_table
 from mr1fast.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
+
+PICTURED_SAMPLES = 8  # of a task, in samples.png
 
 
 def run(opened: OpenRun, started: float) -> None:
@@ -57,10 +61,12 @@ def run(opened: OpenRun, started: float) -> None:
         result["seconds"] = round(seconds_before + time.time() - started, 1)
         folder.write_result(result)
 
+    draw_pictures(setup)
     print(f"\n{result_table(result)}\n")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}; to load it:\n")
         print(load_snippet(str(folder.model(name))) + "\n")
+    print(f"pictures: {folder.curves} and {folder.samples}")
 
 
 def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForConditionalGeneration:
@@ -94,6 +100,8 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
                 state = trainer.state_dict()
                 save_checkpoint(model, setup.processor, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
+                log.close()
+                draw_pictures(setup)
                 raise Stopped(stop.signal_number)
     log.close()
     if config.data is not None:
@@ -117,6 +125,20 @@ def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: 
     dataset = setup.tests[data]
     with tqdm(desc=f"test on {data}, {what}", unit="completion", leave=False) as bar:
         return setup.evaluate(model, dataset, data, progress=bar)
+
+
+def draw_pictures(setup: Setup) -> None:
+    """curves.png, and samples.png of every model that the run has trained so far."""
+    folder, shown = setup.folder, []
+    for name in setup.names:
+        trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
+        if trained:
+            examples = [setup.tests[name][index] for index in range(min(PICTURED_SAMPLES, len(setup.tests[name])))]
+            longest = setup.config.for_task(name).max_completion_length
+            model = setup.load(trained[-1])
+            shown += before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
+    draw_curves([folder.path], folder.curves)
+    draw_samples(folder.samples, shown, f"{setup.config.method}, {' and '.join(setup.names)}")
 
 
 # ---- preparation ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mr1fast import train
 from mr1fast.model import load_model, load_processor
@@ -62,6 +63,8 @@ def test_the_whole_program(tmp_path, monkeypatch):
     assert {"reward", "kl", "beta", "grad_norm", "learning_rate", "step_time"} <= set(rows[0])
     assert "eval/vc/greedy_accuracy" in rows[1]
     assert list((run / "tensorboard" / "vc").glob("events*"))
+    for picture in ("curves.png", "samples.png"):
+        assert Image.open(run / picture).size[0] > 500
     for words in ("before", "after", "greedy accuracy", "trained on vc, tested on gr"):
         assert words in output
     for words in ("reward", "accuracy", "kl", "beta"):
@@ -101,6 +104,7 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     assert "Traceback" not in process.stderr
     assert 2 <= len(metrics(run)) < 16
     assert len(list(run.glob("*/checkpoint-*"))) == 1
+    assert {"curves.png", "samples.png"} <= {path.name for path in run.iterdir()}
 
     assert main("--resume", "--output-dir", tmp_path) == 0
     assert main(*options, "--output-dir", alone) == 0
