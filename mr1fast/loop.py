@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +22,14 @@ from mr1fast.config import TASK_NAMES, TrainConfig, UserError
 from mr1fast.data import ImageTextDataset, load_split
 from mr1fast.evaluate import evaluate
 from mr1fast.metrics import MetricsLog
-from mr1fast.plot import draw_curves
 from mr1fast.processor import Qwen2VLTextImageProcessor
 from mr1fast.run_folder import OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
-from mr1fast.samples import before_and_after, draw_samples
 from mr1fast.stop import Stopped, finishing_steps
 from mr1fast.summary import load_snippet, result_table
+from mr1fast.tasks import TASKS
 from mr1fast.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
 
-PICTURED_SAMPLES = 8  # of a task, in samples.png
+PICTURED = 8  # problems of each task in samples.png
 
 
 def run(opened: OpenRun, started: float) -> None:
@@ -58,10 +58,11 @@ def run(opened: OpenRun, started: float) -> None:
         result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
         result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
         result["steps"][name] = setup.config.for_task(name).max_steps
-        result["seconds"] = round(seconds_before + time.time() - started, 1)
         folder.write_result(result)
 
     draw_pictures(setup)
+    result["seconds"] = round(seconds_before + time.time() - started, 1)
+    folder.write_result(result)
     print(f"\n{result_table(result)}\n")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}; to load it:\n")
@@ -128,17 +129,25 @@ def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: 
 
 
 def draw_pictures(setup: Setup) -> None:
-    """curves.png, and samples.png of every model that the run has trained so far."""
-    folder, shown = setup.folder, []
+    """curves.png, and samples.png of every model that the run has so far. A run is not lost for a picture."""
+    from mr1fast.plot import draw_curves  # matplotlib takes its time
+    from mr1fast.samples import before_and_after, draw_samples
+
+    folder, shown, titles = setup.folder, [], []
     for name in setup.names:
         trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
         if trained:
-            examples = [setup.tests[name][index] for index in range(min(PICTURED_SAMPLES, len(setup.tests[name])))]
+            examples = [setup.tests[name][index] for index in range(min(PICTURED, len(setup.tests[name])))]
             longest = setup.config.for_task(name).max_completion_length
             model = setup.load(trained[-1])
             shown += before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
-    draw_curves([folder.path], folder.curves)
-    draw_samples(folder.samples, shown, f"{setup.config.method}, {' and '.join(setup.names)}")
+            titles.append(TASKS[name].title if name in TASKS else name)
+    title = f"{' and '.join(titles)}, trained with {setup.config.method}"
+    try:
+        draw_curves([folder.path], folder.curves)
+        draw_samples(folder.samples, shown, title[:1].upper() + title[1:])
+    except OSError as error:
+        print(f"no pictures: {error}", file=sys.stderr)
 
 
 # ---- preparation ----------------------------------------------------------------------------------------------------
@@ -158,7 +167,7 @@ class Setup:
     tests: dict[str, ImageTextDataset]
 
     def split(self, name: str, split: str, count: int | None) -> ImageTextDataset:
-        return load_split(self.config.data or name, split, count=count, seed=self.config.seed)
+        return load_split(self.config.data or name, split, count=count)
 
     def train_split(self, config: TrainConfig, name: str) -> ImageTextDataset:
         """All rows of local data; of an embedded task, which is endless, as many as the run can use."""
@@ -202,7 +211,7 @@ def prepare(opened: OpenRun) -> Setup:
     base = load(base_path).eval().requires_grad_(False)
     torch.set_num_threads(config.threads or models.choose_threads(base))
     sources = [config.data] if config.data is not None else TASK_NAMES
-    tests = [load_split(source, "test", count=config.eval_samples, seed=config.seed) for source in sources]
+    tests = [load_split(source, "test", count=config.eval_samples) for source in sources]
     names = list(config.tasks) or [tests[0].name]
     return Setup(
         config=config,

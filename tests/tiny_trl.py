@@ -2,10 +2,11 @@
 
 import warnings
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from transformers.utils import logging
 
 CHARACTERS = "0123456789+-= ."
@@ -83,3 +84,40 @@ def train(folder, trainer_class, config_class, output, *, before=None, resume=Fa
         before(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return [entry for entry in trainer.state.log_history if "train_runtime" not in entry], trainer
+
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
+
+
+def every_loss_type(trainer):
+    """Let the trainer take two steps (on-policy, then off-policy) with each loss type in turn."""
+
+    class Switch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            trainer.loss_type = LOSS_TYPES[state.global_step // 2]
+            trainer.epsilon_high = 1.5 if trainer.loss_type == "cispo" else 0.2
+
+    trainer.add_callback(Switch())
+
+
+def assert_every_loss_type_was_at_work(steps):
+    """Parity is worth something only where clipping and the KL are at work."""
+    assert len(steps) == 2 * len(LOSS_TYPES)
+    for i, loss_type in enumerate(LOSS_TYPES):
+        on_policy, off_policy = steps[2 * i : 2 * i + 2]
+        assert off_policy["kl"] > 0.01
+        if loss_type == "cispo":
+            assert on_policy["cispo_clip_ratio"] == 0 < off_policy["cispo_clip_ratio"]
+        elif loss_type == "sapo":
+            assert "clip_ratio/region_mean" not in off_policy
+        else:
+            assert on_policy["clip_ratio/region_mean"] == 0 < off_policy["clip_ratio/region_mean"]
+
+
+def assert_same_steps(ours, theirs, rtol=1e-4, atol=2e-5):
+    """Every metric that TRL logs, at every step, within float32 rounding (which the steps accumulate)."""
+    assert len(ours) == len(theirs)
+    for mine, his in zip(ours, theirs):
+        assert set(mine) == set(his) | {"beta"}
+        for name in set(his) - {"step_time"}:
+            assert mine[name] == pytest.approx(his[name], rel=rtol, abs=atol, nan_ok=True), (name, his["step"])

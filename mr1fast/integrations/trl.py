@@ -11,8 +11,6 @@ TRL's own `_compute_loss`, on our log-probabilities.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +18,6 @@ import torch
 import trl
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
@@ -28,7 +25,7 @@ from mr1fast import arguments
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels.reference import LOSS_TYPES
 from mr1fast.kl_weight import SCHEDULES, kl_weight
-from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
+from mr1fast.linear_loss import linear_grpo_loss
 from mr1fast.loss import GRPOLossOutput
 
 TESTED = "1.16"
@@ -54,6 +51,8 @@ check_version(
     },
 )
 
+from mr1fast.integrations import trl_head  # noqa: E402 (after the version has been checked)
+
 # What TRL passes from its batch to the model.
 _MODEL_INPUTS = (
     "pixel_values",
@@ -67,8 +66,6 @@ _MODEL_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-# Runs in place of the lm_head and all that follows: (hidden [B, L, H], weight [V, H], bias, labels [B, L]).
-Head = Callable[[Tensor, Tensor, Tensor | None, Tensor], trl_utils.FusedCausalLMOutput]
 
 
 @dataclass
@@ -122,7 +119,7 @@ def outside_one_pass(trainer: Any) -> list[str]:
         f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": trainer.off_policy_mask_threshold is not None,
         "use_adaptive_entropy=True": trainer.use_adaptive_entropy,
         f"router_aux_loss_coef={trainer.router_aux_loss_coef}": trainer.aux_loss_enabled,
-        "final_logit_softcapping": _softcapped(trainer.model),
+        "final_logit_softcapping": trl_head.softcapped(trainer.model),
     }
     return [name for name, outside in reasons.items() if outside]
 
@@ -132,7 +129,7 @@ class _GRPOD(GRPOTrainer):
 
     args: Any  # GRPOConfig or GRPODConfig
     model: Any
-    _head: Head | None = None
+    _head: trl_head.Head | None = None
     _patched_schedule: dict[str, Any] | None = None
 
     @property
@@ -157,11 +154,11 @@ class _GRPOD(GRPOTrainer):
             )
 
         module = self._causal_lm(model)
-        if _softcapped(module):
+        if trl_head.softcapped(module):
             return run()
-        temperature = self.temperature / _logit_scale(module)
-        head = self._head or (lambda *tensors: _score(*tensors, temperature=temperature))
-        with _replaced_head(module, head, logits_to_keep, self.args.cast_lm_head_to_fp32):
+        temperature = self.temperature / trl_head.logit_scale(module)
+        head = self._head or (lambda *tensors: trl_head.score(*tensors, temperature=temperature))
+        with trl_head.replaced_head(module, head, logits_to_keep, self.args.cast_lm_head_to_fp32):
             return run()
 
     def _compute_loss(self, model, inputs):
@@ -205,7 +202,7 @@ class _GRPOD(GRPOTrainer):
                 entropy_coef=self.entropy_coef * entropy_scale / scale,
                 max_completion_length=self.max_completion_length,
                 num_items_in_batch=inputs["num_items_in_batch"],
-                temperature=self.temperature / _logit_scale(self._causal_lm(model)),
+                temperature=self.temperature / trl_head.logit_scale(self._causal_lm(model)),
             )
             results.append(out)
             return trl_utils.FusedCausalLMOutput(loss=out.loss, log_probs=out.per_token_logps, entropy=out.entropies)
@@ -321,76 +318,3 @@ def unpatch(trainer: Any) -> Any:
     del trainer._patched_schedule
     trainer.beta = trainer.args.beta
     return trainer
-
-
-# ---- from TRL's call of the model to our loss head ------------------------------------------------------------------
-
-
-@contextmanager
-def _replaced_head(module: nn.Module, head: Head, completion_length: int, lm_head_in_float32: bool) -> Iterator[None]:
-    """While this lasts, `module(..., labels=...)` runs the backbone and then `head` on the completion's positions.
-
-    Replacing the forward, and not calling the parts from outside, keeps the hooks of DDP, FSDP and ZeRO at work. It is
-    put back at once, since `generate` and TRL's other calls want the original.
-    """
-
-    def forward(self, *args, labels, fused_lm_head: bool = True, **kwargs):
-        text_config = self.config.get_text_config()
-        if getattr(text_config, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", True)
-        outputs = self.base_model(*args, **kwargs, use_cache=False)
-        lm_head = self.get_output_embeddings()
-        weight, bias = lm_head.weight, lm_head.bias
-        hidden = outputs.last_hidden_state[:, -completion_length - 1 : -1].to(weight.device)
-        labels = labels[:, -completion_length:].to(weight.device)
-        precision: AbstractContextManager = nullcontext()
-        if lm_head_in_float32:
-            hidden = hidden.float()
-            precision = torch.autocast(hidden.device.type, enabled=False)
-        with precision, trl_utils.maybe_gather_lm_head_ctx(weight, bias):
-            result = head(hidden, weight, bias, labels)
-        if kwargs.get("output_router_logits"):
-            aux_loss: Any = load_balancing_loss_func(
-                outputs.router_logits,
-                text_config.num_experts,
-                text_config.num_experts_per_tok,
-                kwargs.get("attention_mask"),
-            )
-            result.aux_loss = aux_loss
-        return result
-
-    own = module.__dict__.get("forward")
-    module.forward = types.MethodType(forward, module)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def _score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, temperature: float
-) -> trl_utils.FusedCausalLMOutput:
-    logps, entropies = linear_token_logprobs(
-        hidden, weight, labels, lm_head_bias=bias, temperature=temperature, mask=labels != -100, entropy=True
-    )
-    return trl_utils.FusedCausalLMOutput(log_probs=logps, entropy=entropies)
-
-
-def _softcapped(model: Any) -> bool:
-    """Gemma 2's tanh between lm_head and softmax, which our loss head does not have: TRL keeps such models."""
-    return bool(getattr(model.config.get_text_config(), "final_logit_softcapping", None))
-
-
-def _logit_scale(model: Any) -> float:
-    """What the model multiplies its logits by (a temperature by another name), under each family's name."""
-    config = model.config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return scaling if config.model_type == "hyperclovax" else 1 / scaling

@@ -1,0 +1,88 @@
+"""From TRL's call of the model to a loss head of ours: the backbone runs, its hidden states come here."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+from mr1fast.linear_loss import linear_token_logprobs
+
+# Runs in place of the lm_head and all that follows: (hidden [B, L, H], weight [V, H], bias, labels [B, L]).
+Head = Callable[[Tensor, Tensor, Tensor | None, Tensor], FusedCausalLMOutput]
+
+
+@contextmanager
+def replaced_head(module: nn.Module, head: Head, completion_length: int, lm_head_in_float32: bool) -> Iterator[None]:
+    """While this lasts, `module(..., labels=...)` runs the backbone and then `head` on the completion's positions.
+
+    Replacing the forward, and not calling the parts from outside, keeps the hooks of DDP, FSDP and ZeRO at work. It is
+    put back at once, since `generate` and TRL's other calls want the original.
+    """
+
+    def forward(self, *args, labels, fused_lm_head: bool = True, **kwargs):
+        text_config = self.config.get_text_config()
+        if getattr(text_config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        outputs = self.base_model(*args, **kwargs, use_cache=False)
+        lm_head = self.get_output_embeddings()
+        weight, bias = lm_head.weight, lm_head.bias
+        hidden = outputs.last_hidden_state[:, -completion_length - 1 : -1].to(weight.device)
+        labels = labels[:, -completion_length:].to(weight.device)
+        precision: AbstractContextManager = nullcontext()
+        if lm_head_in_float32:
+            hidden = hidden.float()
+            precision = torch.autocast(hidden.device.type, enabled=False)
+        with precision, maybe_gather_lm_head_ctx(weight, bias):
+            result = head(hidden, weight, bias, labels)
+        if kwargs.get("output_router_logits"):
+            aux_loss: Any = load_balancing_loss_func(
+                outputs.router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                kwargs.get("attention_mask"),
+            )
+            result.aux_loss = aux_loss
+        return result
+
+    own = module.__dict__.get("forward")
+    module.forward = types.MethodType(forward, module)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, temperature: float
+) -> FusedCausalLMOutput:
+    logps, entropies = linear_token_logprobs(
+        hidden, weight, labels, lm_head_bias=bias, temperature=temperature, mask=labels != -100, entropy=True
+    )
+    return FusedCausalLMOutput(log_probs=logps, entropy=entropies)
+
+
+def softcapped(model: Any) -> bool:
+    """Gemma 2's tanh between lm_head and softmax, which our loss head does not have: TRL keeps such models."""
+    return bool(getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+
+
+def logit_scale(model: Any) -> float:
+    """What the model multiplies its logits by (a temperature by another name), under each family's name."""
+    config = model.config.get_text_config()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
