@@ -132,11 +132,11 @@ MR1_DEVICE Plan plan_of(const RowGradient& g, bool zero, float logp, float row_b
   return {differentiation(g, row_base, log_sum, levels), sampled_gradient(g, logp), 0, 0, zero};
 }
 
-// From the row's statistics (relative to row_base) to the token's outputs, which are stored, and the row's gradient.
+// From the row's statistics (relative to row_base, its maximum) to the token's outputs, which are stored, and the row's gradient.
 MR1_DEVICE Plan finish(
     const Call& call, const Row& row, const Token& t, const RowStats<float>& s, float row_base, bool store) {
   const float inv_temperature = inv_temperature_of(call), levels = levels_of(call);
-  const float log_sum = row_lse(s), entropy = row_entropy(s);
+  const float log_sum = logf(s.sum), entropy = log_sum - s.weighted / s.sum;  // the maximum is 0
   const float logp = (t.x_id - row_base) * inv_temperature - log_sum;
   if (store) {
     call.logps[row.at] = logp;
@@ -357,6 +357,7 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
   if (thread() == 0) {
     for (int c = 0; c < kChunks; ++c) expect_nothing_yet(&shared.arrived[c]);
     publish_arrivals();
+    publish_to_bulk();
     for (int c = 0, v = 0; v < count; ++c, v += split.chunk) {
       const uint32_t bytes = 16 * (count - v < split.chunk ? count - v : split.chunk);
       bulk_load(slice + v, (const Words*)logits + first + v, bytes, &shared.arrived[c], policy);

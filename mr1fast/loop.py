@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,10 @@ from mr1fast.processor import Qwen2VLTextImageProcessor
 from mr1fast.run_folder import OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
 from mr1fast.stop import Stopped, finishing_steps
 from mr1fast.summary import load_snippet, result_table
+from mr1fast.tasks import TASKS
 from mr1fast.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
+
+PICTURED = 12  # problems in samples.png
 
 
 def run(opened: OpenRun, started: float) -> None:
@@ -56,8 +60,10 @@ def run(opened: OpenRun, started: float) -> None:
         result["steps"][name] = setup.config.for_task(name).max_steps
         result["seconds"] = round(seconds_before + time.time() - started, 1)
         folder.write_result(result)
+        draw_pictures(setup, name, model)
 
     print(f"\n{result_table(result)}\n")
+    print(f"curves and samples are in {folder.path / 'curves.png'} and {folder.task('*') / 'samples.png'}")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}; to load it:\n")
         print(load_snippet(str(folder.model(name))) + "\n")
@@ -94,6 +100,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
                 state = trainer.state_dict()
                 save_checkpoint(model, setup.processor, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
+                draw_pictures(setup, name, model)
                 raise Stopped(stop.signal_number)
     log.close()
     if config.data is not None:
@@ -119,6 +126,23 @@ def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: 
         return setup.evaluate(model, dataset, data, progress=bar)
 
 
+def draw_pictures(setup: Setup, name: str, model: Qwen2VLForConditionalGeneration) -> None:
+    """curves.png of the run so far, and samples.png of the task. A run is not lost for a picture."""
+    from mr1fast.plot import draw_curves  # matplotlib takes its time
+    from mr1fast.samples import before_and_after, draw_samples
+
+    config, tests = setup.config.for_task(name), setup.tests[name]
+    examples = [tests[index] for index in range(min(PICTURED, len(tests)))]
+    longest = config.max_completion_length
+    shown = before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
+    title = f"{TASKS[name].title.capitalize() if name in TASKS else name}, trained with {config.method}"
+    try:
+        draw_curves([setup.folder.path], setup.folder.path / "curves.png")
+        draw_samples(setup.folder.task(name) / "samples.png", shown, title)
+    except OSError as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+
+
 # ---- preparation ----------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +160,7 @@ class Setup:
     tests: dict[str, ImageTextDataset]
 
     def split(self, name: str, split: str, count: int | None) -> ImageTextDataset:
-        return load_split(self.config.data or name, split, count=count, seed=self.config.seed)
+        return load_split(self.config.data or name, split, count=count)
 
     def train_split(self, config: TrainConfig, name: str) -> ImageTextDataset:
         """All rows of local data; of an embedded task, which is endless, as many as the run can use."""
@@ -180,7 +204,7 @@ def prepare(opened: OpenRun) -> Setup:
     base = load(base_path).eval().requires_grad_(False)
     torch.set_num_threads(config.threads or models.choose_threads(base))
     sources = [config.data] if config.data is not None else TASK_NAMES
-    tests = [load_split(source, "test", count=config.eval_samples, seed=config.seed) for source in sources]
+    tests = [load_split(source, "test", count=config.eval_samples) for source in sources]
     names = list(config.tasks) or [tests[0].name]
     return Setup(
         config=config,

@@ -52,8 +52,9 @@ def test_a_failing_compiler_is_quoted(pretended_nvcc):
         cuda_build.build(0, "90a")
 
 
-def test_a_library_that_fails_its_check_is_not_kept(pretended_nvcc, capfd):
+def test_a_library_that_fails_its_check_is_not_kept(pretended_nvcc, monkeypatch, capfd):
     pretended_nvcc('echo nonsense > "$output"')
+    monkeypatch.setattr(cuda_build.sys, "executable", "false")
     with pytest.raises(cuda_build.CannotBuild, match="failed their check on device 0"):
         cuda_build.build(0, "90a")
     assert "compiling the CUDA kernels for sm_90a" in capfd.readouterr().err

@@ -1,0 +1,145 @@
+"""`python -m benchmarks.steps_2b`: three GRPO-D steps of Qwen2-VL-2B's real shape with random weights, in bfloat16.
+
+Images of the paper's size (401,408 pixels, 512 tokens), groups of 8. Prints and, with --csv, writes seconds, tokens and
+peak memory of each step, and how a step's time divides into sampling and all else. Random weights hardly ever end a
+completion, so that each is as long as --length allows: an upper bound of a real step. `--tiny` takes the embedded
+model's shape instead and runs anywhere, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import sys
+import time
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from mr1fast.config import TrainConfig
+from mr1fast.model import EMBEDDED, load_processor
+from mr1fast.trainer import Trainer
+from mr1fast.types import Example
+
+TEXT = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+}
+VISION = {
+    "depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "hidden_size": 1536,
+}  # fmt: skip
+PIXELS = 401_408
+
+
+class Photographs:
+    """Noise of the paper's image size; every problem the same."""
+
+    name = "noise"
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> Example:
+        noise = torch.randint(256, (616, 644, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        return Example(Image.fromarray(noise.numpy()), "How many different items are there in the image?", "3", f"{i}")
+
+
+def build(tiny: bool, device: torch.device, dtype: torch.dtype):
+    """(policy, reference, processor)."""
+    processor = load_processor(EMBEDDED)
+    own = Qwen2VLConfig.from_pretrained(EMBEDDED)
+    config = own
+    if not tiny:
+        special = {
+            name: value for name, value in own.to_dict().items() if name.endswith("_token_id") and value is not None
+        }
+        ends = {
+            name: getattr(own.get_text_config(), name, None)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        config = Qwen2VLConfig(text_config=TEXT | ends, vision_config=VISION, tie_word_embeddings=True, **special)
+        images = processor.image_processor
+        images.patch_size, images.merge_size, images.temporal_patch_size = 14, 2, 2
+        images.size = {"shortest_edge": 3136, "longest_edge": PIXELS}
+
+    def model() -> Qwen2VLForConditionalGeneration:
+        with torch.device(device):
+            built = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        built.generation_config.eos_token_id = own.get_text_config().eos_token_id
+        return nn.Module.to(built, device)
+
+    policy = model()
+    reference = model().eval().requires_grad_(False)
+    reference.load_state_dict(policy.state_dict())
+    return policy, reference, processor
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
+    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a completion (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="(%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="the embedded model's shape, on any device")
+    options = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    if not (gpu or options.tiny):
+        print("not measured: there is no CUDA device (--tiny runs anywhere)", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
+    policy, reference, processor = build(options.tiny, device, dtype)
+    config = dataclasses.replace(
+        TrainConfig(task="vc").for_task("vc"),
+        num_generations=8,
+        prompts_per_step=2,
+        gradient_accumulation_steps=2,
+        max_completion_length=options.length,
+        max_steps=options.steps,
+    )
+    trainer = Trainer(config, policy, reference, processor, Photographs())
+    parameters = sum(p.numel() for p in policy.parameters())
+    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {parameters / 1e6:.0f} M parameters, {dtype}")
+    rows = []
+    for step in range(options.steps):
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before = trainer.num_tokens
+        started = time.perf_counter()
+        trainer.sampled = trainer.sample()
+        sampling = time.perf_counter() - started
+        metrics = trainer.update(trainer.sampled)
+        if gpu:
+            torch.cuda.synchronize()
+        row = {
+            "step": step + 1,
+            "seconds": round(time.perf_counter() - started, 3),
+            "seconds_sampling_and_reference": round(sampling, 3),
+            "tokens": trainer.num_tokens - before,
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else "",
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+        }
+        trainer.finished_steps += 1
+        rows.append(row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    if options.csv:
+        with open(options.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
