@@ -81,7 +81,7 @@ def draw_samples(file: Path, shown: Sequence[Shown], title: str) -> Path:
                 "parse_math": False,
             }
             axis.text(0.04, y, text.text, va="top", linespacing=1.15, **style)
-            y += room + (GAP if text.weight == "normal" else 0)
+            y += room + (GAP if text.gap else 0)
     right = [sum(getattr(one, when).correct for one in shown) for when in ("before", "after")]
     below = f"{len(shown)} problems of the test split, not selected: {right[0]} right before training, {right[1]} after"
     figure.text(0.012, 1 - 0.25 / height, title, fontsize=13, fontweight="bold", va="center", parse_math=False)
