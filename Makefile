@@ -1,6 +1,7 @@
 # make train    GRPO-D training of the embedded Qwen2-VL on the CPU; options in ARGS, e.g. make train ARGS="--task vc"
 # make test     the tests
 # make check    lint, format, types
+# make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
 # make compile-check, compile-check-old    every GPU kernel through its compiler, no GPU needed; old: on Triton 3.6.0
 # Each sets up .venv first if it is missing or out of date.
 
@@ -55,6 +56,15 @@ compile-check-old:
 	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch
 	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet triton==3.6.0 numpy==2.3.5
 	@env -u TRITON_INTERPRET $(OLD)/bin/python -m benchmarks.compile_check
+
+# Leaks are not looked for: Python and torch leave much behind on purpose. libstdc++ must be there before libasan looks for
+# the functions it replaces, or the first C++ exception aborts.
+ASAN_LIBRARIES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)
+asan: $(READY)
+	@rm -rf build/asan && mkdir -p build/asan && git ls-files -z | xargs -0 cp --parents -P -t build/asan
+	cd build/asan && MR1FAST_SANITIZE=1 $(abspath $(BIN)/python) setup.py -q build_ext --inplace
+	cd build/asan && LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+	    $(abspath $(BIN)/python) -m pytest -q -p no:cacheprovider tests/test_cpp.py tests/test_loss.py -k "cpp and not install"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from benchmarks import timing
 from benchmarks.cases import Scene
 from benchmarks.timing import Measurement
 
 Row = dict[str, Any]
 MEASURED = ["group", "shape", "dtype", "case", "pages", "median_ms", "best_ms", "calls", "rate", "unit", "limit"]
 MEASURED += ["of_limit", "of_memcpy", "ratio", "against", "peak_extra_mib", "note"]
-ENVIRONMENT = ["device", "threads", "commit", "date", "python", "torch", "triton", "trl", "liger-kernel"]
+ENVIRONMENT = ["device", "threads", "clock", "commit", "date", "python", "torch", "triton", "trl", "liger-kernel"]
 
 
 def rows(scene: Scene, measurements: list[Measurement]) -> list[Row]:
@@ -65,6 +66,7 @@ def environment() -> Row:
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
+        "clock": "processor" if timing.now is time.process_time else "wall",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),

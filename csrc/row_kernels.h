@@ -29,8 +29,8 @@ static MR1_INLINE void store_rest(T* p, Simd::Pair a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// The exponentials of a pair, of which n logits exist. Beside 16-bit logits they have memory of their own, with room for
-// a whole pair, and keep its order; those of float may stand in the gradient's memory, where another row follows.
+// The exponentials of a pair, of which n logits exist. Beside 16-bit logits they have memory of their own, with room
+// for a whole pair, and keep its order; those of float may stand in the gradient's memory, where another row follows.
 template <typename T>
 static MR1_INLINE void store_exponentials(float* e, Simd::Pair a, int64_t n) {
   if (std::is_same_v<T, float> && n < kPair) {

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL) vectors for row_kernels.h. Included inside a namespace and a target region: see row_kernels.cpp.
+// AVX-512 (F, BW, DQ, VL) vectors for row_kernels.h. Included inside a namespace and a target region (row_kernels.cpp).
 
 struct Simd {
   using Vec = __m512;

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from mr1fast.config import UserError
 from mr1fast.program import Parser, exit_code
@@ -208,6 +209,8 @@ def _draw_panel(axis: Axes, panel: Panel, series: Sequence[Series]) -> None:
     axis.set_ylabel(panel.unit, fontsize=9)
     axis.set_xlabel("optimizer step", fontsize=9)
     axis.tick_params(labelsize=8.5)
+    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.02)

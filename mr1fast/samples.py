@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mr1fast.evaluate import Sample, evaluate
+from mr1fast.eval_result import Sample
+from mr1fast.evaluate import evaluate
 from mr1fast.types import Example
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def draw_samples(file: Path, shown: Sequence[Shown], title: str) -> Path:
                 "parse_math": False,
             }
             axis.text(0.04, y, text.text, va="top", linespacing=1.15, **style)
-            y += room + (GAP if text.weight == "normal" else 0)
+            y += room + (GAP if text.gap else 0)
     right = [sum(getattr(one, when).correct for one in shown) for when in ("before", "after")]
     below = f"{len(shown)} problems of the test split, not selected: {right[0]} right before training, {right[1]} after"
     figure.text(0.012, 1 - 0.25 / height, title, fontsize=13, fontweight="bold", va="center", parse_math=False)

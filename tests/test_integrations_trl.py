@@ -195,13 +195,14 @@ def test_each_update_uses_the_weight_of_its_step(model, tmp_path, settings):
 
 def test_save_and_resume(model, tmp_path):
     """The schedule goes on exactly where it was: 6 steps, and 3 + 3 with the same total."""
-    settings = {**GEOMETRY, "max_steps": 6, "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 3}
+    settings = {**GEOMETRY, "max_steps": 6, "num_iterations": 1, "save_strategy": "steps", "save_steps": 3}
     whole, _ = tiny_trl.train(model, GRPODTrainer, GRPODConfig, tmp_path, **settings)
     assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     resumed, _ = tiny_trl.train(
         model, GRPODTrainer, GRPODConfig, tmp_path, resume=str(tmp_path / "checkpoint-3"), **settings
     )
     assert [step["beta"] for step in resumed] == [step["beta"] for step in whole]
+    assert [step["loss"] for step in resumed] == pytest.approx([step["loss"] for step in whole], rel=1e-4, abs=1e-6)
     assert [step["step"] for step in resumed] == [1, 2, 3, 4, 5, 6]
 
 

@@ -1,0 +1,250 @@
+"""What is particular to the `cpp` backend: threads, instruction sets, denormals, memory, and its absence.
+
+That it computes the right thing is tests/test_loss.py's matrix; here float64 or another way through the kernel judges.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mr1fast import grpo_loss, token_logprobs
+from mr1fast.kernels.testing import assert_within_budget, random_batch
+
+ROOT = Path(__file__).parent.parent
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What this machine can be asked for; x86-64-v3 and above have AVX2.
+INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}.get(
+    torch.backends.cpu.get_cpu_capability(), ("portable",)
+)
+
+
+def loss_and_gradient(batch, backend="cpp", **settings):
+    """(loss, logps, entropies, kl, gradient); the batch's logits stay as they are."""
+    keywords = {"beta": 0.1} | {name: value for name, value in batch.items() if name != "logits"} | settings
+    logits = batch["logits"].detach().requires_grad_()
+    output = grpo_loss(logits, backend=backend, **keywords)
+    output.loss.backward()
+    return output.loss.detach(), output.per_token_logps, output.entropies, output.kl, logits.grad
+
+
+def check_against_float64(batch, **settings):
+    exact = loss_and_gradient(batch | {"logits": batch["logits"].double()}, "torch", **settings)
+    peer = loss_and_gradient(batch, "torch", **settings)
+    actual = loss_and_gradient(batch, **settings)
+    for name, a, e, p in zip(("loss", "logps", "entropies", "kl"), actual, exact, peer):
+        assert_within_budget(name, a, e, p, 5e-6)
+    scale = exact[-1].abs().max()
+    floor = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[batch["logits"].dtype]
+    assert_within_budget("gradient", actual[-1] / scale, exact[-1] / scale, peer[-1] / scale, floor)
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"entropy_coef": 0.1}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(dtype, settings, restore_threads):
+    batch = random_batch(4, 40, 5003, dtype=dtype)  # enough for every thread to be woken
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(loss_and_gradient(batch | {"logits": batch["logits"].clone()}, **settings))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+# ---- instruction sets -----------------------------------------------------------------------------------------------
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_instruction_set(name):
+    code = f"""
+import itertools, torch, test_cpp
+from mr1fast.kernels.testing import random_batch
+assert torch.ops.mr1fast_native.instruction_set() == {name!r}
+settings = ({{}}, {{"entropy_coef": 0.1, "temperature": 0.7}})
+for dtype, V, more in itertools.product(test_cpp.DTYPES, (1, 33, 64, 257, 6151), settings):
+    test_cpp.check_against_float64(random_batch(2, 3, V, dtype=dtype, seed=V), **more)
+test_cpp.check_banned_and_far()
+"""
+    done = python(code, MR1FAST_CPU=name, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_instruction_set_is_refused():
+    done = python("import mr1fast.kernels.native, torch; torch.ops.mr1fast_native.instruction_set()", MR1FAST_CPU="mmx")
+    assert done.returncode != 0
+    assert "MR1FAST_CPU must be one of avx512, avx2, portable that this machine has, got mmx" in done.stderr
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+def check_banned_and_far():
+    """Logits of -inf, of the least finite value, and 90 to 105 below the maximum, where exp leaves float32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = random_batch(2, 3, 5000, dtype=dtype)
+        logits = batch["logits"]
+        logits[0, :, ::3] = -torch.inf
+        logits[1, :, 1::2] = torch.finfo(dtype).min
+        logits[1, 0, 100:600] = logits[1, 0].max() - torch.linspace(85, 105, 500).to(dtype)
+        logits[0, 0, :2048] = -torch.inf  # a whole block
+        logits.scatter_(-1, batch["completion_ids"][..., None], 1.0)
+        batch |= {"old_per_token_logps": None, "ref_per_token_logps": torch.full((2, 3), -9.0)}
+        check_against_float64(batch)
+        check_against_float64(batch, entropy_coef=0.1)
+
+
+def test_banned_and_far_logits():
+    check_banned_and_far()
+
+
+def test_denormals_cost_nothing_and_the_mode_is_restored(restore_threads):
+    torch.set_num_threads(1)
+    batch = random_batch(1, 40, 20000)
+    near, far = batch["logits"], batch["logits"].clone()
+    far[..., 1:] -= 93.0  # exp of these is denormal, once the first logit is the largest
+    far[..., 0] = 0.0
+
+    def seconds(logits):
+        times = []
+        for _ in range(7):
+            start = time.thread_time()
+            loss_and_gradient(batch | {"logits": logits})
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    assert seconds(far) < 4 * seconds(near)
+    denormal = torch.tensor([1e-40])
+    assert (denormal * 1.0).item() != 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [31, 4096, 20011])
+def test_new_buffer_and_in_place_agree_bit_for_bit(V, dtype, poisoned_memory):
+    batch = random_batch(2, 5, V, dtype=dtype)
+    new = loss_and_gradient(batch)
+    in_place = loss_and_gradient(batch | {"logits": batch["logits"].clone()}, inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(new, in_place))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strided_logits(inplace, dtype):
+    batch = random_batch(3, 4, 333, dtype=dtype)
+    expected = loss_and_gradient(batch)
+    surround = torch.full((4, 5, 3 * 333 + 7), 7.0, dtype=dtype)
+    views = {
+        "a slice in every dimension": surround[1:, :-1, 333:666],
+        "L before B": torch.empty(4, 3, 333, dtype=dtype).transpose(0, 1),
+        "an odd offset": torch.empty(4000, dtype=dtype)[1:3997].view(3, 4, 333),
+    }
+    for name, view in views.items():
+        view.copy_(batch["logits"])
+        actual = loss_and_gradient(batch | {"logits": view}, inplace=inplace)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected)), name
+        assert torch.equal(view, expected[-1] if inplace else batch["logits"]), name
+    surround[1:, :-1, 333:666] = 7.0
+    assert (surround == 7.0).all(), "written beside the logits"
+
+
+def test_offsets_beyond_2_31_elements():
+    """Three rows 2^30 elements apart: 4 GiB of address space, of which a few pages are touched."""
+    batch = random_batch(1, 3, 1024, dtype=torch.bfloat16)
+    expected = loss_and_gradient(batch)
+    apart = torch.empty(2**31 + 1024, dtype=torch.bfloat16).as_strided((1, 3, 1024), (0, 2**30, 1))
+    apart.copy_(batch["logits"])
+    actual = loss_and_gradient(batch | {"logits": apart}, inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+    assert torch.equal(apart, expected[-1])
+
+
+def test_more_than_2_31_logits():
+    """One row, seen 20,000 times; all but the first and the last are masked and hence not read."""
+    rows, V = 20_000, 151_936
+    row = random_batch(1, 1, V, dtype=torch.bfloat16)["logits"]
+    ids = torch.zeros(1, rows, dtype=torch.int64)
+    mask = torch.zeros(1, rows, dtype=torch.bool)
+    ids[0, -1], mask[0, 0], mask[0, -1] = V - 1, True, True
+    logps, entropies = token_logprobs(row.expand(1, rows, V), ids, mask=mask, entropy=True, backend="cpp")
+    few, few_entropies = token_logprobs(row.expand(1, 2, V), torch.tensor([[0, V - 1]]), entropy=True, backend="cpp")
+    assert torch.equal(logps[mask], few[0])
+    assert torch.equal(entropies[mask], few_entropies[0])
+    assert (logps[~mask] == 0).all()
+
+
+def test_masked_rows_are_not_read():
+    batch = random_batch(3, 6, 500)
+    expected = loss_and_gradient(batch)
+    batch["logits"] = torch.where(batch["completion_mask"][..., None], batch["logits"], torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradient(batch), expected))
+
+
+# ---- building and its absence ---------------------------------------------------------------------------------------
+
+
+def test_without_the_extension():
+    done = python(
+        """
+import sys
+sys.modules["mr1fast._C"] = None
+import torch, mr1fast
+x, ids, advantages = torch.randn(1, 2, 9), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1)
+mr1fast.grpo_loss(x, ids, advantages, backend="auto")
+mr1fast.grpo_loss(x, ids, advantages, backend="cpp")
+"""
+    )
+    assert "ValueError: backend='cpp' cannot run here: the C++ extension was not built" in done.stderr
+    assert "install a C++ compiler" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["compiler", "torch"])
+def test_install_without(missing, tmp_path):
+    """The build succeeds in pure Python and says what will be missing."""
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "__pycache__", "runs", "results")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
+    (tmp_path / "stubs").mkdir()
+    environment = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "PYTHONPATH": ""}
+    if missing == "torch":
+        (tmp_path / "stubs" / "torch.py").write_text("raise ImportError('no torch here')")
+        environment = {"PYTHONPATH": str(tmp_path / "stubs")}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")],
+        cwd=tree,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    reason = "torch is not importable at build time" if missing == "torch" else "no-such-compiler"
+    assert "mr1fast is installed without its C++ extension, and backend='cpp' will not be available" in done.stderr
+    assert reason in done.stderr
+    built = list((tmp_path / "build").rglob("mr1fast/loss.py"))
+    assert built
+    assert not list((tmp_path / "build").rglob("*.so"))
