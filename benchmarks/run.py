@@ -10,16 +10,18 @@
 How to read the table: `rate` counts only the bytes that must move (logits read once, gradient written once) or the
 floating-point operations of the GEMMs; `of limit` is that rate divided by the rate of the machine's own limit for such
 work, `of memcpy` by memcpy's; `time ratio` is the time divided by ours. Times are medians over rounds that call every
-case once. Ratios within one run hold on a busy machine, milliseconds do not. Results belong in benchmarks/results/,
-what did not help in benchmarks/LOG.md.
+case once, and "(best)" compares each case's fastest call. Ratios within one run hold on a busy machine, milliseconds
+do not. Results belong in benchmarks/results/, what did not help in benchmarks/LOG.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from benchmarks import cases, report, timing
@@ -36,6 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--filter", default="", metavar="WORDS", help="cases that contain every one of these words")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few calls: does everything run?")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timed calls per case (default %(default)s)")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results there, with device and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the time ratios")
     parser.add_argument("--base", metavar="REV", help="compare our cases with that commit, built aside")
@@ -43,6 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.groups) - set(cases.GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(cases.GROUPS)}")
+    if args.processor_time:
+        torch.set_num_threads(1)  # waiting threads spin, which counts as work
+        timing.now = time.process_time
     return args
 
 

@@ -4,6 +4,7 @@
         config.json            the options, as `--config` reads them
         metrics.jsonl          one line per step and task
         result.json            accuracies before and after
+        curves.png, samples.png
         tensorboard/vc/
         vc/checkpoint-000050/  model, processor, trainer_state.pt
         vc/model/              the trained model
@@ -35,6 +36,7 @@ class RunFolder:
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.result_file = path / "result.json"
+        self.curves, self.samples = path / "curves.png", path / "samples.png"
 
     def task(self, name: str) -> Path:
         return self.path / name

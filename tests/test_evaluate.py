@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from mr1fast.data import load_split
-from mr1fast.evaluate import EvalResult, Sample, evaluate, main, wilson_interval
+from mr1fast.eval_result import EvalResult, Sample, wilson_interval
+from mr1fast.evaluate import evaluate, main
 from mr1fast.model import encode_prompts, load_model, load_processor
 from mr1fast.report import answer_rows, result_text, write_report
 from mr1fast.rewards import accuracy_reward, format_reward
@@ -104,6 +105,13 @@ def test_without_samples_there_is_no_sampled_accuracy(model, processor, dataset)
     assert "sampled_accuracy" not in result.figures()
     assert result.format_accuracy == result.accuracy_when_formatted == 0
     assert "sampled" not in result_text(result, SETTINGS)
+
+
+def test_a_problem_that_stands_in_for_a_broken_one_counts_once(model, processor, dataset):
+    rows = [dataset[0], dataset[1], dataset[1], dataset[0], dataset[2]]
+    result = evaluate(model, processor, rows, max_completion_length=24, sampled=0, batch_size=2)
+    assert [sample.index for sample in result.samples] == [0, 1, 4]
+    assert result.n == 3
 
 
 @pytest.mark.parametrize(("accuracy", "n"), [(0.0, 10), (1.0, 10), (0.5, 1), (0.4, 400), (0.97, 30)])
