@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from mr1fast.evaluate import EvalResult, Sample, wilson_interval
+from mr1fast.eval_result import EvalResult, Sample, wilson_interval
 from mr1fast.summary import FIGURES
 from mr1fast.types import Examples
 

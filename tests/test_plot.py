@@ -11,7 +11,7 @@ from PIL import Image
 from mr1fast import plot
 from mr1fast.config import TrainConfig
 from mr1fast.data import load_split
-from mr1fast.evaluate import Sample
+from mr1fast.eval_result import Sample
 from mr1fast.loop import draw_pictures
 from mr1fast.model import load_model, load_processor
 from mr1fast.plot import PANELS, _labels, draw_curves, main, read_run, smoothed
