@@ -214,7 +214,6 @@ def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(plot, "draw_curves", full_disk)
-    (tmp_path / "run" / "vc" / "model").mkdir(parents=True)
     draw_pictures(setup)
     assert capsys.readouterr().err.endswith("no pictures: No space left on device\n")
 
