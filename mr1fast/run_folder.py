@@ -67,6 +67,8 @@ class OpenRun:
 def open_run(request: Request) -> OpenRun:
     """A new folder for a new run, or the folder and options of the one to resume. Raises UserError."""
     if request.resume is None:
+        if request.config.data is not None and not Path(request.config.data).exists():
+            raise UserError(f"--data {request.config.data} does not exist")
         return OpenRun(
             RunFolder(new_folder(request.config.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"))),
             request.config,
