@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,19 +51,22 @@ def run(opened: OpenRun, started: float) -> None:
     for data in setup.tests:
         if data not in result["before"]:
             result["before"][data] = test(setup, setup.base, data, "before training")
-    folder.write_result(result)
-    for name in todo:
-        model = train_task(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
-        save_model(model, setup.processor, folder.model(name))
-        figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
-        result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
-        result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
-        result["steps"][name] = setup.config.for_task(name).max_steps
+    try:
         folder.write_result(result)
+        for name in todo:
+            model = train_task(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
+            save_model(model, setup.processor, folder.model(name))
+            figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
+            result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
+            result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
+            result["steps"][name] = setup.config.for_task(name).max_steps
+            folder.write_result(result)
+        draw_pictures(setup)
+    finally:
+        result["seconds"] = round(seconds_before + time.time() - started, 1)
+        with suppress(OSError):  # a full disk has been reported, or is about to be
+            folder.write_result(result)
 
-    draw_pictures(setup)
-    result["seconds"] = round(seconds_before + time.time() - started, 1)
-    folder.write_result(result)
     print(f"\n{result_table(result)}\n")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}; to load it:\n")

@@ -106,7 +106,10 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     assert len(list(run.glob("*/checkpoint-*"))) == 1
     assert {"curves.png", "samples.png"} <= {path.name for path in run.iterdir()}
 
+    seconds = json.loads((run / "result.json").read_text())["seconds"]
+    assert seconds > 0
     assert main("--resume", "--output-dir", tmp_path) == 0
+    assert json.loads((run / "result.json").read_text())["seconds"] > seconds
     assert main(*options, "--output-dir", alone) == 0
     name = options[0].removeprefix("--task=")
     ours, theirs = (load_model(folder / name / "model").state_dict() for folder in (run, alone))
