@@ -228,6 +228,8 @@ def test_config_resolves_and_refuses(tmp_path):
         config(beta=0.2, beta_max=0.1)
     with pytest.raises(ValueError, match=r"kl_schedule must be one of .*did you mean 'cosine'"):
         config(beta_max=0.1, kl_schedule="cosin")
+    with pytest.raises(ValueError, match="beta_max must be given with kl_schedule='linear'"):
+        config(beta=0.1, kl_schedule="linear")
     with pytest.raises(ValueError, match="kl_schedule='adaptive' is not supported"):
         config(beta_max=0.1, kl_schedule="adaptive")
     with pytest.raises(ValueError, match="beta_min <= beta_max"):
@@ -280,6 +282,7 @@ def test_patch_refuses(model, tmp_path):
     def every(trainer):
         refuse(r"beta_max=0.1 needs a reference model.*built with beta=0\.0", beta_max=0.1)(trainer)
         refuse("beta_max must be given", beta_min=0.1)(trainer)
+        refuse("beta_max must be given with kl_schedule='cosine'", kl_schedule="cosine")(trainer)
         refuse("did you mean 'linear'", beta_max=0.1, kl_schedule="linea")(trainer)
 
     tiny_trl.train(model, GRPOTrainer, GRPOConfig, tmp_path, max_steps=1, before=every)
