@@ -48,8 +48,8 @@ class Sampled:
 class Trainer:
     """The state of training, one step of it, and its way into a checkpoint and back.
 
-    `config` is that of a task (`TrainConfig.for_task`), `reference` is the frozen
-    model of the KL term, or None where its weight is 0 throughout.
+    `config` is that of a task (`TrainConfig.for_task`), `reference` the frozen model of the KL term, or None where its
+    weight is 0 throughout.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Trainer:
             "reason": reason,
             "examples": [dataclasses.asdict(dataclasses.replace(e, image=None)) for e in self.examples()],
             "completions": self.sampled.completions,
-            "rewards": self.sampled.rewards,
+            "rewards": [str(reward) for reward in self.sampled.rewards],  # JSON has no NaN
         }
 
     # ---- into a checkpoint and back ---------------------------------------------------------------------------------
