@@ -19,19 +19,28 @@ unset TRITON_INTERPRET
 PYTHON=${PYTHON:-python3}
 SUMMARY=$OUT/summary.txt
 : > "$SUMMARY"
+ENOUGH=530 # seconds for everything; what would begin later is skipped
 failed=0
 
 # stage NAME SECONDS COMMAND...: its output goes to NAME.log, one line to the summary.
 stage() {
     local name=$1 limit=$2 began=$SECONDS status
     shift 2
+    if [ "$limit" -gt $((ENOUGH - SECONDS)) ]; then
+        limit=$((ENOUGH - SECONDS))
+    fi
+    if [ "$limit" -lt 10 ]; then
+        skip "$name" "the nine minutes are over"
+        failed=1
+        return
+    fi
     echo "==> $name"
     timeout --kill-after=10 "$limit" "$@" > "$OUT/$name.log" 2>&1
     status=$?
     case $status in
         0) echo "ok      $((SECONDS - began)) s  $name" ;;
         124 | 137) echo "TIMEOUT $limit s  $name" ;;
-        *) echo "FAILED  $((SECONDS - began)) s  $name (exit $status): $(tail -n 1 "$OUT/$name.log")" ;;
+        *) echo "FAILED  $((SECONDS - began)) s  $name (exit $status): $(tail -n 1 "$OUT/$name.log" | cut -c 1-160)" ;;
     esac | tee -a "$SUMMARY"
     [ $status -eq 0 ] || failed=1
 }
@@ -55,44 +64,56 @@ stage machine 60 bash -c "nvidia-smi; $PYTHON -c 'import sys, torch, triton
 print(sys.version, torch.__version__, torch.version.cuda, triton.__version__)
 print(torch.cuda.get_device_properties(0))'"
 
-# The machine's own torch and triton stay; what else we need comes from WHEELS, or is there already.
-"$PYTHON" -m venv --system-site-packages "$OUT/venv" > /dev/null 2>&1 && PYTHON=$OUT/venv/bin/python
+# The machine's own Python stays as it is: an environment on top of it sees its packages (through a .pth file, since it
+# may be an environment itself) and takes ours and those of WHEELS.
+MACHINE=$PYTHON
+PYTHON=$OUT/venv/bin/python
+stage environment 60 bash -c "'$MACHINE' -m venv '$OUT/venv' && '$MACHINE' -c 'import site, sysconfig
+print(sysconfig.get_path(\"purelib\"))
+print(sysconfig.get_path(\"platlib\"))
+print(*site.getsitepackages(), sep=chr(10))' > \"\$('$PYTHON' -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')/machine.pth\"
+'$PYTHON' -c 'import torch, triton'"
 if [ -n "${WHEELS:-}" ]; then
-    stage wheels 120 "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+    stage wheels 60 "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
 fi
 stage install 120 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
-PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-stage cuda_check 240 "$PYTHON" -m mr1fast.kernels.cuda_check
-if "$PYTHON" -c 'import pytest' 2> /dev/null; then
-    stage tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py
+has() {
+    "$PYTHON" -c "import $1" 2> /dev/null
+}
+
+stage cuda_check 120 "$PYTHON" -m mr1fast.kernels.cuda_check
+if has pytest; then
+    stage tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py
 else
     skip tests "pytest is not installed (WHEELS)"
 fi
-if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        stage "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitized
-    done
-else
-    skip sanitizer "compute-sanitizer is not installed"
-fi
-stage specialisations 60 "$PYTHON" -m benchmarks.specialisations
-if "$PYTHON" -c 'import transformers' 2> /dev/null; then
-    stage train 90 "$PYTHON" -m mr1fast.train --device cuda --max_steps 20 --eval_steps 0 --eval_samples 32 \
-        --output_dir "$OUT/run"
-    stage qwen2vl_2b 120 "$PYTHON" -m benchmarks.steps_2b --csv "$OUT/qwen2vl_2b.csv"
+if has transformers; then
+    stage train 60 "$PYTHON" -m mr1fast.train --task vc --device cuda --max-steps 10 --eval-steps 0 --eval-samples 16 \
+        --output-dir "$OUT/run"
+    stage qwen2vl_2b 90 "$PYTHON" -m benchmarks.steps_2b --csv "$OUT/qwen2vl_2b.csv"
 else
     skip train "transformers is not installed (WHEELS)"
+    skip qwen2vl_2b "transformers is not installed (WHEELS)"
 fi
-stage benchmarks 150 "$PYTHON" -m benchmarks.run gpu --seconds 0.5 --csv "$OUT/gpu.csv" --plot "$OUT/gpu.png"
+stage benchmarks 120 "$PYTHON" -m benchmarks.run gpu --seconds 0.3 --csv "$OUT/gpu.csv" --plot "$OUT/gpu.png"
+for tool in memcheck racecheck; do
+    if command -v compute-sanitizer > /dev/null; then
+        stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitized
+    else
+        skip "$tool" "compute-sanitizer is not installed"
+    fi
+done
 if command -v ncu > /dev/null; then
-    stage dram_bytes 90 ncu --clock-control none --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
+    stage dram_bytes 60 ncu --clock-control none \
+        --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
         --kernel-name "regex:cluster_fwd|rows_fwd|grpo_loss_fwd|score_fwd" "$PYTHON" -m benchmarks.sanitized --large
 else
     skip dram_bytes "ncu is not installed"
 fi
+stage specialisations 60 "$PYTHON" -m benchmarks.specialisations
 rm -rf "$OUT/venv"
-echo "all in $OUT; the summary again:"
+echo "after $SECONDS s, all in $OUT; the summary again:"
 cat "$SUMMARY"
 exit $failed

@@ -10,8 +10,8 @@
 How to read the table: `rate` counts only the bytes that must move (logits read once, gradient written once) or the
 floating-point operations of the GEMMs; `of limit` is that rate divided by the rate of the machine's own limit for such
 work, `of memcpy` by memcpy's; `time ratio` is the time divided by ours. Times are medians over rounds that call every
-case once. Ratios within one run hold on a busy machine, milliseconds do not. Results belong in benchmarks/results/,
-what did not help in benchmarks/LOG.md.
+case once, and "(best)" compares each case's fastest call. Ratios within one run hold on a busy machine, milliseconds
+do not. Results belong in benchmarks/results/, what did not help in benchmarks/LOG.md.
 """
 
 from __future__ import annotations

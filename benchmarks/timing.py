@@ -46,9 +46,17 @@ class Measurement:
         return statistics.median(self.seconds)
 
     @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
     def rate(self) -> float:
-        """In the case's unit."""
+        """In the case's unit, at the median."""
         return self.case.work / self.median / 1e9
+
+    @property
+    def best_rate(self) -> float:
+        return self.case.work / self.best / 1e9
 
 
 def measure(

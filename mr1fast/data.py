@@ -20,7 +20,7 @@ from typing import Any
 from mr1fast.config import UserError, nearest
 from mr1fast.images import BadImage, check_image, load_image
 from mr1fast.rewards import extract_answer
-from mr1fast.tables import Table, read_tables
+from mr1fast.tables import ArrowRows, Table, read_tables
 from mr1fast.tasks import SPLITS, TASKS
 from mr1fast.types import Example
 
@@ -162,6 +162,8 @@ def _rows_of_split(tables: Sequence[Table], split: str, seed: int) -> list[Place
 
 def _image_key(table: Table, row: int) -> Any:
     """The same for rows that show the same image, without opening any file."""
+    if isinstance(table.rows, ArrowRows) and (digest := table.rows.image_digest(row)):
+        return digest
     values = table.rows[row]
     image = _image_cell(values) if isinstance(values, dict) else None
     if isinstance(image, dict):
@@ -178,9 +180,10 @@ def _check_columns(path: Path, tables: Sequence[Table]) -> None:
     """A column that no row has is one mistake, not a thousand skipped rows."""
     columns: set[str] = set()
     for table in tables:
-        dataset = getattr(table.rows, "dataset", None)
-        readable = [dict.fromkeys(dataset.column_names)] if dataset is not None else table.rows
-        columns.update(*(row for row in readable if isinstance(row, dict)))
+        if isinstance(table.rows, ArrowRows):
+            columns.update(table.rows.dataset.column_names)
+        else:
+            columns.update(*(row for row in table.rows if isinstance(row, dict)))
     if not columns:
         return  # reported with the reasons, as no readable row
     known = columns | ({"image"} if "file_name" in columns else set())
@@ -237,7 +240,7 @@ def _record(table: Table, row: int) -> tuple[Record, list[str]]:
     solution = _answer(_text(values.get("solution"), "answer", notes), notes)
     if not problem:
         raise BadRow("no question")
-    return Record(f"{table.file.name}, row {row + 1}", problem, solution, _image(table, row, values, notes)), notes
+    return Record(f"{table.name}, row {row + 1}", problem, solution, _image(table, row, values, notes)), notes
 
 
 def _text(value: Any, what: str, notes: list[str]) -> str:

@@ -6,16 +6,17 @@ Imports torch only when there is something to compute, so that a mistake on the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mr1fast.config import RECIPES, TASK_NAMES, UserError, choice
+from mr1fast.eval_result import EvalResult, Sample, wilson_interval
 from mr1fast.program import Parser, at_least, exit_code
 from mr1fast.run_folder import RUNS, new_folder, write_json
 
@@ -24,68 +25,9 @@ if TYPE_CHECKING:
 
     from mr1fast.data import ImageTextDataset
     from mr1fast.processor import Qwen2VLTextImageProcessor
-    from mr1fast.types import Examples
+    from mr1fast.types import Example, Examples
 
 DEFAULT_SAMPLES = 400  # problems, of a task that has no end
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The greedy completion of one problem, and how the sampled ones did."""
-
-    index: int  # in the data set, which has the image
-    name: str
-    problem: str
-    solution: str
-    completion: str
-    answer: str | None  # what stands between the tags
-    correct: bool
-    formatted: bool
-    sampled_correct: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Fractions over n problems: of greedy completions, but for `sampled_accuracy`, which is NaN without samples.
-
-    accuracy_when_formatted: greedy accuracy among the well-formed completions, 0 if there are none. It tells a model
-    that has learnt to answer from one that has learnt to write tags.
-    """
-
-    greedy_accuracy: float
-    sampled_accuracy: float
-    format_accuracy: float
-    accuracy_when_formatted: float
-    n: int
-    samples: list[Sample]
-
-    @classmethod
-    def of(cls, samples: list[Sample]) -> EvalResult:
-        sampled = [correct for sample in samples for correct in sample.sampled_correct]
-        return cls(
-            greedy_accuracy=_mean([s.correct for s in samples]),
-            sampled_accuracy=_mean(sampled) if sampled else math.nan,
-            format_accuracy=_mean([s.formatted for s in samples]),
-            accuracy_when_formatted=_mean([s.correct for s in samples if s.formatted]),
-            n=len(samples),
-            samples=samples,
-        )
-
-    def figures(self) -> dict[str, float]:
-        """What can stand in a JSON file: all but the samples, and no NaN."""
-        numbers = {name: value for name, value in vars(self).items() if name != "samples"}
-        return {name: value for name, value in numbers.items() if not math.isnan(value)}
-
-    def by_answer(self) -> dict[str, tuple[int, int]]:
-        """True answer -> (greedy completions that were right, problems), in the answers' order."""
-        asked = Counter(sample.solution for sample in self.samples)
-        right = Counter(sample.solution for sample in self.samples if sample.correct)
-        return {solution: (right[solution], asked[solution]) for solution in sorted(asked, key=_numbers_first)}
-
-    def confusions(self, most: int = 8) -> list[tuple[str, str, int]]:
-        """The mistakes made more than once, most frequent first: (true answer, what the model said, times)."""
-        wrong = Counter((s.solution, s.answer or "no answer") for s in self.samples if not s.correct)
-        return [(truth, said, times) for (truth, said), times in wrong.most_common(most) if times > 1]
 
 
 def evaluate(
@@ -134,14 +76,13 @@ def evaluate(
     samples: list[Sample] = []
     model.eval()
     try:
-        for start in range(0, len(dataset), batch_size):
-            indices = range(start, min(start + batch_size, len(dataset)))
-            examples = [dataset[index] for index in indices]
+        problems = _distinct(dataset)
+        while batch := list(itertools.islice(problems, batch_size)):
+            examples = [example for _, example in batch]
             inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, examples).items()}
-
             greedy = complete(inputs, 1, 0.0)
             random = complete(inputs, sampled, temperature) if sampled else []
-            for row, (index, example, completion) in enumerate(zip(indices, examples, greedy)):
+            for row, ((index, example), completion) in enumerate(zip(batch, greedy)):
                 samples.append(
                     Sample(
                         index=index,
@@ -163,30 +104,19 @@ def evaluate(
     return EvalResult.of(samples)
 
 
+def _distinct(dataset: Examples) -> Iterator[tuple[int, Example]]:
+    """Each problem once: a data set gives the next one again in place of one whose image turns out to be broken."""
+    seen: set[str] = set()
+    for index in range(len(dataset)):
+        example = dataset[index]
+        if example.name not in seen:
+            seen.add(example.name)
+            yield index, example
+
+
 def _is_tiny(model: Qwen2VLForConditionalGeneration) -> bool:
     """The embedded model, or one trained from it."""
     return sum(parameter.numel() for parameter in model.parameters()) < 10_000_000
-
-
-def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a fraction observed in n trials; z = 1.96 for 95 %.
-
-    Unlike the normal one it stays in [0, 1], and is not empty at 0 and 1.
-    """
-    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _numbers_first(answer: str) -> tuple[int, float, str]:
-    try:
-        return (0, float(answer), answer)
-    except ValueError:
-        return (1, 0.0, answer)
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
@@ -243,6 +173,8 @@ def _check(options: argparse.Namespace) -> None:
     choice("--split", options.split, ("train", "validation", "test", *(["all"] if options.data else [])))
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         raise UserError(f"--temperature must be above 0, got {options.temperature:g}; greedy decoding is always done")
+    if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
+        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
     if options.data is not None and not Path(options.data).exists():
         raise UserError(f"--data {options.data} does not exist")
 

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from mr1fast.summary import load_snippet, result_table
 from mr1fast.tasks import TASKS
 from mr1fast.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
 
-PICTURED = 12  # problems in samples.png
+PICTURED = 8  # problems of each task in samples.png
 
 
 def run(opened: OpenRun, started: float) -> None:
@@ -50,23 +51,27 @@ def run(opened: OpenRun, started: float) -> None:
     for data in setup.tests:
         if data not in result["before"]:
             result["before"][data] = test(setup, setup.base, data, "before training")
-    folder.write_result(result)
-    for name in todo:
-        model = train_task(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
-        save_model(model, setup.processor, folder.model(name))
-        figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
-        result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
-        result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
-        result["steps"][name] = setup.config.for_task(name).max_steps
-        result["seconds"] = round(seconds_before + time.time() - started, 1)
+    try:
         folder.write_result(result)
-        draw_pictures(setup, name, model)
+        for name in todo:
+            model = train_task(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
+            save_model(model, setup.processor, folder.model(name))
+            figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
+            result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
+            result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
+            result["steps"][name] = setup.config.for_task(name).max_steps
+            folder.write_result(result)
+        draw_pictures(setup)
+    finally:
+        result["seconds"] = round(seconds_before + time.time() - started, 1)
+        with suppress(OSError):  # a full disk has been reported, or is about to be
+            folder.write_result(result)
 
     print(f"\n{result_table(result)}\n")
-    print(f"curves and samples are in {folder.path / 'curves.png'} and {folder.task('*') / 'samples.png'}")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}; to load it:\n")
         print(load_snippet(str(folder.model(name))) + "\n")
+    print(f"pictures: {folder.curves} and {folder.samples}")
 
 
 def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForConditionalGeneration:
@@ -100,7 +105,8 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
                 state = trainer.state_dict()
                 save_checkpoint(model, setup.processor, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
-                draw_pictures(setup, name, model)
+                log.close()
+                draw_pictures(setup)
                 raise Stopped(stop.signal_number)
     log.close()
     if config.data is not None:
@@ -126,19 +132,24 @@ def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: 
         return setup.evaluate(model, dataset, data, progress=bar)
 
 
-def draw_pictures(setup: Setup, name: str, model: Qwen2VLForConditionalGeneration) -> None:
-    """curves.png of the run so far, and samples.png of the task. A run is not lost for a picture."""
+def draw_pictures(setup: Setup) -> None:
+    """curves.png, and samples.png of every model that the run has so far. A run is not lost for a picture."""
     from mr1fast.plot import draw_curves  # matplotlib takes its time
     from mr1fast.samples import before_and_after, draw_samples
 
-    config, tests = setup.config.for_task(name), setup.tests[name]
-    examples = [tests[index] for index in range(min(PICTURED, len(tests)))]
-    longest = config.max_completion_length
-    shown = before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
-    title = f"{TASKS[name].title.capitalize() if name in TASKS else name}, trained with {config.method}"
+    folder, shown, titles = setup.folder, [], []
+    for name in setup.names:
+        trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
+        if trained:
+            examples = [setup.tests[name][index] for index in range(min(PICTURED, len(setup.tests[name])))]
+            longest = setup.config.for_task(name).max_completion_length
+            model = setup.load(trained[-1])
+            shown += before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
+            titles.append(TASKS[name].title if name in TASKS else name)
+    title = f"{' and '.join(titles)}, trained with {setup.config.method}"
     try:
-        draw_curves([setup.folder.path], setup.folder.path / "curves.png")
-        draw_samples(setup.folder.task(name) / "samples.png", shown, title)
+        draw_curves([folder.path], folder.curves)
+        draw_samples(folder.samples, shown, title[:1].upper() + title[1:])
     except OSError as error:
         print(f"no pictures: {error}", file=sys.stderr)
 

@@ -65,6 +65,7 @@ def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
     }
 
 
-def mean_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the pieces of a step."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def mean_metrics(rows: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """The weighted mean of each metric over the pieces of a step."""
+    total = sum(weights)
+    return {name: sum(row[name] * weight for row, weight in zip(rows, weights)) / total for name in rows[0]}

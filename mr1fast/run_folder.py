@@ -4,6 +4,7 @@
         config.json            the options, as `--config` reads them
         metrics.jsonl          one line per step and task
         result.json            accuracies before and after
+        curves.png, samples.png
         tensorboard/vc/
         vc/checkpoint-000050/  model, processor, trainer_state.pt
         vc/model/              the trained model
@@ -35,6 +36,7 @@ class RunFolder:
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.result_file = path / "result.json"
+        self.curves, self.samples = path / "curves.png", path / "samples.png"
 
     def task(self, name: str) -> Path:
         return self.path / name
@@ -65,6 +67,8 @@ class OpenRun:
 def open_run(request: Request) -> OpenRun:
     """A new folder for a new run, or the folder and options of the one to resume. Raises UserError."""
     if request.resume is None:
+        if request.config.data is not None and not Path(request.config.data).exists():
+            raise UserError(f"--data {request.config.data} does not exist")
         return OpenRun(
             RunFolder(new_folder(request.config.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"))),
             request.config,

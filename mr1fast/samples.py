@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mr1fast.evaluate import Sample, evaluate
+from mr1fast.eval_result import Sample
+from mr1fast.evaluate import evaluate
 from mr1fast.types import Example
 
 if TYPE_CHECKING:

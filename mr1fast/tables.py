@@ -7,6 +7,7 @@ saved data sets stay memory-mapped: their images are read when they are needed.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 
 from mr1fast.config import UserError
 
@@ -35,7 +37,8 @@ class Table:
 
     rows: Sequence[dict[str, Any] | str]
     file: Path  # relative image paths start at its folder
-    split: str | None  # named by the file or a folder above it
+    name: str  # unlike that of any other table of the same source
+    split: str | None = None  # named by the file or a folder above it
 
     @property
     def folder(self) -> Path:
@@ -49,7 +52,7 @@ def read_tables(source: Path) -> list[Table]:
     if source.is_file():
         if source.suffix.lower() not in SUFFIXES:
             raise UserError(f"data {str(source)!r} is not a {_choices()} file")
-        return [Table(_read(source), source, None)]
+        return [Table(_read(source), source, source.name)]
     if (source / "state.json").exists() or (source / "dataset_dict.json").exists():
         return _saved_tables(source)
     files = [file for file in sorted(source.rglob("*")) if _is_table(file, source)]
@@ -57,7 +60,8 @@ def read_tables(source: Path) -> list[Table]:
         if any(file.suffix.lower() in _IMAGE_SUFFIXES for file in source.rglob("*")):
             raise UserError(f"data folder {str(source)!r} has images, but no metadata.jsonl or metadata.csv about them")
         raise UserError(f"data folder {str(source)!r} has no {_choices()} file")
-    return [Table(_read(file), file, _split_of(file.relative_to(source))) for file in files]
+    names = [file.relative_to(source) for file in files]
+    return [Table(_read(file), file, str(name), _split_of(name)) for file, name in zip(files, names)]
 
 
 def _choices() -> str:
@@ -134,7 +138,7 @@ def _read_csv(file: Path) -> list[dict[str, Any] | str]:
                 rows.append({(column or "").strip(): value for column, value in row.items()})
 
 
-class _ArrowRows(Sequence):
+class ArrowRows(Sequence):
     """The rows of a `datasets.Dataset`, images as stored."""
 
     def __init__(self, dataset: datasets.Dataset):
@@ -144,6 +148,7 @@ class _ArrowRows(Sequence):
             elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
                 dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
         self.dataset = dataset
+        self._arrow = dataset.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -151,12 +156,27 @@ class _ArrowRows(Sequence):
     def __getitem__(self, index):
         return self.dataset[index]
 
+    def image_digest(self, index: int) -> bytes | None:
+        """Of the image file in a row, if there is one, by its length and its ends: there may be gigabytes of them."""
+        if "image" not in self.dataset.column_names:
+            return None
+        column = self._arrow[index : index + 1].column("image").chunk(0)
+        if pyarrow.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            column = column.field("bytes")
+        if not (pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type)):
+            return None
+        content = column[0].as_buffer()
+        if content is None:
+            return None
+        ends = bytes(memoryview(content)[:4096]) + bytes(memoryview(content)[-4096:])
+        return hashlib.blake2b(ends + str(len(content)).encode(), digest_size=16).digest()
+
 
 def _read_parquet(file: Path) -> Sequence[dict[str, Any] | str]:
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return _ArrowRows(datasets.Dataset.from_parquet(str(file)))
+        return ArrowRows(datasets.Dataset.from_parquet(str(file)))
     except Exception as error:  # pyarrow's and datasets' own, by version
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise UserError(f"data file {str(file)!r} is not readable as Parquet: {reason}") from None
@@ -172,5 +192,5 @@ def _saved_tables(source: Path) -> list[Table]:
         reason = str(error).partition("\n")[0]
         raise UserError(f"data folder {str(source)!r} is not readable as a saved data set: {reason}") from None
     if isinstance(saved, datasets.Dataset):
-        return [Table(_ArrowRows(saved), source, None)]
-    return [Table(_ArrowRows(part), source, _split_of(Path(str(name)))) for name, part in saved.items()]
+        return [Table(ArrowRows(saved), source, source.name)]
+    return [Table(ArrowRows(part), source, str(name), _split_of(Path(str(name)))) for name, part in saved.items()]

@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         opened = open_run(parse_arguments(sys.argv[1:] if arguments is None else arguments))
         with stop_on_sigterm():
+            from torch import OutOfMemoryError
+
             from mr1fast.loop import run
             from mr1fast.trainer import TrainingError
 
@@ -25,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run(opened, started)
             except TrainingError as error:
                 return _fail(f"error: {error}", 1, opened)
-    except UserError as error:
+            except OutOfMemoryError:
+                advice = "try a larger --gradient-accumulation-steps, or fewer --num-generations or --max-pixels"
+                return _fail(f"error: the GPU's memory is too small; {advice}", 1, opened)
+    except (UserError, OSError) as error:  # OSError: most often a full disk
         return _fail(f"error: {error}", 2, opened)
     except Stopped as stopped:
         return _fail(f"stopped by {stopped}", stopped.exit_code, opened)

@@ -194,19 +194,21 @@ class Trainer:
         """The optimizer's step on the batch, taken in pieces; none if loss or gradient is not finite."""
         config, batch = self.config, sampled.batch
         pieces = split_batch(batch, config.gradient_accumulation_steps)
-        rows, logps = [], []
+        losses, rows, logps = [], [], []
         for piece in pieces:
             if config.method == "sft":
                 loss = sft_batch_loss(self.model, piece)
-                rows.append({"loss": loss.item()})
             else:
                 output = grpo_batch_loss(self.model, piece, beta=self.beta, temperature=config.temperature)
                 loss = output.loss
-                rows.append({"loss": loss.item(), **output.metrics()})
+                rows.append(output.metrics())
                 logps.append(output.per_token_logps)
+            losses.append(loss.item())
             # The loss is a mean over completions, and the pieces are equally large.
             (loss / len(pieces)).backward()
-        metrics = mean_metrics(rows)
+        metrics = {"loss": sum(losses) / len(losses)}
+        if rows:  # means over tokens
+            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces])
         old = batch.old_per_token_logps
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)

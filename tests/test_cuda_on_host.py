@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_loss import OPTIONS, check, run
 
-from mr1fast import grpo_loss, token_logprobs
+from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
 from mr1fast.kernels import cuda, dispatch
 from mr1fast.kernels.testing import random_batch
 
@@ -214,6 +214,20 @@ def test_the_emulation_finds_a_missing_barrier(where, on_host, tmp_path):
         except RuntimeError as error:
             symptom = str(error)
     assert "another loss" in symptom or "deadlock" in symptom
+
+
+@pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
+def test_from_hidden_states(clusters, on_host):
+    on_host(clusters)
+    batch = random_batch(3, 4, 400)
+    batch.pop("logits")
+    results = []
+    for backend in ("torch", "cuda"):
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(3, 4, 16, requires_grad=True), torch.randn(400, 16, requires_grad=True)
+        loss = linear_grpo_loss(hidden, weight, **batch, beta=0.1, backend=backend).loss
+        results.append(torch.autograd.grad(loss, (hidden, weight)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
 
 
 def test_an_id_out_of_range_is_refused(on_host):

@@ -167,6 +167,9 @@ def test_every_format_gives_the_same_examples(folder, write):
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
+EMBEDDING = [as_jsonl, as_parquet_of_bytes, as_parquet_of_images, as_saved, as_saved_of_image_lists]
+
+
 def test_unnamed_data_is_cut_80_10_10_disjoint_and_the_same_every_time(folder):
     file = as_jsonl(folder, [row(n) for n in range(30)])
     parts = {split: solutions(load_split(file, split)) for split in ("train", "validation", "test")}
@@ -176,7 +179,9 @@ def test_unnamed_data_is_cut_80_10_10_disjoint_and_the_same_every_time(folder):
     assert parts["test"] != solutions(load_split(file, "test", seed=1))
 
 
-@pytest.mark.parametrize("write", [as_jsonl, as_parquet_of_bytes])
+@pytest.mark.parametrize(
+    "write", [as_jsonl, as_parquet_of_bytes, as_parquet_of_images, as_saved, as_saved_of_image_lists]
+)
 def test_questions_about_one_image_stay_in_one_split(folder, write):
     file = write(folder, [row(n % 10, solution=str(n)) for n in range(30)])
     images = [

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from mr1fast.data import load_split
-from mr1fast.evaluate import EvalResult, Sample, evaluate, main, wilson_interval
+from mr1fast.eval_result import EvalResult, Sample, wilson_interval
+from mr1fast.evaluate import evaluate, main
 from mr1fast.model import encode_prompts, load_model, load_processor
 from mr1fast.report import answer_rows, result_text, write_report
 from mr1fast.rewards import accuracy_reward, format_reward
@@ -104,6 +105,13 @@ def test_without_samples_there_is_no_sampled_accuracy(model, processor, dataset)
     assert "sampled_accuracy" not in result.figures()
     assert result.format_accuracy == result.accuracy_when_formatted == 0
     assert "sampled" not in result_text(result, SETTINGS)
+
+
+def test_a_problem_that_stands_in_for_a_broken_one_counts_once(model, processor, dataset):
+    rows = [dataset[0], dataset[1], dataset[1], dataset[0], dataset[2]]
+    result = evaluate(model, processor, rows, max_completion_length=24, sampled=0, batch_size=2)
+    assert [sample.index for sample in result.samples] == [0, 1, 4]
+    assert result.n == 3
 
 
 @pytest.mark.parametrize(("accuracy", "n"), [(0.0, 10), (1.0, 10), (0.5, 1), (0.4, 400), (0.97, 30)])
@@ -233,7 +241,7 @@ MISTAKES = [
     (["--task", "vcc"], r"--task must be one of vc, gr, got 'vcc' \(did you mean vc\?\)"),
     (["--task", "vc", "--split", "all"], "--split must be one of train, validation, test"),
     (["--data", "nowhere"], "--data nowhere does not exist"),
-    (["--data", "."], "data folder '.' has no .jsonl"),
+    (["--data", "full/vc"], "data 'full/vc' has no readable row for test: there are no rows"),
     (["--task", "vc", "--temperature", "0"], "--temperature must be above 0, got 0"),
     (["--task", "vc", "--temperature", "nan"], "--temperature must be above 0"),
     (["--task", "vc", "--samples", "0"], "--samples: must be at least 1, got 0"),
@@ -242,6 +250,7 @@ MISTAKES = [
     (["--task", "vc", "--dtype", "float8"], "invalid choice: 'float8'"),
     (["--task", "vc", "--model", "nowhere/at/all"], "nowhere/at/all"),
     (["--task", "vc", "--model", "."], "no model"),
+    (["--task", "vc", "--model", "full"], "--model full is a run; give one of its models, such as full/vc/model"),
     (["--task", "vc", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     (["--task", "vc", "--output-dir", "full"], "output folder full is not empty"),
 ]
@@ -250,8 +259,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) or "nothing" for a, _ in MISTAKES])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+    (tmp_path / "full" / "vc" / "model").mkdir(parents=True)
+    (tmp_path / "full" / "vc" / "model" / "config.json").touch()
     threads = torch.get_num_threads()
     assert main(arguments) == 2
     torch.set_num_threads(threads)

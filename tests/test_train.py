@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mr1fast import train
 from mr1fast.model import load_model, load_processor
@@ -38,7 +39,7 @@ def metrics(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_whole_program(tmp_path):
+def test_the_whole_program(tmp_path, monkeypatch):
     """Both tasks, from the command line, into runs/<date-time>."""
     process = program("--max-steps=2", *SMALL, cwd=tmp_path)
     output, errors = process.communicate(timeout=250)
@@ -62,21 +63,18 @@ def test_the_whole_program(tmp_path):
     assert {"reward", "kl", "beta", "grad_norm", "learning_rate", "step_time"} <= set(rows[0])
     assert "eval/vc/greedy_accuracy" in rows[1]
     assert list((run / "tensorboard" / "vc").glob("events*"))
+    for picture in ("curves.png", "samples.png"):
+        assert Image.open(run / picture).size[0] > 500
     for words in ("before", "after", "greedy accuracy", "trained on vc, tested on gr"):
         assert words in output
     for words in ("reward", "accuracy", "kl", "beta"):
         assert words in errors  # the progress bar
     snippet = re.search(r"from mr1fast.model import .*\nmodel = .*\nprocessor = .*", output).group()
-    code = f"{snippet}\nprint(sum(p.numel() for p in model.parameters()))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    assert int(loaded.stdout) == sum(p.numel() for p in load_model().parameters())
+    loaded: dict = {}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, loaded)
+    assert loaded["model"].num_parameters() == load_model().num_parameters()
+    assert loaded["processor"].tokenizer.eos_token
 
 
 def stopped(number, options, run) -> subprocess.CompletedProcess:
@@ -106,8 +104,12 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     assert "Traceback" not in process.stderr
     assert 2 <= len(metrics(run)) < 16
     assert len(list(run.glob("*/checkpoint-*"))) == 1
+    assert {"curves.png", "samples.png"} <= {path.name for path in run.iterdir()}
 
+    seconds = json.loads((run / "result.json").read_text())["seconds"]
+    assert seconds > 0
     assert main("--resume", "--output-dir", tmp_path) == 0
+    assert json.loads((run / "result.json").read_text())["seconds"] > seconds
     assert main(*options, "--output-dir", alone) == 0
     name = options[0].removeprefix("--task=")
     ours, theirs = (load_model(folder / name / "model").state_dict() for folder in (run, alone))
