@@ -2,7 +2,8 @@
 
 An explicit step: nothing is tuned at import or at the first call. For each entry of the table it times the kernel on
 the longest rows the entry serves, over a buffer several times the L2 cache, for every tile size, number of warps and of
-stages that does not spill; some 20 minutes, most of them compilation. Exits 2, and changes nothing, where there is no GPU.
+stages that does not spill; some 20 minutes, most of them compilation. Exits 2, and
+changes nothing, where there is no GPU.
 """
 
 from __future__ import annotations
