@@ -24,7 +24,7 @@ from mr1fast.data import ImageTextDataset, load_split
 from mr1fast.evaluate import evaluate
 from mr1fast.metrics import MetricsLog
 from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.run_folder import OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
+from mr1fast.run_folder import FinishedError, OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
 from mr1fast.stop import Stopped, finishing_steps
 from mr1fast.summary import load_snippet, result_table
 from mr1fast.tasks import TASKS
@@ -40,10 +40,10 @@ def run(opened: OpenRun, started: float) -> None:
     except ValueError as error:  # of the model or the data, in one sentence
         raise UserError(str(error)) from error
     folder = setup.folder
-    result = folder.read_result() or new_result(setup.config)
+    result = folder.read_result() or new_result(setup)
     todo = [name for name in setup.names if name not in result["after"] or opened.names_checkpoint_of(name)]
     if not todo:
-        raise UserError(f"nothing to resume: the run {folder.path} has finished")
+        raise FinishedError(f"nothing to resume: the run {folder.path} has finished")
     write_config(folder, setup.config)
     print(setup.description(), flush=True)
 
@@ -229,7 +229,8 @@ def prepare(opened: OpenRun) -> Setup:
     )
 
 
-def new_result(config: TrainConfig) -> dict[str, Any]:
+def new_result(setup: Setup) -> dict[str, Any]:
+    config = setup.config
     return {
         "before": {},
         "after": {},
@@ -238,6 +239,7 @@ def new_result(config: TrainConfig) -> dict[str, Any]:
         "steps": {},
         "seed": config.seed,
         "config": dataclasses.asdict(config),
+        "config_of_task": {name: dataclasses.asdict(config.for_task(name)) for name in setup.names},
     }
 
 

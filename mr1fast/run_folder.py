@@ -28,6 +28,10 @@ from mr1fast.config import Request, TrainConfig, UserError, flag
 RUNS = Path("runs")
 
 
+class FinishedError(UserError):
+    """There is nothing left to do in a run."""
+
+
 class RunFolder:
     """The paths of a run, and its result.json."""
 
@@ -135,8 +139,8 @@ def _find_run(resume: str, output_dir: str | None) -> tuple[RunFolder, Path | No
             raise UserError(f"--resume {resume}: there is no such folder")
         if path.name.startswith("checkpoint-"):
             return RunFolder(path.parent.parent), path
-        if not any(path.glob("*/checkpoint-*")):
-            raise UserError(f"nothing to resume: {resume} is neither a checkpoint nor a run with one")
+        if not (path / "config.json").is_file():  # a run that was stopped early may have no checkpoint yet
+            raise UserError(f"nothing to resume: {resume} is neither a run nor a checkpoint of one")
         return RunFolder(path), None
     root = RUNS if output_dir is None else Path(output_dir)
     newest = max(
