@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mr1fast.config import Request, TrainConfig, UserError, flag
+from mr1fast.config import TrainConfig, UserError, flag
+from mr1fast.options import Request
 
 RUNS = Path("runs")
 

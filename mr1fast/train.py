@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mr1fast.config import UserError, parse_arguments
+from mr1fast.config import UserError
+from mr1fast.options import parse_arguments
 from mr1fast.run_folder import FinishedError, OpenRun, open_run
 from mr1fast.stop import Stopped, stop_on_sigterm
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mr1fast.config import FIELDS, KL_DEFAULTS, RECIPES, TrainConfig, UserError, build_parser, flag, parse_arguments
+from mr1fast.config import KL_DEFAULTS, RECIPES, TrainConfig, UserError, flag
+from mr1fast.options import FIELDS, build_parser, parse_arguments
 
 
 def config(*arguments) -> TrainConfig:
@@ -149,7 +150,7 @@ def test_help_explains_every_option_with_its_default():
 
 
 def test_a_mistake_is_answered_without_torch():
-    code = "import sys, mr1fast.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, mr1fast.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
