@@ -47,7 +47,7 @@ check: $(READY)
 
 compile-check: $(READY)
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check
-	@$(BIN)/python -m benchmarks.compile_check_cuda
+	@$(BIN)/python -m benchmarks.compile_check_cuda || [ $$? -eq 2 ] # 2: no nvcc, which it says
 
 # The oldest Triton that is supported, in an environment of its own: what is clean on the new one may spill on the old.
 OLD := .venv-triton36

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
+from itertools import product
 
 import torch
 
@@ -20,15 +21,17 @@ VOCABULARY = 4096  # the counts do not depend on it; Liger's forward allocates [
 Call = Callable[[int, float], Callable[[], object]]  # (length, beta) -> what launches the kernels
 
 
-def compilations(call: Call, lengths: Iterable[int], betas: Iterable[float], kernel: str) -> int:
-    """How many distinct compilations of `kernel` all pairs of length and beta need."""
+def compilations(call: Call, lengths: Iterable[int], betas: Iterable[float], kernels: Iterable[str]) -> dict[str, int]:
+    """How many distinct compilations of each of the kernels all pairs of length and beta need."""
     from benchmarks.offline import recorded_launches, specialisation_key
 
-    betas = tuple(betas)
-    launches = [launch for length in lengths for beta in betas for launch in recorded_launches(call(length, beta))]
-    keys = {specialisation_key(launch) for launch in launches if launch.kernel.__name__ == kernel}
-    assert keys, f"{kernel} was never launched"
-    return len(keys)
+    keys: dict[str, set[str]] = {name: set() for name in kernels}
+    for length, beta in product(lengths, betas):
+        for launch in recorded_launches(call(length, beta)):
+            if launch.kernel.__name__ in keys:
+                keys[launch.kernel.__name__].add(specialisation_key(launch))
+    assert all(keys.values()), f"never launched: {[name for name, found in keys.items() if not found]}"
+    return {name: len(found) for name, found in keys.items()}
 
 
 def ours(*, aligned: bool) -> Call:
@@ -59,20 +62,21 @@ def liger(length: int, beta: float) -> Callable[[], object]:
 
 def table() -> list[tuple[str, int, int, int, int]]:
     """(kernel, and compilations for one call, 20 KL weights, 20 lengths, all 400 pairs)."""
-    kernels: list[tuple[str, Call, str]] = [
-        ("mr1fast, aligned rows", ours(aligned=True), "grpo_loss_fwd_kernel"),
-        ("mr1fast, unaligned rows", ours(aligned=False), "grpo_loss_fwd_kernel"),
+    counted: list[tuple[Call, dict[str, str]]] = [
+        (ours(aligned=True), {"grpo_loss_fwd_kernel": "mr1fast, aligned rows"}),
+        (ours(aligned=False), {"grpo_loss_fwd_kernel": "mr1fast, unaligned rows"}),
     ]
     if importlib.util.find_spec("liger_kernel") is not None:
-        kernels += [("Liger, forward", liger, "_grpo_loss_fwd_kernel")]
-        kernels += [("Liger, backward", liger, "_grpo_loss_bwd_kernel")]
-    counts = []
-    for name, call, kernel in kernels:
-        one = compilations(call, LENGTHS[-1:], BETAS[:1], kernel)
-        by_beta = compilations(call, LENGTHS[-1:], BETAS, kernel)
-        by_length = compilations(call, LENGTHS, BETAS[:1], kernel)
-        counts.append((name, one, by_beta, by_length, compilations(call, LENGTHS, BETAS, kernel)))
-    return counts
+        names = {"_grpo_loss_fwd_kernel": "Liger, forward", "_grpo_loss_bwd_kernel": "Liger, backward"}
+        counted.append((liger, names))
+    ranges = ((LENGTHS[-1:], BETAS[:1]), (LENGTHS[-1:], BETAS), (LENGTHS, BETAS[:1]), (LENGTHS, BETAS))
+    rows = []
+    for call, names in counted:
+        counts = [compilations(call, *lengths_and_betas, names) for lengths_and_betas in ranges]
+        for kernel, name in names.items():
+            one, by_beta, by_length, both = (count[kernel] for count in counts)
+            rows.append((name, one, by_beta, by_length, both))
+    return rows
 
 
 def main() -> int:

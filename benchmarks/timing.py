@@ -85,11 +85,13 @@ def measure(
         prepared.append((Measurement(case, "warm", peak_extra=peak), call, repeats))
         if case.fresh_pages and scene.device == "cpu":
             prepared.append((Measurement(case, "fresh", peak_extra=peak), call, repeats))
-    for round_ in range(max((repeats for *_, repeats in prepared), default=0)):
-        for pages in ("warm", "fresh"):
-            with memory_pages(pages):
-                for measurement, call, repeats in prepared:
-                    if measurement.pages == pages and round_ < repeats:
+    # One mode after the other: a round of fresh pages gives memory back, and the next warm one would map it again.
+    for pages in ("warm", "fresh"):
+        with memory_pages(pages):
+            turns = [turn for turn in prepared if turn[0].pages == pages]
+            for round_ in range(max((repeats for *_, repeats in turns), default=0)):
+                for measurement, call, repeats in turns:
+                    if round_ < repeats:
                         on_call(measurement.case.name)
                         measurement.seconds.append(clock(call))
     return [measurement for measurement, *_ in prepared] + failed

@@ -2,7 +2,8 @@
 
 An explicit step: nothing is tuned at import or at the first call. For each entry of the table it times the kernel on
 the longest rows the entry serves, over a buffer several times the L2 cache, for every tile size, number of warps and of
-stages that does not spill. Exits 2, and changes nothing, where there is no GPU.
+stages that does not spill; some 20 minutes, most of them compilation. Exits 2, and
+changes nothing, where there is no GPU.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def candidates(key: Key) -> Iterator[Settings]:
-    """Settings worth timing: 16 bytes a load, one to eight loads a thread and tile."""
+    """Settings worth timing (each is a compilation): 16 bytes a load, one to eight loads a thread and tile."""
     _, itemsize, limit = key
-    for loads, warps, stages in product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 2, 3)):
+    for loads, warps, stages in product((1, 2, 4, 8), (1, 2, 4) if limit <= 1024 else (4, 8, 16, 32), (1, 3)):
         block = loads * warps * 32 * 16 // itemsize
         if block <= max(2 * limit, 512):
             yield block, warps, stages

@@ -40,8 +40,7 @@ MR1_HD float max_or_nan(float a, float b) {
 
 // log2 of exp((x - base) / temperature), from below never less than kLevelFloor; a NaN stays one.
 MR1_HD float exponent(float x, float base, float levels) {
-  const float d = (x - base) * levels;
-  return d < kLevelFloor ? kLevelFloor : d;
+  return max_or_nan((x - base) * levels, kLevelFloor);
 }
 
 // What statistics are taken relative to: the maximum, unless nothing but banned tokens (-inf) has been seen.

@@ -34,6 +34,7 @@ CHUNK_BYTES = {"cpu": 160 * 2**20, "gpu": 1_288_490_188}
 MIN_ROWS = {"cpu": 64, "gpu": 512}
 ALIGN_ROWS = 16
 _GROUP = 32  # rows moved at a time
+_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class Gradients:
             if self.weight is None:
                 self.weight = product.to(self.sums)
             else:
-                self.weight.add_(product)
+                # An addition of mixed types converts its argument as a whole first: 16 parts need a 16th of the memory.
+                for total, part in zip(self.weight.chunk(_PARTS), product.chunk(_PARTS)):
+                    total.add_(part)
 
     def result(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Found:
         """In the shapes and dtypes of the arguments; zeros where nothing was added."""

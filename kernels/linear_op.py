@@ -31,7 +31,7 @@ def grpo(
     dtype = gemm_dtype(hidden)
     backend = _resolve(backend, hidden, weight, dtype)
     if backend == "torch" and torch.compiler.is_compiling():
-        logits = nn.functional.linear(hidden, weight, bias)
+        logits = _logits(hidden, weight, bias, batch.mask, dtype)
         return op.grpo(logits, batch, spec, reduction=reduction, inplace=False, backend=backend)
     if reduction == "none" or spec.importance_sampling_level == "sequence":
         logps, entropies = token_logprobs(
@@ -63,7 +63,7 @@ def token_logprobs(
     dtype = gemm_dtype(hidden)
     backend = _resolve(backend, hidden, weight, dtype)
     if backend == "torch" and torch.compiler.is_compiling():
-        return reference.score(nn.functional.linear(hidden, weight, bias), ids, mask, temperature)
+        return reference.score(_logits(hidden, weight, bias, mask, dtype), ids, mask, temperature)
     args = (hidden, weight, bias, ids, mask, temperature, backend, dtype, chunk_bytes)
     needed = _needed(hidden, weight, bias)
     logps, entropies, _ = _Score.apply(*args, *needed) if any(needed) else _score(*args)
@@ -79,6 +79,12 @@ def gemm_dtype(hidden: Tensor) -> torch.dtype:
 
 def _resolve(backend: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
     return dispatch.resolve(backend, hidden.new_empty((1, 0, weight.shape[0]), dtype=dtype))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if mask is not None:  # a masked row of inf or NaN would reach the weight's gradient as 0 * inf
+        hidden = torch.where(mask[..., None], hidden, 0)
+    return nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:

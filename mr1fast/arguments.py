@@ -115,8 +115,9 @@ def linear_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[in
             continue
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} like the hidden states, got {tensor.device}")
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise ValueError(f"{name} must be {hidden.dtype} like the hidden states, got {tensor.dtype}")
+        as_is = tensor.dtype in (hidden.dtype, torch.float32)  # float32: master weights of 16-bit hidden states
+        if not (as_is or torch.is_autocast_enabled(hidden.device.type)):
+            raise ValueError(f"{name} must be {hidden.dtype} like the hidden states, or float32, got {tensor.dtype}")
     return B, L
 
 

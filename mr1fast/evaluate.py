@@ -173,6 +173,8 @@ def _check(options: argparse.Namespace) -> None:
     choice("--split", options.split, ("train", "validation", "test", *(["all"] if options.data else [])))
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         raise UserError(f"--temperature must be above 0, got {options.temperature:g}; greedy decoding is always done")
+    if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
+        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
     if options.data is not None and not Path(options.data).exists():
         raise UserError(f"--data {options.data} does not exist")
 

@@ -11,7 +11,8 @@ What the weight may be:
   layer.get_delta_weight(name)`); the gradient of the merged weight reaches A and B through autograd.
 - Frozen: its GEMM is left out, and so is that of hidden states which need no gradient.
 
-Under bf16 or fp16 autocast the GEMMs run in that type, and a float32 weight still gets its gradient in float32.
+The GEMMs run in the type of the hidden states, or autocast's; a float32 weight (FSDP2 with a 16-bit `param_dtype`,
+autocast) is cast for the call and gets its gradient in float32, never rounded on the way.
 torch.compile(fullgraph=True) takes both functions as one node each; the "torch" backend is traced with its logits kept.
 """
 
@@ -70,7 +71,8 @@ def linear_grpo_loss(
     Args:
         hidden: [B, L, H] float32, bfloat16 or float16 (float64 on "torch" only): the last hidden states, so that
             `hidden[:, t]` predicts `completion_ids[:, t]`. Anything at masked positions.
-        lm_head_weight: [V, H] in the dtype of the hidden states (any under autocast); see above for what it may be.
+        lm_head_weight: [V, H] in the dtype of the hidden states or float32 (any under autocast); see above for what it
+            may be.
         completion_ids, advantages: as in `grpo_loss`, like every keyword not named here.
         lm_head_bias: [V] or None.
         chunk_bytes: size of the block of logits held at a time; None for 1.2 GiB on a GPU, 160 MiB on a CPU. At least

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from mr1fast.data import ImageTextDataset, load_split
 from mr1fast.evaluate import evaluate
 from mr1fast.metrics import MetricsLog
 from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.run_folder import OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
+from mr1fast.run_folder import FinishedError, OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
 from mr1fast.stop import Stopped, finishing_steps
 from mr1fast.summary import load_snippet, result_table
 from mr1fast.tasks import TASKS
@@ -39,10 +40,10 @@ def run(opened: OpenRun, started: float) -> None:
     except ValueError as error:  # of the model or the data, in one sentence
         raise UserError(str(error)) from error
     folder = setup.folder
-    result = folder.read_result() or new_result(setup.config)
+    result = folder.read_result() or new_result(setup)
     todo = [name for name in setup.names if name not in result["after"] or opened.names_checkpoint_of(name)]
     if not todo:
-        raise UserError(f"nothing to resume: the run {folder.path} has finished")
+        raise FinishedError(f"nothing to resume: the run {folder.path} has finished")
     write_config(folder, setup.config)
     print(setup.description(), flush=True)
 
@@ -50,19 +51,22 @@ def run(opened: OpenRun, started: float) -> None:
     for data in setup.tests:
         if data not in result["before"]:
             result["before"][data] = test(setup, setup.base, data, "before training")
-    folder.write_result(result)
-    for name in todo:
-        model = train_task(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
-        save_model(model, setup.processor, folder.model(name))
-        figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
-        result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
-        result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
-        result["steps"][name] = setup.config.for_task(name).max_steps
+    try:
         folder.write_result(result)
+        for name in todo:
+            model = train_task(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
+            save_model(model, setup.processor, folder.model(name))
+            figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
+            result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
+            result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
+            result["steps"][name] = setup.config.for_task(name).max_steps
+            folder.write_result(result)
+        draw_pictures(setup)
+    finally:
+        result["seconds"] = round(seconds_before + time.time() - started, 1)
+        with suppress(OSError):  # a full disk has been reported, or is about to be
+            folder.write_result(result)
 
-    draw_pictures(setup)
-    result["seconds"] = round(seconds_before + time.time() - started, 1)
-    folder.write_result(result)
     print(f"\n{result_table(result)}\n")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}; to load it:\n")
@@ -225,7 +229,8 @@ def prepare(opened: OpenRun) -> Setup:
     )
 
 
-def new_result(config: TrainConfig) -> dict[str, Any]:
+def new_result(setup: Setup) -> dict[str, Any]:
+    config = setup.config
     return {
         "before": {},
         "after": {},
@@ -234,6 +239,7 @@ def new_result(config: TrainConfig) -> dict[str, Any]:
         "steps": {},
         "seed": config.seed,
         "config": dataclasses.asdict(config),
+        "config_of_task": {name: dataclasses.asdict(config.for_task(name)) for name in setup.names},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,9 +29,10 @@ class MetricsLog:
         self.tensorboard = SummaryWriter(str(run.tensorboard(task)), purge_step=start_step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """`step` counts finished optimizer steps, from 1; 0 is the model before training."""
+        """`step` counts finished optimizer steps, from 1. JSON has no NaN and no inf: they are null there."""
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"task": self.task, "step": step, **metrics}) + "\n")
+            file.write(json.dumps({"task": self.task, "step": step, **row}) + "\n")
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, step)
 
@@ -65,6 +67,7 @@ def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
     }
 
 
-def mean_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the pieces of a step."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def mean_metrics(rows: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """The weighted mean of each metric over the pieces of a step."""
+    total = sum(weights)
+    return {name: sum(row[name] * weight for row, weight in zip(rows, weights)) / total for name in rows[0]}

@@ -87,11 +87,13 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .muted { opacity: .7 } table { border-collapse: collapse } td, th { padding: .2rem .9rem .2rem 0; text-align: left }
-td.number { text-align: right; font-variant-numeric: tabular-nums } tr.first td { font-weight: 700; font-size: 1.2rem }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+tr.first td.number { font-weight: 700; font-size: 1.2rem }
 .bar { width: 16rem; height: .8rem; background: var(--soft); border-radius: .2rem; overflow: hidden }
 .bar div { height: 100%; background: #2f6fde }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
-.sample { border: 1px solid var(--line); border-top: 4px solid var(--bad); border-radius: .4rem; padding: .7rem;
+.samples { display: flex; flex-wrap: wrap; gap: 1rem }
+.sample { box-sizing: border-box; width: 16.8rem; border: 1px solid var(--line);
+  border-top: 4px solid var(--bad); border-radius: .4rem; padding: .7rem;
   overflow-wrap: anywhere }
 .sample.right { border-top-color: var(--good) }
 .sample img { width: 100%; max-height: 20rem; object-fit: contain; background: var(--soft) }

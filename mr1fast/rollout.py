@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
+from mr1fast.config import UserError
 from mr1fast.prefix import Prefix, encode_prefix, extend
 from mr1fast.types import Rollout
 
@@ -26,13 +27,13 @@ def generate(
     inputs: of `encode_prompts`, padded on the left. temperature: 0 takes the likeliest token.
     generator: on the model's device; without one torch's global state is used.
     prefix: of these inputs, if the caller has computed it.
-    Raises ValueError for a model that computes no numbers.
+    Raises UserError (a ValueError) for a model that computes no numbers.
     """
     eos, banned, pad = end_tokens(model), banned_tokens(model), pad_token(model)
     prefix = (prefix or encode_prefix(model, inputs)).repeat(num_generations)
     cache, hidden = prefix.cache(room=max_new_tokens), prefix.last_hidden
     if not hidden.isfinite().all():
-        raise ValueError("the model's hidden states are not finite: its weights are broken")
+        raise UserError("the model's hidden states are not finite: its weights are broken")
     B = hidden.shape[0]
     finished = torch.zeros(B, dtype=torch.bool, device=hidden.device)
     ids: list[Tensor] = []
@@ -74,7 +75,7 @@ def end_tokens(model: Qwen2VLForConditionalGeneration) -> Tensor:
     eos = model.generation_config.eos_token_id
     eos = model.config.get_text_config().eos_token_id if eos is None else eos
     if eos is None:
-        raise ValueError("the model's generation_config.json names no eos_token_id, so that no completion would end")
+        raise UserError("the model's generation_config.json names no eos_token_id, so that no completion would end")
     return torch.tensor(eos, device=model.device).reshape(-1)
 
 

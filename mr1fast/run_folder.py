@@ -23,9 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mr1fast.config import Request, TrainConfig, UserError, flag
+from mr1fast.config import TrainConfig, UserError, flag
+from mr1fast.options import Request
 
 RUNS = Path("runs")
+
+
+class FinishedError(UserError):
+    """There is nothing left to do in a run."""
 
 
 class RunFolder:
@@ -67,6 +72,8 @@ class OpenRun:
 def open_run(request: Request) -> OpenRun:
     """A new folder for a new run, or the folder and options of the one to resume. Raises UserError."""
     if request.resume is None:
+        if request.config.data is not None and not Path(request.config.data).exists():
+            raise UserError(f"--data {request.config.data} does not exist")
         return OpenRun(
             RunFolder(new_folder(request.config.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"))),
             request.config,
@@ -133,8 +140,8 @@ def _find_run(resume: str, output_dir: str | None) -> tuple[RunFolder, Path | No
             raise UserError(f"--resume {resume}: there is no such folder")
         if path.name.startswith("checkpoint-"):
             return RunFolder(path.parent.parent), path
-        if not any(path.glob("*/checkpoint-*")):
-            raise UserError(f"nothing to resume: {resume} is neither a checkpoint nor a run with one")
+        if not (path / "config.json").is_file():  # a run that was stopped early may have no checkpoint yet
+            raise UserError(f"nothing to resume: {resume} is neither a run nor a checkpoint of one")
         return RunFolder(path), None
     root = RUNS if output_dir is None else Path(output_dir)
     newest = max(

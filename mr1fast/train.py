@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mr1fast.config import UserError, parse_arguments
-from mr1fast.run_folder import OpenRun, open_run
+from mr1fast.config import UserError
+from mr1fast.options import parse_arguments
+from mr1fast.run_folder import FinishedError, OpenRun, open_run
 from mr1fast.stop import Stopped, stop_on_sigterm
 
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except OutOfMemoryError:
                 advice = "try a larger --gradient-accumulation-steps, or fewer --num-generations or --max-pixels"
                 return _fail(f"error: the GPU's memory is too small; {advice}", 1, opened)
+    except FinishedError as error:
+        return _fail(f"error: {error}", 2, None)
     except (UserError, OSError) as error:  # OSError: most often a full disk
         return _fail(f"error: {error}", 2, opened)
     except Stopped as stopped:
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, exit_code: int, opened: OpenRun | None) -> int:
     print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
     if opened is not None:
-        if any(opened.folder.path.glob("*/checkpoint-*")):
+        if opened.folder.config_file.exists():
             print(f"to go on: python -m mr1fast.train --resume {opened.folder.path}", file=sys.stderr)
         elif not any(opened.folder.path.iterdir()):
             opened.folder.path.rmdir()

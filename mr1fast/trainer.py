@@ -48,8 +48,8 @@ class Sampled:
 class Trainer:
     """The state of training, one step of it, and its way into a checkpoint and back.
 
-    `config` is that of a task (`TrainConfig.for_task`), `reference` is the frozen
-    model of the KL term, or None where its weight is 0 throughout.
+    `config` is that of a task (`TrainConfig.for_task`), `reference` the frozen model of the KL term, or None where its
+    weight is 0 throughout.
     """
 
     def __init__(
@@ -194,19 +194,21 @@ class Trainer:
         """The optimizer's step on the batch, taken in pieces; none if loss or gradient is not finite."""
         config, batch = self.config, sampled.batch
         pieces = split_batch(batch, config.gradient_accumulation_steps)
-        rows, logps = [], []
+        losses, rows, logps = [], [], []
         for piece in pieces:
             if config.method == "sft":
                 loss = sft_batch_loss(self.model, piece)
-                rows.append({"loss": loss.item()})
             else:
                 output = grpo_batch_loss(self.model, piece, beta=self.beta, temperature=config.temperature)
                 loss = output.loss
-                rows.append({"loss": loss.item(), **output.metrics()})
+                rows.append(output.metrics())
                 logps.append(output.per_token_logps)
+            losses.append(loss.item())
             # The loss is a mean over completions, and the pieces are equally large.
             (loss / len(pieces)).backward()
-        metrics = mean_metrics(rows)
+        metrics = {"loss": sum(losses) / len(losses)}
+        if rows:  # means over tokens
+            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces])
         old = batch.old_per_token_logps
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
@@ -235,7 +237,7 @@ class Trainer:
             "reason": reason,
             "examples": [dataclasses.asdict(dataclasses.replace(e, image=None)) for e in self.examples()],
             "completions": self.sampled.completions,
-            "rewards": self.sampled.rewards,
+            "rewards": [str(reward) for reward in self.sampled.rewards],  # JSON has no NaN
         }
 
     # ---- into a checkpoint and back ---------------------------------------------------------------------------------

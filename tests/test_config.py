@@ -2,10 +2,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from mr1fast.config import FIELDS, KL_DEFAULTS, RECIPES, TrainConfig, UserError, build_parser, flag, parse_arguments
+from mr1fast.config import KL_DEFAULTS, RECIPES, TrainConfig, UserError, flag
+from mr1fast.options import FIELDS, build_parser, parse_arguments
 
 
 def config(*arguments) -> TrainConfig:
@@ -148,5 +150,13 @@ def test_help_explains_every_option_with_its_default():
 
 
 def test_a_mistake_is_answered_without_torch():
-    code = "import sys, mr1fast.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, mr1fast.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["paper-vc", "paper-gr"])
+def test_the_papers_settings_are_valid(name):
+    file = Path(__file__).parent.parent / "examples" / f"{name}.yaml"
+    paper = config("--config", file, "--data", "somewhere").for_task("data")
+    assert (paper.num_generations, paper.learning_rate, paper.temperature) == (8, 1e-6, 0.9)
+    assert (paper.beta_min, paper.beta_max) == {"paper-vc": (0.04, 0.1), "paper-gr": (0.0, 0.02)}[name]

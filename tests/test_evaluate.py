@@ -241,7 +241,7 @@ MISTAKES = [
     (["--task", "vcc"], r"--task must be one of vc, gr, got 'vcc' \(did you mean vc\?\)"),
     (["--task", "vc", "--split", "all"], "--split must be one of train, validation, test"),
     (["--data", "nowhere"], "--data nowhere does not exist"),
-    (["--data", "."], "data folder '.' has no .jsonl"),
+    (["--data", "full/vc"], "data 'full/vc' has no readable row for test: there are no rows"),
     (["--task", "vc", "--temperature", "0"], "--temperature must be above 0, got 0"),
     (["--task", "vc", "--temperature", "nan"], "--temperature must be above 0"),
     (["--task", "vc", "--samples", "0"], "--samples: must be at least 1, got 0"),
@@ -250,6 +250,7 @@ MISTAKES = [
     (["--task", "vc", "--dtype", "float8"], "invalid choice: 'float8'"),
     (["--task", "vc", "--model", "nowhere/at/all"], "nowhere/at/all"),
     (["--task", "vc", "--model", "."], "no model"),
+    (["--task", "vc", "--model", "full"], "--model full is a run; give one of its models, such as full/vc/model"),
     (["--task", "vc", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     (["--task", "vc", "--output-dir", "full"], "output folder full is not empty"),
 ]
@@ -258,8 +259,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) or "nothing" for a, _ in MISTAKES])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+    (tmp_path / "full" / "vc" / "model").mkdir(parents=True)
+    (tmp_path / "full" / "vc" / "model" / "config.json").touch()
     threads = torch.get_num_threads()
     assert main(arguments) == 2
     torch.set_num_threads(threads)

@@ -19,28 +19,25 @@ KERNELS = ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def on_device(settings):
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}
-
-
 def test_both_backends_run_here():
     assert set(available_backends("cuda")) == {"torch", *KERNELS}
 
 
-def options():
-    """(option, loss_type, backend). Each set of flags is a compilation to Triton: there, options for one loss type."""
-    for option, loss_type, backend in product(OPTIONS, ("grpo", "cispo", "sapo"), KERNELS):
-        if backend == "cuda" or loss_type == "grpo" or option == "bias_correction":
-            yield option, loss_type, backend
+# Each set of flags is a compilation to Triton: there, most options run with one loss type.
+COMBINATIONS = [
+    (option, loss_type, backend)
+    for option, loss_type, backend in product(OPTIONS, ("grpo", "cispo", "sapo"), KERNELS)
+    if backend == "cuda" or loss_type == "grpo" or option == "bias_correction"
+]
 
 
-@pytest.mark.parametrize(("option", "loss_type", "backend"), list(options()))
+@pytest.mark.parametrize(("option", "loss_type", "backend"), COMBINATIONS)
 def test_options(option, loss_type, backend, poisoned_memory):
-    batch = random_batch(6, 2, 16384, device="cuda", seed=len(option))
+    batch = random_batch(6, 2, 16384, seed=len(option))
     settings = {"loss_type": loss_type, "max_completion_length": 7}
     if loss_type == "cispo":
         settings["epsilon_high"] = 1.1
-    check(batch, backend, **on_device(settings | OPTIONS[option](batch)))
+    check(batch, backend, "cuda", **(settings | OPTIONS[option](batch)))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -50,8 +47,8 @@ def test_options(option, loss_type, backend, poisoned_memory):
 def test_vocabularies(V, dtype, level, backend, poisoned_memory):
     if backend == "triton" and V not in (37, 4096, 151936):
         pytest.skip("another compilation of code that the interpreter runs at every size")
-    batch = random_batch(2, 3, V, dtype=dtype, device="cuda")
-    check(batch, backend, beta=0.1, entropy_coef=0.01, importance_sampling_level=level)
+    batch = random_batch(2, 3, V, dtype=dtype)
+    check(batch, backend, "cuda", beta=0.1, entropy_coef=0.01, importance_sampling_level=level)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

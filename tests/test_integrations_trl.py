@@ -3,10 +3,12 @@
 import inspect
 import json
 import math
+import runpy
 
 import pytest
 import tiny_trl
 import torch
+import trl.trainer.utils
 from peft import LoraConfig
 from tiny_trl import assert_same_steps
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -71,7 +73,7 @@ def test_every_loss_type_with_accumulation(model, tmp_path):
         {"entropy_coef": 0.05, "loss_type": "bnpo", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"mask_truncated_completions": True, "max_completion_length": 8},
         {"steps_per_generation": 2, "num_iterations": 1, "per_device_train_batch_size": 2, "loss_type": "dapo"},
-        {"scale_rewards": "none", "num_iterations": 1, "cast_lm_head_to_fp32": True},
+        {"model_init_kwargs": {"dtype": "bfloat16"}, "cast_lm_head_to_fp32": True, "gradient_checkpointing": True},
     ],
     ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items())[:60],
 )
@@ -102,6 +104,13 @@ def test_outside_of_one_pass_trls_loss_runs_on_our_logprobs(model, tmp_path, mon
     assert integration.outside_one_pass(trainer) == [reason]
     # Per batch of completions: old and reference log-probs without gradient, then two updates.
     assert scored == [False, False, True, True]
+
+
+def test_bf16_autocast_agrees_to_bf16_rounding(model, tmp_path):
+    settings = {"beta": 0.2, "bf16": True, "max_steps": 2, "learning_rate": 0.1}
+    theirs, _ = tiny_trl.train(model, GRPOTrainer, GRPOConfig, tmp_path, **settings)
+    ours, _ = tiny_trl.train(model, GRPODTrainer, GRPODConfig, tmp_path, **settings)
+    assert_same_steps(ours, theirs, rtol=0.05)
 
 
 def test_moe_with_auxiliary_loss(tmp_path):
@@ -219,6 +228,8 @@ def test_config_resolves_and_refuses(tmp_path):
         config(beta=0.2, beta_max=0.1)
     with pytest.raises(ValueError, match=r"kl_schedule must be one of .*did you mean 'cosine'"):
         config(beta_max=0.1, kl_schedule="cosin")
+    with pytest.raises(ValueError, match="beta_max must be given with kl_schedule='linear'"):
+        config(beta=0.1, kl_schedule="linear")
     with pytest.raises(ValueError, match="kl_schedule='adaptive' is not supported"):
         config(beta_max=0.1, kl_schedule="adaptive")
     with pytest.raises(ValueError, match="beta_min <= beta_max"):
@@ -271,6 +282,7 @@ def test_patch_refuses(model, tmp_path):
     def every(trainer):
         refuse(r"beta_max=0.1 needs a reference model.*built with beta=0\.0", beta_max=0.1)(trainer)
         refuse("beta_max must be given", beta_min=0.1)(trainer)
+        refuse("beta_max must be given with kl_schedule='cosine'", kl_schedule="cosine")(trainer)
         refuse("did you mean 'linear'", beta_max=0.1, kl_schedule="linea")(trainer)
 
     tiny_trl.train(model, GRPOTrainer, GRPOConfig, tmp_path, max_steps=1, before=every)
@@ -325,3 +337,14 @@ def test_forward_is_put_back(model, tmp_path):
     with trl_head.replaced_head(module, fail, 3, False), pytest.raises(RuntimeError, match="in the head"):
         module(input_ids=ids, labels=ids)
     assert module.__dict__["forward"] is before
+
+
+def test_another_version_of_trl_goes_on_only_if_it_fits(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+    with pytest.warns(UserWarning, match=r"tested with trl 1\.16, not with 1\.99\.0"):
+        assert "GRPODTrainer" in runpy.run_path(integration.__file__)
+    monkeypatch.delattr(trl.trainer.utils, "FusedCausalLMOutput")
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, batch: None)
+    wanted = r"trl 1\.99\.0 has no trainer\.utils\.FusedCausalLMOutput, GRPOTrainer\._compute_loss\(inputs\)"
+    with pytest.raises(ImportError, match=wanted):
+        runpy.run_path(integration.__file__)

@@ -320,11 +320,14 @@ def test_lora_on_the_head_through_the_merged_weight():
 
 @pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_autocast(level, backend):
-    """GEMMs in bfloat16, gradients in the float32 of the parameters and not rounded to bfloat16 in between."""
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_float32_weight_of_bfloat16_gemms(master_weights, level, backend):
+    """Under autocast, or as 16-bit hidden states come with it: a gradient not rounded to bfloat16 in between."""
     head, batch = case()
     settings = {"importance_sampling_level": level, "backend": backend, "chunk_bytes": chunk_of(4, torch.bfloat16)}
-    with torch.autocast("cpu", torch.bfloat16):
+    if master_weights:
+        head[0] = head[0].detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not master_weights):
         output = linear_grpo_loss(*head[:2], **batch, **settings)
     output.loss.backward()
     rounded = [t.detach().bfloat16().requires_grad_() for t in head[:2]]
@@ -332,7 +335,7 @@ def test_autocast(level, backend):
     wanted.loss.backward()
     assert output.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-6)
     for tensor, other in zip(head[:2], rounded):
-        assert tensor.grad.dtype == torch.float32
+        assert tensor.grad.dtype == tensor.dtype
         torch.testing.assert_close(tensor.grad.bfloat16(), other.grad)
     assert not torch.equal(head[1].grad, head[1].grad.bfloat16().float())
 
@@ -365,10 +368,21 @@ def _sharded_rank(rank, store):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_compile_fullgraph(level):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant):
     head, batch = case()
-    backend = "cpp" if "cpp" in BACKENDS else "torch"
+    wanted = torch.autograd.grad(linear_grpo_loss(*head[:2], **batch).loss, head[:2])
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda *head: linear_grpo_loss(*head, **batch).loss, *head[:2], use_reentrant=use_reentrant
+    )
+    loss.backward()
+    torch.testing.assert_close((head[0].grad, head[1].grad), wanted)
+
+
+@pytest.mark.parametrize("backend", [EVERY[0], EVERY[-1]])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_compile_fullgraph(level, backend):
+    head, batch = case()
 
     def step(hidden, weight, beta):
         output = linear_grpo_loss(

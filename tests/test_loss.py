@@ -57,30 +57,37 @@ def combinations(options, in_full=()):
     Its kernel knows three policy terms; the other loss types differ in a normaliser, and at sequence level in nothing
     but ordinary torch after its scoring kernel. The interpreter is slow, so those run with the options `in_full` only.
     """
-    for option, loss_type, level, backend in product(options, LOSS_TYPES, ("token", "sequence"), BACKENDS):
-        distinct = ("grpo", "cispo", "sapo") if level == "token" else ("grpo",)
-        if backend != "triton" or loss_type in distinct or option in in_full:
-            yield option, loss_type, level, backend
+    distinct = [("grpo", "token"), ("cispo", "token"), ("sapo", "token"), ("grpo", "sequence")]
+    return [
+        (option, loss_type, level, backend)
+        for option, loss_type, level, backend in product(options, LOSS_TYPES, ("token", "sequence"), BACKENDS)
+        if backend != "triton" or (loss_type, level) in distinct or option in in_full
+    ]
 
 
-def run(function, logits, batch, **settings):
-    """(outputs as a dict, gradient) of `function` on a leaf copy of the logits."""
-    logits = logits.detach().clone().requires_grad_()
+def run(function, logits, batch, device="cpu", **settings):
+    """(outputs as a dict, gradient), both on the CPU, of `function` on a leaf copy of the logits on that device."""
     keywords = {name: value for name, value in batch.items() if name != "logits"} | settings
+    keywords = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in keywords.items()
+    }
+    logits = logits.detach().clone().to(device).requires_grad_()
     ids, advantages = keywords.pop("completion_ids"), keywords.pop("advantages")
     if function is not grpo_loss:
         keywords.pop("backend", None)
     output = function(logits, ids, advantages, **keywords)
     output = output if isinstance(output, dict) else vars(output)
     output["loss"].sum().backward()
-    return output, logits.grad
+    moved = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in output.items()}
+    return moved, logits.grad.cpu()
 
 
-def check(batch, backend, **settings):
+def check(batch, backend, device="cpu", **settings):
+    """Hold the backend on that device to the error budget; the oracle and torch in the same dtype run on the CPU."""
     logits = batch["logits"]
     exact, exact_gradient = run(oracle, logits.double(), batch, **settings)
     peer, peer_gradient = run(grpo_loss, logits, batch, backend="torch", **settings)
-    actual, gradient = run(grpo_loss, logits, batch, backend=backend, **settings)
+    actual, gradient = run(grpo_loss, logits, batch, device, backend=backend, **settings)
     assert gradient.dtype == logits.dtype
     assert actual["loss"].dtype == torch.float32
     assert_within_budget("loss", actual["loss"], exact["loss"], peer["loss"], 2e-6)

@@ -199,19 +199,22 @@ def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
     setup = SimpleNamespace(
         config=TrainConfig(task="vc"),
         folder=RunFolder(write_run(tmp_path / "run", [row(1)])),
+        names=["vc"],
+        load=lambda folder: model,
         tests={"vc": load_split("vc", "test", count=2)},
         base=model,
         processor=load_processor(),
     )
-    draw_pictures(setup, "vc", model)
+    (tmp_path / "run" / "vc" / "model").mkdir(parents=True)
+    draw_pictures(setup)
     assert not_blank(tmp_path / "run" / "curves.png")
-    assert not_blank(tmp_path / "run" / "vc" / "samples.png")
+    assert not_blank(tmp_path / "run" / "samples.png")
 
     def full_disk(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(plot, "draw_curves", full_disk)
-    draw_pictures(setup, "vc", model)
+    draw_pictures(setup)
     assert capsys.readouterr().err.endswith("no pictures: No space left on device\n")
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mr1fast import train
+from mr1fast.config import RECIPES
 from mr1fast.model import load_model, load_processor
 from tests.test_config import BAD_ARGUMENTS
 
@@ -57,6 +58,7 @@ def test_the_whole_program(tmp_path, monkeypatch):
     assert set(result["cross_task"]["vc"]) == {"gr"}
     assert result["steps"] == {"vc": 2, "gr": 2}
     assert (result["seed"], result["config"]["num_generations"]) == (0, 2)
+    assert result["config_of_task"]["gr"]["learning_rate"] == RECIPES["gr"]["learning_rate"]
     assert result["seconds"] > 0
     rows = metrics(run)
     assert [(row["task"], row["step"]) for row in rows] == [("vc", 1), ("vc", 2), ("gr", 1), ("gr", 2)]
@@ -106,7 +108,10 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     assert len(list(run.glob("*/checkpoint-*"))) == 1
     assert {"curves.png", "samples.png"} <= {path.name for path in run.iterdir()}
 
+    seconds = json.loads((run / "result.json").read_text())["seconds"]
+    assert seconds > 0
     assert main("--resume", "--output-dir", tmp_path) == 0
+    assert json.loads((run / "result.json").read_text())["seconds"] > seconds
     assert main(*options, "--output-dir", alone) == 0
     name = options[0].removeprefix("--task=")
     ours, theirs = (load_model(folder / name / "model").state_dict() for folder in (run, alone))
@@ -123,13 +128,28 @@ def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_pat
     rows = metrics(run)
     capsys.readouterr()
     assert main("--resume", run) == 2
-    assert "nothing to resume: the run" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "nothing to resume: the run" in error
+    assert "to go on" not in error
     assert main("--resume", run / "vc" / "checkpoint-000002") == 0
     again = load_model(run / "vc" / "model").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert [{**row, "step_time": 0} for row in metrics(run)] == [{**row, "step_time": 0} for row in rows]
     kept = sorted(path.name for path in (run / "vc").glob("checkpoint-*"))
     assert kept == ["checkpoint-000002", "checkpoint-000003", "checkpoint-000004"]
+
+
+def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("mr1fast.loop.evaluate", interrupt)
+        assert main("--task=vc", "--max-steps=1", "--eval-steps=0", *SMALL, "--output-dir", run) == 143
+    assert f"to go on: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
+    assert main("--resume", run) == 0
+    assert json.loads((run / "result.json").read_text())["steps"] == {"vc": 1}
 
 
 def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monkeypatch):

@@ -100,6 +100,8 @@ def _checked_schedule(args: Any) -> dict[str, Any]:
     arguments.choice("kl_schedule", name, SCHEDULES)
     beta_max = getattr(args, "beta_max", None)
     if beta_max is None:
+        if name not in ("paper", "constant"):  # the default, and what there is without bounds
+            raise ValueError(f"beta_max must be given with kl_schedule={name!r}, got None")
         return {"schedule": "constant", "beta_min": 0.0, "beta_max": args.beta}
     keywords = {
         "schedule": name,
@@ -293,17 +295,21 @@ def patch_trl(
         raise ValueError(f"trainer has our loss already (it is a {type(trainer).__name__})")
     if beta_max is None and beta_min is not None:
         raise ValueError(f"beta_max must be given with beta_min ({beta_min}), got None")
-    schedule = None
-    if beta_max is not None:
-        options = types.SimpleNamespace(
-            kl_schedule=kl_schedule, beta_min=beta_min, beta_max=beta_max, explore_fraction=explore_fraction
+    options = types.SimpleNamespace(
+        kl_schedule=kl_schedule,
+        beta=trainer.args.beta,
+        beta_min=beta_min,
+        beta_max=beta_max,
+        explore_fraction=explore_fraction,
+    )
+    schedule: dict[str, Any] | None = _checked_schedule(options)
+    if beta_max is None:
+        schedule = None  # that of the trainer's arguments
+    elif beta_max > 0 and trainer.args.beta == 0:
+        raise ValueError(
+            f"beta_max={beta_max} needs a reference model, and TRL prepared none: the trainer was built with "
+            f"beta=0.0. Build it with GRPOConfig(beta={beta_max})"
         )
-        schedule = _checked_schedule(options)
-        if beta_max > 0 and trainer.args.beta == 0:
-            raise ValueError(
-                f"beta_max={beta_max} needs a reference model, and TRL prepared none: the trainer was built with "
-                f"beta=0.0. Build it with GRPOConfig(beta={beta_max})"
-            )
     trainer.__class__ = type(f"GRPOD{original.__name__}", (_GRPOD, original), {"_original_class": original})
     trainer._patched_schedule = schedule
     return trainer
