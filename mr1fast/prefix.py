@@ -26,14 +26,17 @@ class Prefix:
     attention_mask: Tensor  # [P, T] bool
     next_position: Tensor  # [P] int64, the M-RoPE position of the first token of a completion
 
-    def repeat(self, num_generations: int) -> Prefix:
-        """The prefix of each of B completions."""
+    def take(self, prompts: Tensor) -> Prefix:
+        """The prefix of each of N completions, of the `prompts` [N] int64."""
+        key_values = [
+            (keys.index_select(0, prompts), values.index_select(0, prompts)) for keys, values in self.key_values
+        ]
+        return Prefix(key_values, self.last_hidden[prompts], self.attention_mask[prompts], self.next_position[prompts])
 
-        def each(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(num_generations, 0)
-
-        key_values = [(each(keys), each(values)) for keys, values in self.key_values]
-        return Prefix(key_values, each(self.last_hidden), each(self.attention_mask), each(self.next_position))
+    def prompts_of(self, completions: int) -> Tensor:
+        """The prompt [B] of each of so many completions, those of a prompt adjacent."""
+        P = self.last_hidden.shape[0]
+        return torch.arange(P, device=self.last_hidden.device).repeat_interleave(completions // P)
 
     def detach(self) -> Prefix:
         key_values = [(keys.detach(), values.detach()) for keys, values in self.key_values]
@@ -122,13 +125,16 @@ def extend(model: Qwen2VLForConditionalGeneration, prefix: Prefix, cache: Cache,
 def completion_hidden(model: Qwen2VLForConditionalGeneration, prefix: Prefix, completion_ids: Tensor) -> Tensor:
     """Hidden states [B, L, H]: the one at t predicts `completion_ids[:, t]` (padded on the right, [B, L]).
 
-    `prefix`: of the P prompts of the B completions.
+    `prefix`: of the P prompts of the B completions. A completion that a prompt has several times, as is usual when
+    answers are short, runs once.
     """
-    prefix = prefix.repeat(completion_ids.shape[0] // prefix.last_hidden.shape[0])
-    first = prefix.last_hidden[:, None]
-    if completion_ids.shape[1] == 1:
-        return first
-    return torch.cat([first, extend(model, prefix, prefix.cache(), completion_ids[:, :-1], 0)], 1)
+    prompts = prefix.prompts_of(completion_ids.shape[0])
+    distinct, row_of = torch.cat([prompts[:, None], completion_ids], 1).unique(dim=0, return_inverse=True)
+    prefix, ids = prefix.take(distinct[:, 0]), distinct[:, 1:]
+    hidden = prefix.last_hidden[:, None]
+    if ids.shape[1] > 1:
+        hidden = torch.cat([hidden, extend(model, prefix, prefix.cache(), ids[:, :-1], 0)], 1)
+    return hidden[row_of]
 
 
 def _attention_mask(

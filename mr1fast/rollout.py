@@ -30,7 +30,8 @@ def generate(
     Raises UserError (a ValueError) for a model that computes no numbers.
     """
     eos, banned, pad = end_tokens(model), banned_tokens(model), pad_token(model)
-    prefix = (prefix or encode_prefix(model, inputs)).repeat(num_generations)
+    prefix = prefix or encode_prefix(model, inputs)
+    prefix = prefix.take(prefix.prompts_of(len(prefix.last_hidden) * num_generations))
     cache, hidden = prefix.cache(room=max_new_tokens), prefix.last_hidden
     if not hidden.isfinite().all():
         raise UserError("the model's hidden states are not finite: its weights are broken")

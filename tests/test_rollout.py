@@ -62,6 +62,8 @@ def test_the_shared_prefix_has_the_gradient_of_whole_sequences():
     inputs["pixel_values"] = inputs["pixel_values"].double()
     rollout = sample(model, inputs)
     ids, mask = rollout.completion_ids, rollout.completion_mask
+    for tensor in (ids, mask):  # one completion twice, another three times, one also of another prompt
+        tensor[2], tensor[4], tensor[5], tensor[11] = tensor[0], tensor[3], tensor[3], tensor[6]
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradients = []
     for logps in (batch_logps(model, Batch(inputs, 3, ids, mask), 0.8), plain_logps(model, inputs, ids, mask, 3, 0.8)):
