@@ -145,7 +145,7 @@ def test_help_explains_every_option_with_its_default():
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
             assert f"[default: {field.default}]" in text
-    assert "0.0005 for vc and local data, 0.0003 for gr, 1e-06 with --model" in text
+    assert "0.0003 for vc and local data, 0.0002 for gr, 1e-06 with --model" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))
 
 
