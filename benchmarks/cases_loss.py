@@ -234,14 +234,14 @@ def loss_cases(nbytes: int, backend: str, peers: tuple[Case, ...]) -> tuple[Case
         return Case(name, prepare, passes * nbytes, limit=limit, **({"against": in_place} | more))
 
     return (
-        case(in_place, lambda x: ours(x, backend, True), 2, "read-modify-write"),
+        case(in_place, lambda x: ours(x, backend, True), 2, "read-modify-write", fresh_pages=True),
         case(f"mr1fast {backend}, new buffer", lambda x: ours(x, backend, False), 2, "memcpy", fresh_pages=True),
         case(f"mr1fast {backend}, forward only", lambda x: ours_forward_only(x, backend), 1, "read"),
         *(case(p.name, p.prepare, 2, "memcpy", fresh_pages=p.fresh_pages) for p in peers),
         case(from_hidden, lambda x: ours_from_hidden(x, backend), 2, None, against=from_hidden),
         case(f"Liger chunked, from hidden {HIDDEN}", lambda x: liger(x, False), 2, None, against=from_hidden),
         case(f"Liger chunked compiled, from hidden {HIDDEN}", lambda x: liger(x, True), 2, None, against=from_hidden),
-        case("memcpy", memcpy, 2, None, fresh_pages=False),
+        case("memcpy", memcpy, 2, None),
         case("read-modify-write", read_modify_write, 2, None),
         case("read", read, 1, None),
     )
@@ -251,7 +251,7 @@ def scenes(quick: bool) -> list[Scene]:
     peers = (
         Case("torch eager", eager, 0, fresh_pages=True),
         Case("torch.compile", compiled, 0, fresh_pages=True),
-        Case("TRL functions", trl_functions, 0),
+        Case("TRL functions", trl_functions, 0, fresh_pages=True),
     )
     return [
         Scene(

@@ -23,17 +23,21 @@ ENVIRONMENT = ["device", "threads", "clock", "commit", "date", "python", "torch"
 
 
 def rows(scene: Scene, measurements: list[Measurement]) -> list[Row]:
-    """One row per measurement. of_limit and of_memcpy compare rates, ratio compares times (1 = the case `against`).
+    """One row per measurement. of_limit and of_memcpy compare rates, ratio compares times (1 = the case `against`, with
+    the same pages where it was measured with both; the limits are measured with warm ones only).
 
     They are taken from medians; those called best_ from each case's fastest call, which a busy machine disturbs less.
     """
     warm = {m.case.name: m for m in measurements if m.seconds and m.pages == "warm"}
+    fresh = {m.case.name: m for m in measurements if m.seconds and m.pages == "fresh"}
     result = []
     for m in measurements:
         row: Row = dict.fromkeys(MEASURED, "")
         row |= {"group": scene.group, "shape": scene.shape, "dtype": scene.dtype, "case": m.case.name, "note": m.note}
         if m.seconds:
             against, limit, memcpy = (warm.get(name or "") for name in (m.case.against, m.case.limit, "memcpy"))
+            if m.pages == "fresh":
+                against = fresh.get(m.case.against or "", against)
             row |= {
                 "pages": m.pages if m.case.fresh_pages else "",
                 "median_ms": _digits(m.median * 1e3),
@@ -168,7 +172,8 @@ def plot(path: Path, table: list[Row], about: Row) -> None:
         kinds = {"mr1fast": OURS, "others": PEER, "limit of this machine": LIMIT}
         handles = [Patch(color=colour, label=name) for name, colour in kinds.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
-    figure.suptitle(f"{about['device']}; torch {about['torch']}; commit {about['commit']}", fontsize=9)
+    where = f"{about['device']}; torch {about['torch']}; commit {about['commit']}"
+    figure.suptitle(f"{where}; buffers in memory that was used before", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
