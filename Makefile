@@ -36,8 +36,8 @@ train: $(READY)
 	@$(BIN)/python -m mr1fast.train $(ARGS)
 
 test: $(READY)
-	@echo "==> pytest"
-	@$(BIN)/python -m pytest $(ARGS)
+	@echo "==> pytest, a process for each core (8 at most)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

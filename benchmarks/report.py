@@ -6,7 +6,6 @@ import csv
 import importlib.metadata
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ def write_csv(path: Path, table: list[Row], about: Row) -> None:
         writer.writerows(row | about for row in table)
 
 
-def print_table(table: list[Row], stream=sys.stdout) -> None:
+def print_table(table: list[Row]) -> None:
     """One block per scene."""
     columns = {
         "case": "case",
@@ -126,44 +125,69 @@ def print_table(table: list[Row], stream=sys.stdout) -> None:
     scene = None
     for row in table:
         if scene != (scene := (row["group"], row["shape"], row["dtype"])):
-            print("\n" + ", ".join(scene), file=stream)
-            print("  " + "  ".join(name.ljust(width[key]) for key, name in columns.items()).rstrip(), file=stream)
-        print("  " + "  ".join(str(row[key]).ljust(width[key]) for key in columns).rstrip(), file=stream)
+            print("\n" + ", ".join(scene))
+            print("  " + "  ".join(name.ljust(width[key]) for key, name in columns.items()).rstrip())
+        print("  " + "  ".join(str(row[key]).ljust(width[key]) for key in columns).rstrip())
+
+
+OURS, PEER, LIMIT = "#1b6ca8", "#b8b8b8", "#d9a441"
 
 
 def plot(path: Path, table: list[Row], about: Row) -> None:
-    """Each scene's cases as bars of their time ratio, on a logarithmic axis."""
+    """Each scene's cases as bars of their time ratio, on a logarithmic axis; what was not measured says so."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
-    table = [row for row in table if row["ratio"] != "" and row["pages"] != "fresh"]
-    scenes = list(dict.fromkeys((row["shape"], row["dtype"]) for row in table))
+    table = [row for row in table if row["pages"] != "fresh"]
+    scenes = list(dict.fromkeys((row["group"], row["shape"], row["dtype"]) for row in table))
+    by_scene = [[row for row in table if (row["group"], row["shape"], row["dtype"]) == scene] for scene in scenes]
     columns = min(2, len(scenes))
     lines = -(-len(scenes) // columns)
-    tallest = max(sum((row["shape"], row["dtype"]) == scene for row in table) for scene in scenes)
+    height = 0.7 + 0.27 * max((len(rows) for rows in by_scene if _measured(rows)), default=1)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(6.2 * columns, (0.27 * tallest + 0.9) * lines), sharex=True, squeeze=False
+        lines, columns, figsize=(6.4 * columns, height * lines + 1.2), sharex=True, squeeze=False, layout="constrained"
     )
-    for ax, scene in zip(axes.flat, scenes):
-        chosen = [row for row in table if (row["shape"], row["dtype"]) == scene][::-1]
-        colours = ["#1b6ca8" if "mr1fast" in row["case"] else "#b8b8b8" for row in chosen]
-        ratios = [row["ratio"] for row in chosen]
-        ax.barh([row["case"] for row in chosen], ratios, color=colours)
-        for y, ratio in enumerate(ratios):
-            ax.text(ratio * 1.05, y, f"{ratio:.3g}", va="center", fontsize=8)
-        ax.axvline(1, color="black", linewidth=0.8)
-        ax.set(xscale="log", title=", ".join(scene))
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.margins(x=0.15)
+    for ax, scene, chosen in zip(axes.flat, scenes, by_scene):
+        ax.set_title(", ".join(scene))
+        if _measured(chosen):
+            _bars(ax, chosen[::-1])
+        else:
+            ax.axis("off")
+            ax.text(0.5, 0.5, "\n".join({row["note"] for row in chosen}), ha="center", transform=ax.transAxes)
     for ax in axes.flat[len(scenes) :]:
         ax.axis("off")
+    shortest, longest = (f((row["ratio"] or 1 for row in table), default=1) for f in (min, max))
+    for ax in axes.flat:
+        ax.set(xscale="log", xlim=(shortest / 2, 12 * longest))
     for ax in axes[-1]:
-        ax.set_xlabel("time, as a multiple of mr1fast's (from the same input)")
-    figure.suptitle(f"{about['device']}; torch {about['torch']}; {about['commit']}", fontsize=9)
-    figure.tight_layout()
+        ax.set_xlabel("time / time of mr1fast on the same input (shorter is faster)")
+    if any(map(_measured, by_scene)):
+        kinds = {"mr1fast": OURS, "others": PEER, "limit of this machine": LIMIT}
+        handles = [Patch(color=colour, label=name) for name, colour in kinds.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
+    figure.suptitle(f"{about['device']}; torch {about['torch']}; commit {about['commit']}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _measured(chosen: list[Row]) -> bool:
+    return any(row["ratio"] != "" for row in chosen)
+
+
+def _bars(ax: Any, chosen: list[Row]) -> None:
+    limits = {row["limit"] for row in chosen} | {"memcpy"}
+    for y, row in enumerate(chosen):
+        name, ratio = row["case"], row["ratio"]
+        label = row["note"][:50] or "no ratio"
+        if ratio != "":
+            ax.barh(y, ratio, color=OURS if "mr1fast" in name else LIMIT if name in limits else PEER)
+            label = f"{ratio:.3g}x  ({row['median_ms']:g} ms)"
+        ax.text((ratio or 1) * 1.1, y, label, va="center", fontsize=8, bbox={"color": "white", "pad": 0.5})
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(chosen)), [row["case"] for row in chosen])
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)

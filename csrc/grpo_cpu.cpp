@@ -230,15 +230,18 @@ void Job::Worker::score_backward(int64_t b, int64_t l) {
 Job::Job(const Logits& logits, const Outputs& outputs, const Objective* objective, const ScoreGradient* score)
     : logits_(logits), out_(outputs), objective_(objective), score_(score) {
   kernel_ = row_kernel(logits.dtype);
-  const int64_t row_bytes = logits.V * (int64_t)element_size(logits.dtype);
-  rows_per_turn_ = row_bytes < 131072 ? 131072 / row_bytes : 1;
 }
 
-int64_t Job::threads(int64_t available) const {
+int64_t Job::threads(int64_t available) {
   // Waking a thread costs as much as this many logits, and much more where the machine is busy.
   constexpr int64_t kLogitsPerThread = 65536;
-  const int64_t useful = logits_.B * logits_.L * logits_.V / kLogitsPerThread;
-  return useful < 1 ? 1 : useful < available ? useful : available;
+  const int64_t rows = logits_.B * logits_.L, useful = rows * logits_.V / kLogitsPerThread;
+  const int64_t threads = useful < 1 ? 1 : useful < available ? useful : available;
+  // A prefetch that runs over the end of a turn takes lines from another thread's rows: turns are as long as balance
+  // allows, up to 2 MiB.
+  const int64_t longest = (2 << 20) / (logits_.V * (int64_t)element_size(logits_.dtype)), fair = rows / (4 * threads);
+  rows_per_turn_ = longest < 1 || fair < 1 ? 1 : longest < fair ? longest : fair;
+  return threads;
 }
 
 void Job::work() {

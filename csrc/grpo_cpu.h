@@ -58,7 +58,7 @@ const char* instruction_set();
 class Job {
  public:
   Job(const Logits& logits, const Outputs& outputs, const Objective* objective, const ScoreGradient* score);
-  int64_t threads(int64_t available) const;  // how many are worth waking
+  int64_t threads(int64_t available);  // how many are worth waking; called before work()
   void work();
   // sum token_weight * loss - entropy_weight * sum entropies, after the work; summed in row order.
   float loss() const;
@@ -70,7 +70,7 @@ class Job {
   const Objective* objective_;   // null: scoring only
   const ScoreGradient* score_;   // not null: the backward of scoring
   void (*kernel_)(const Step&);
-  int64_t rows_per_turn_;
+  int64_t rows_per_turn_ = 1;
   std::atomic<int64_t> next_{0};
 };
 

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -20,6 +21,11 @@
 
 #define MR1_INLINE inline __attribute__((always_inline))
 #define MR1_LAMBDA __attribute__((always_inline))
+#ifdef MR1_X86
+#define MR1_IN_REGISTER(x) asm("" : "+v"(x))
+#else
+#define MR1_IN_REGISTER(x)
+#endif
 
 namespace mr1fast {
 namespace {
@@ -28,7 +34,7 @@ struct RowKernels {
   RowKernel float32, bfloat16, float16;
 };
 
-constexpr int kPrefetchBytes = 8192;
+constexpr int kPrefetchBytes = 16384;
 constexpr float kFloor = -127.0f;  // 2^-127 and below is 0
 constexpr float kRoundMagic = 0x1.8p23f;  // x + magic has the integer nearest to x in its low bits
 

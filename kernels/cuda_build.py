@@ -17,7 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCES = ("grpo_cuda.cu", "grpo_cuda.h", "cuda_primitives.h", "split_row.h", "token_loss.h", "half.h")
+SOURCES = (
+    *("grpo_cuda.cu", "grpo_cuda.h", "cuda_cluster.cuh", "cuda_two_phase.cuh", "cuda_token.cuh", "cuda_primitives.h"),
+    *("split_row.h", "token_loss.h", "half.h"),
+)
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared")
 CHECK_SECONDS = 300
 

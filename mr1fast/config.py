@@ -20,8 +20,8 @@ METHODS = ("grpo-d", "grpo", "sft")
 # What an option is when nobody sets it: by task for the embedded model, after R1-V for any other. Local data takes the
 # recipe of visual counting.
 RECIPES: dict[str, dict[str, Any]] = {
-    "vc": {"prompts_per_step": 16, "learning_rate": 5e-4, "max_steps": 200, "max_completion_length": 32},
-    "gr": {"prompts_per_step": 32, "learning_rate": 3e-4, "max_steps": 120, "max_completion_length": 32},
+    "vc": {"prompts_per_step": 16, "learning_rate": 3e-4, "max_steps": 200, "max_completion_length": 32},
+    "gr": {"prompts_per_step": 32, "learning_rate": 2e-4, "max_steps": 200, "max_completion_length": 32},
     "model": {"prompts_per_step": 16, "learning_rate": 1e-6, "max_steps": 200, "max_completion_length": 512},
 }
 KL_DEFAULTS: dict[str, dict[str, Any]] = {

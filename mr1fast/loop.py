@@ -196,7 +196,8 @@ class Setup:
     def description(self) -> str:
         parameters = sum(p.numel() for p in self.base.parameters())
         what = f"{self.config.method} on {', then '.join(self.names)}"
-        where = f"{self.base.device}, {self.base.dtype}, {torch.get_num_threads()} threads".replace("torch.", "")
+        threads = torch.get_num_threads()
+        where = f"{self.base.device}, {str(self.base.dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}"
         return f"{what}: {self.base_path}, {parameters:,} parameters, {where}\nfiles go to {self.folder.path}"
 
 

@@ -26,10 +26,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mr1fast.data import load_split
+from mr1fast.evaluate import evaluate
 from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, encode_prompts
 from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.rewards import accuracy_reward, format_reward
-from mr1fast.tasks import BACKGROUNDS, MAX_ANGLE, MIN_ANGLE, SIZE, TASKS, GeometryReasoning, angle_pairs
+from mr1fast.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
 from mr1fast.types import Example
 
 PATCH = 7  # pixels; four patches make a token: 16 tokens for an image of 56 x 56
@@ -46,9 +47,9 @@ WHOLE = ("<think>", "</think>", "<answer>", "</answer>", " " + PROMPT_SUFFIX)
 TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the third angle?"
 
 # Greedy accuracy on the validation splits; what is promised is 0.30 to 0.60 on the test splits.
-BAND = (0.40, 0.50)
-# Few distinct scenes, and counting stays half learnt; many triangles, or the angles are remembered and not read.
-IMAGES = {"vc": 96, "gr": 6000}
+BAND = (0.34, 0.44)
+# So many that neither is remembered: a base that knows its pictures by heart is too sure of itself to explore.
+IMAGES = {"vc": 3000, "gr": 6000}
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -65,7 +66,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[" ".join(merge) for merge in model["merges"]],
+        merges=[tuple(merge) for merge in model["merges"]],  # type: ignore[misc]
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         padding_side="left",
@@ -142,10 +143,11 @@ def gr_completion(first: int, second: int) -> str:
 
 
 def text_pairs() -> list[tuple[int, int]]:
-    """Every ordered pair of angles but those of the validation and test splits."""
+    """Ordered pairs of whole degrees, odd ones too, but none of the validation and test splits."""
     held_out = {*angle_pairs("validation"), *angle_pairs("test")}
-    angles = range(MIN_ANGLE, MAX_ANGLE + 1)
-    return [(a, b) for a in angles for b in angles if (min(a, b), max(a, b)) not in held_out]
+    angles = range(LABELLED[0], LABELLED[-1] + 1)
+    pairs = [(a, b) for a in angles for b in angles if a + b < 180]
+    return [(a, b) for a, b in pairs if (min(a, b), max(a, b)) not in held_out]
 
 
 def image_examples(task: str, count: int) -> tuple[list[Example], list[str]]:
@@ -197,7 +199,7 @@ def prompt_rows(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def learn_text(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 700) -> Shown:
+def learn_text(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 600) -> Shown:
     """The third angle from words, to the point of no mistakes. Returns what was shown, to be shown again later."""
     pairs = text_pairs()
     examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
@@ -219,27 +221,30 @@ def learn_images(
 ) -> tuple[Qwen2VLForConditionalGeneration, dict[str, dict[str, float]]]:
     """Both tasks until the average of the weights is in the band on both validation splits. Returns that average."""
     shown = {task: Shown(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
-    watched = {task: [TASKS[task].example("validation", index) for index in range(400)] for task in IMAGES}
+    watched = {task: load_split(task, "validation", count=300) for task in IMAGES}
     # Without the average, greedy accuracy jumps between checkpoints.
     average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, 0.1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
-    full_share = {"vc": 16, "gr": 32}
-    share = dict(full_share)
+    share = dict.fromkeys(IMAGES, 32)
     for step in tqdm(range(1000), desc="images"):
         loss = text.loss(model, torch.randint(0, len(text), (16,))) * 16
         for task, count in share.items():
-            loss = loss + shown[task].loss(model, torch.randint(0, len(shown[task]), (count,))) * count
+            if count:
+                loss = loss + shown[task].loss(model, torch.randint(0, len(shown[task]), (count,))) * count
         descend(model, optimizer, loss / 80)
         schedule.step()
         average.update_parameters(model)
-        if step % 20 == 19:
-            reached = {task: greedy(average.module, processor, examples) for task, examples in watched.items()}
-            tqdm.write(f"step {step + 1}: {json.dumps(reached)}")
-            if all(BAND[0] <= reached[task]["accuracy"] <= BAND[1] for task in reached):
-                return average.module, reached
-            for task in share:
-                share[task] = 2 if reached[task]["accuracy"] > sum(BAND) / 2 else full_share[task]
+        if step % 5 == 4:
+            results = {
+                task: evaluate(average.module, processor, split, max_completion_length=20, sampled=0).figures()
+                for task, split in watched.items()
+            }
+            tqdm.write(f"step {step + 1}: {json.dumps(results)}")
+            well_formed = min(figures["format_accuracy"] for figures in results.values()) > 0.95
+            if well_formed and all(BAND[0] <= f["greedy_accuracy"] <= BAND[1] for f in results.values()):
+                return average.module, results
+            share = {task: 0 if results[task]["greedy_accuracy"] >= BAND[0] else 32 for task in share}
     raise SystemExit(f"no checkpoint had both tasks between {BAND[0]} and {BAND[1]}: try another --seed")
 
 
@@ -248,19 +253,6 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) ->
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-
-
-@torch.no_grad()
-def greedy(model: Any, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example]) -> dict[str, float]:
-    inputs: dict[str, Any] = encode_prompts(processor, examples)
-    model.eval()
-    output: Any = model.generate(**inputs, max_new_tokens=20)
-    model.train()
-    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return {
-        "accuracy": sum(accuracy_reward(text, e.solution) for text, e in zip(texts, examples)) / len(texts),
-        "format": sum(format_reward(text) for text in texts) / len(texts),
-    }
 
 
 def main() -> None:

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-DECAY_FRACTION = 0.3  # the share of the steps, at the end, in which the learning rate falls to 0
-
 
 def learning_rate_at(step: int, *, peak: float, max_steps: int, warmup_steps: int) -> float:
-    """The rate of the update after `step` finished ones: a linear rise, a plateau, and a linear fall at the end."""
+    """The rate of the update after `step` finished ones: a linear rise, then a linear fall to 0, as TRL's default."""
     rise = (step + 1) / (warmup_steps + 1)
-    fall = (max_steps - step) / (max(DECAY_FRACTION * max_steps, 1))
+    fall = (max_steps - step) / max(max_steps - warmup_steps, 1)
     return peak * min(rise, fall, 1.0)
 
 

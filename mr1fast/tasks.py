@@ -3,7 +3,8 @@
 They stand for the paper's two data sets (CLEVR counting and GEOQA) at the scale of the embedded model: 56 x 56 pixels,
 a short question, one integer as the answer. A drawing is a function of (task, split, index) alone.
 
-- VC: a scene of 1 to 7 items of several kinds, colours and sizes. Splits differ by seed; every drawing is new.
+- VC: a scene of 1 to 7 items of several kinds, colours and sizes, each somewhere in a cell of its own of a 4 x 4 board.
+  Splits differ by seed; every drawing is new.
 - GR: a triangle with two of its angles labelled. The splits share no problem: an unordered pair of angles belongs to
   exactly one of them, so that a test accuracy cannot come from remembered answers.
 """
@@ -57,7 +58,8 @@ def _random(task: str, split: str, index: int) -> random.Random:
 # ---- visual counting ------------------------------------------------------------------------------------------------
 
 KINDS = ("sphere", "cube", "cone", "cylinder")
-RADII = (4, 6)  # pixels
+RADII = (3, 5)  # pixels
+CELL = SIZE // 4  # of the board; an item stays in its own
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,12 @@ class VisualCounting:
 
     def scene(self, split: str, index: int) -> Scene:
         rng = _random(self.name, split, index)
-        count = rng.randint(1, self.max_items)
-        items: list[Item] = []
-        while len(items) < count:
+        items = []
+        for cell in rng.sample(range(16), rng.randint(1, self.max_items)):
             radius = rng.choice(RADII)
-            x, y = (rng.randint(radius + 1, SIZE - radius - 2) for _ in range(2))
-            # A pixel of ground between any two, so that the number is never a matter of taste.
-            if all(max(abs(x - o.x), abs(y - o.y)) > radius + o.radius + 1 for o in items):
-                items.append(Item(rng.choice(KINDS), rng.choice(list(COLOURS)), radius, x, y))
+            room = CELL // 2 - 1 - radius  # a pixel of ground between any two: the number is no matter of taste
+            x, y = (CELL * at + CELL // 2 + rng.randint(-room, room) for at in (cell % 4, cell // 4))
+            items.append(Item(rng.choice(KINDS), rng.choice(list(COLOURS)), radius, x, y))
         return Scene(tuple(items), rng.choice(BACKGROUNDS))
 
     def example(self, split: str, index: int) -> Example:
@@ -124,7 +124,7 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 # ---- geometry reasoning ---------------------------------------------------------------------------------------------
 
-MIN_ANGLE, MAX_ANGLE = 20, 85  # degrees, of the two labelled ones; the third is then between 10 and 140
+LABELLED = range(16, 92, 2)  # degrees, what the two labelled angles may be
 # Where a label's top left corner is, before its jitter: below the left and the right end of the base.
 LABEL_SLOTS = ((2, 45), (42, 45))
 STROKES = ((20, 20, 20), (30, 30, 110), (110, 20, 20), (10, 80, 40))
@@ -144,11 +144,10 @@ class Triangle:
 
 @cache
 def angle_pairs(split: str) -> tuple[tuple[int, int], ...]:
-    """The problems of a split: unordered pairs of integer degrees; 70 % train, 10 % validation, 20 % test."""
-    pairs = [(a, b) for a in range(MIN_ANGLE, MAX_ANGLE + 1) for b in range(a, MAX_ANGLE + 1)]
+    """The problems of a split: unordered pairs of even degrees."""
+    pairs = [(a, b) for a in LABELLED for b in LABELLED if a <= b and a + b < 180]
     random.Random("gr").shuffle(pairs)
-    tenth = len(pairs) // 10
-    bounds = {"test": (0, 2 * tenth), "validation": (2 * tenth, 3 * tenth), "train": (3 * tenth, len(pairs))}
+    bounds = {"test": (0, 200), "validation": (200, 280), "train": (280, len(pairs))}
     return tuple(pairs[slice(*bounds[split])])
 
 

@@ -16,8 +16,8 @@ def config(*arguments) -> TrainConfig:
 
 def test_defaults_by_task():
     vc, gr = (config().for_task(name) for name in ("vc", "gr"))
-    assert (vc.prompts_per_step, vc.learning_rate, vc.max_steps) == (16, 5e-4, 200)
-    assert (gr.prompts_per_step, gr.learning_rate, gr.max_steps) == (32, 3e-4, 120)
+    assert (vc.prompts_per_step, vc.learning_rate, vc.max_steps) == (16, 3e-4, 200)
+    assert (gr.prompts_per_step, gr.learning_rate, gr.max_steps) == (32, 2e-4, 200)
     assert (vc.beta_min, vc.beta_max, vc.kl_schedule, vc.explore_fraction) == (0, 0.04, "paper", 0.3)
     assert vc.beta is None
     assert config().tasks == ("vc", "gr")
@@ -145,7 +145,7 @@ def test_help_explains_every_option_with_its_default():
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
             assert f"[default: {field.default}]" in text
-    assert "0.0005 for vc and local data, 0.0003 for gr, 1e-06 with --model" in text
+    assert "0.0003 for vc and local data, 0.0002 for gr, 1e-06 with --model" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))
 
 

@@ -3,6 +3,7 @@
 That it computes the right thing is tests/test_loss.py's matrix; here float64 or another way through the kernel judges.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -88,6 +89,7 @@ settings = ({{}}, {{"entropy_coef": 0.1, "temperature": 0.7}})
 for dtype, V, more in itertools.product(test_cpp.DTYPES, (1, 33, 64, 257, 6151), settings):
     test_cpp.check_against_float64(random_batch(2, 3, V, dtype=dtype, seed=V), **more)
 test_cpp.check_banned_and_far()
+test_cpp.check_signs_and_nan()
 """
     done = python(code, MR1FAST_CPU=name, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -117,8 +119,36 @@ def check_banned_and_far():
         check_against_float64(batch, entropy_coef=0.1)
 
 
+def check_signs_and_nan():
+    """Maxima are taken of bit patterns: of one sign, of both, of zeros, and NaN of either sign is never lost."""
+    for dtype, V in itertools.product(DTYPES, (5, 64, 2048, 5003)):
+        batch = random_batch(2, 3, V, dtype=dtype)
+        positive = batch["logits"].abs() + 1
+        for logits in (positive, -positive, positive - 0.5 * positive.max(), 0 * positive, -0.0 * positive):
+            check_against_float64(batch | {"logits": logits})
+        integers, negative_nan = {
+            torch.float32: (torch.int32, -(2**22)),
+            torch.bfloat16: (torch.int16, -(2**6)),
+            torch.float16: (torch.int16, -(2**9)),
+        }[dtype]
+        for where, sign, base in itertools.product((0, V // 2, V - 1), (1, -1), (batch["logits"], -positive)):
+            logits = base.clone()
+            logits[:, :, where] = torch.nan
+            if sign < 0:
+                logits.view(integers)[:, :, where] = negative_nan
+            loss, logps, _, _, gradient = loss_and_gradient(batch | {"logits": logits})
+            mask = batch["completion_mask"]
+            assert loss.isnan()
+            assert logps[mask].isnan().all()
+            assert gradient[mask].isnan().all()
+
+
 def test_banned_and_far_logits():
     check_banned_and_far()
+
+
+def test_signs_and_nan():
+    check_signs_and_nan()
 
 
 def test_denormals_cost_nothing_and_the_mode_is_restored(restore_threads):

@@ -198,10 +198,12 @@ def test_the_emulation_finds_a_missing_barrier(where, on_host, tmp_path):
     """It is worth something only if it fails where a GPU would: the barrier before `where` is taken out."""
     batch = random_batch(2, 2, 800)
     good, _ = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
-    before, after = (HERE.parent / "csrc" / "grpo_cuda.cu").read_text().split(where)
+    before, after = (HERE.parent / "csrc" / "cuda_cluster.cuh").read_text().split(where)
     line = before.rstrip().rsplit("\n", 1)[-1].strip()
     assert line in ("barrier();", "cluster_wait();")
-    (tmp_path / "grpo_cuda.cu").write_text(before[: before.rindex(line)] + where + after)
+    for name in ("grpo_cuda.cu", "cuda_cluster.cuh"):  # the broken one beside the file that includes it
+        shutil.copy(HERE.parent / "csrc" / name, tmp_path)
+    (tmp_path / "cuda_cluster.cuh").write_text(before[: before.rindex(line)] + where + after)
     shim = (HERE / "cuda_on_host.cpp").read_text()
     (tmp_path / "shim.cpp").write_text(shim.replace("../csrc/grpo_cuda.cu", "grpo_cuda.cu"))
     broken = compiled(tmp_path / "shim.cpp", tmp_path / "broken.so")

@@ -96,12 +96,12 @@ def train(
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from mr1fast.model import EMBEDDED, load_processor
+    from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, load_processor
     from mr1fast.tasks import TASKS
 
     examples = [TASKS["vc"].example("train", i) for i in range(8)]
     data = {
-        "prompt": [[{"role": "user", "content": example.problem}] for example in examples],
+        "prompt": [[{"role": "user", "content": f"{example.problem} {PROMPT_SUFFIX}"}] for example in examples],
         "image": [example.image for example in examples],
     }
     defaults = {
@@ -110,6 +110,7 @@ def train(
         "num_generations": 4,
         "num_iterations": 2,
         "max_completion_length": 8,
+        "temperature": 2.0,  # the embedded model is often sure, and a group of equals teaches nothing
         "beta": 0.04,
         "learning_rate": 0.1,
         "optim": "sgd",

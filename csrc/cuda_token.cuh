@@ -1,0 +1,182 @@
+// A token of the loss head on CUDA, by the threads of one block: where its row lies, the block's statistics in one, and
+// from the row's statistics to the token's outputs and the plan of its gradient. The objective is token_loss.h's, the
+// arithmetic of a row split_row.h's.
+#pragma once
+
+#ifdef MR1_CUDA_ON_HOST
+#include "cuda_on_host.h"
+#else
+#include "cuda_primitives.h"
+#endif
+
+#include "grpo_cuda.h"
+#include "split_row.h"
+
+namespace mr1fast {
+namespace {
+
+using Call = Mr1RowsCall;
+
+template <typename T>
+constexpr int kWidth = 16 / (int)sizeof(T);
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+struct Row {
+  int64_t b, l, at;
+  bool live;  // not masked
+};
+
+MR1_DEVICE Row row_of(const Call& call, int64_t index) {
+  Row row;
+  row.b = index / call.L;
+  row.l = index - row.b * call.L;
+  row.at = index;
+  row.live = !call.mask || call.mask[index];
+  return row;
+}
+
+template <typename T>
+MR1_DEVICE const T* logits_of(const Call& call, const Row& row) {
+  return (const T*)call.logits + row.b * call.logits_stride_b + row.l * call.logits_stride_l;
+}
+template <typename T>
+MR1_DEVICE T* grad_of(const Call& call, const Row& row) {
+  return (T*)call.grad + row.b * call.grad_stride_b + row.l * call.grad_stride_l;
+}
+
+MR1_DEVICE float levels_of(const Call& call) { return (float)(1.44269504088896341 / call.temperature); }
+MR1_DEVICE float inv_temperature_of(const Call& call) { return (float)(1.0 / call.temperature); }
+
+struct Scratch {
+  float max[32], sum[32], weighted[32];  // one per warp
+};
+
+MR1_DEVICE float warp_max(float x) {
+  MR1_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) x = max_or_nan(x, from_lane(x, mask));
+  return x;
+}
+MR1_DEVICE float warp_sum(float x) {
+  MR1_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) x += from_lane(x, mask);
+  return x;
+}
+
+// Every thread's statistics in one, the same for all threads of the block.
+MR1_DEVICE Levels reduce(Levels s, float levels, Scratch& scratch) {
+  const int warp = thread() / 32, lane = thread() % 32, warps = threads() / 32;
+  float top = warp_max(s.max);
+  if (lane == 0) scratch.max[warp] = top;
+  barrier();
+  top = warp_max(lane < warps ? scratch.max[lane] : -INFINITY);
+  s = rebased(s, top, levels);
+  s.sum = warp_sum(s.sum);
+  s.weighted = warp_sum(s.weighted);
+  if (lane == 0) {
+    scratch.sum[warp] = s.sum;
+    scratch.weighted[warp] = s.weighted;
+  }
+  barrier();
+  return {top, warp_sum(lane < warps ? scratch.sum[lane] : 0.0f), warp_sum(lane < warps ? scratch.weighted[lane] : 0.0f)};
+}
+
+// ---- one token, by one thread ---------------------------------------------------------------------------------------
+
+struct Token {
+  int64_t id;
+  float x_id, weight, entropy_weight;
+  TokenInput in;
+};
+
+// Everything small, before the row: its latency hides behind the row's, and in place the id's logit is soon gone.
+template <typename T>
+MR1_DEVICE Token load_token(const Call& call, const Row& row, const T* logits) {
+  Token t{};
+  t.id = call.ids[row.at];
+  require(t.id >= 0 && t.id < call.V);
+  t.x_id = read_one(logits + t.id);
+  if (!call.token_weight) return t;  // scoring
+  t.weight = call.token_weight[row.b * call.weight_stride_b + row.l * call.weight_stride_l];
+  t.entropy_weight = call.entropy_weight ? *call.entropy_weight : 0.0f;
+  t.in.has_old = call.old_logps;
+  t.in.has_ref = call.ref_logps;
+  if (call.old_logps) t.in.old_logp = call.old_logps[row.at];
+  if (call.ref_logps) t.in.ref_logp = call.ref_logps[row.at];
+  t.in.advantage = call.advantages ? call.advantages[row.b * call.advantage_stride_b + row.l * call.advantage_stride_l]
+                                   : call.advantage_space[row.b];
+  t.in.is_ratio = call.is_ratio ? call.is_ratio[row.b * call.is_ratio_stride_b + row.l * call.is_ratio_stride_l] : 1.0f;
+  t.in.beta = *call.beta;
+  return t;
+}
+
+// How a row's logits become its gradient.
+struct Plan {
+  Differentiation d;
+  float sampled;  // the gradient at the id, which stands
+  int64_t id_vector;  // in this 16-byte vector of the block's part of the row (cluster only), or in another block's
+  int id_lane;
+  bool zero;
+};
+
+MR1_DEVICE Plan plan_of(const RowGradient& g, bool zero, float logp, float row_base, float log_sum, float levels) {
+  return {differentiation(g, row_base, log_sum, levels), sampled_gradient(g, logp), 0, 0, zero};
+}
+
+// From the row's statistics (relative to row_base, its maximum) to the token's outputs, which are stored, and the row's gradient.
+MR1_DEVICE Plan finish(
+    const Call& call, const Row& row, const Token& t, const RowStats<float>& s, float row_base, bool store) {
+  const float inv_temperature = inv_temperature_of(call), levels = levels_of(call);
+  const float log_sum = logf(s.sum), entropy = log_sum - s.weighted / s.sum;  // the maximum is 0
+  const float logp = (t.x_id - row_base) * inv_temperature - log_sum;
+  if (store) {
+    call.logps[row.at] = logp;
+    call.entropies[row.at] = entropy;
+    if (call.lse) call.lse[row.at] = row_base * inv_temperature + log_sum;
+  }
+  if (!call.token_weight) return {};
+  TokenSpec spec;
+  spec.policy = (Policy)call.policy;
+  spec.epsilon_low = call.epsilon_low;
+  spec.epsilon_high = call.epsilon_high;
+  spec.delta = call.delta;
+  spec.bias_correction = call.bias_correction;
+  spec.sapo_temperature_pos = call.sapo_temperature_pos;
+  spec.sapo_temperature_neg = call.sapo_temperature_neg;
+  TokenInput in = t.in;
+  in.logp = logp;
+  const TokenLoss loss = token_loss(in, spec);
+  const float coef = t.weight * loss.dloss_dlogp;
+  if (store) {
+    call.share[row.at] = t.weight * loss.loss - (t.entropy_weight == 0.0f ? 0.0f : t.entropy_weight * entropy);
+    call.loss[row.at] = loss.loss;
+    if (call.kl) call.kl[row.at] = loss.kl;
+    call.coef[row.at] = coef;
+    call.is_low[row.at] = loss.low;
+    call.is_high[row.at] = loss.high;
+  }
+  const RowGradient g = row_gradient(coef, t.entropy_weight, entropy, inv_temperature);
+  return plan_of(g, coef == 0.0f && t.entropy_weight == 0.0f, logp, row_base, log_sum, levels);
+}
+
+MR1_DEVICE void clear_outputs(const Call& call, const Row& row) {
+  float* const values[] = {call.share, call.loss, call.logps, call.entropies, call.kl, call.coef, call.lse};
+  for (float* p : values) {
+    if (p) p[row.at] = 0.0f;
+  }
+  if (call.is_low) call.is_low[row.at] = call.is_high[row.at] = false;
+}
+
+// rewards [B] -> advantages [B]. Rewards are few: a thread runs through its own group.
+MR1_KERNEL void advantage_kernel(const Call call) {
+  const int64_t b = block() * threads() + thread();
+  if (b >= call.B) return;
+  const int64_t G = call.num_generations, first = b / G * G;
+  Moments m = reward_moments(call.rewards + first, G);
+  const double mean = m.mean;
+  if (call.scale_rewards == 2) m = reward_moments(call.rewards, call.B);
+  call.advantage_space[b] = group_advantage(call.rewards[b], mean, call.scale_rewards != 0, m.std);
+}
+
+}  // namespace
+}  // namespace mr1fast
