@@ -1,5 +1,7 @@
 """The loss from hidden states: parity with the logits path and float64, memory, and what head and hidden may be."""
 
+import os
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,6 +119,15 @@ def test_parity_in_other_types(settings, backend, dtype, blocks):
             linear_grpo_loss(head[0], head[1], backend=backend, **batch)
         return
     check(SETTINGS[settings], backend, blocks, dtype)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", ["beta 0", "sequence"])
+def test_parity_in_tiles(settings, dtype, blocks, monkeypatch, poisoned_memory):
+    """The vocabulary in pieces, the last of them smaller."""
+    monkeypatch.setattr(linear, "TILE", 16)
+    check(SETTINGS[settings], EVERY[-1], blocks, dtype)
 
 
 @pytest.mark.parametrize("settings", ["beta 0", "entropy", "sequence"])
@@ -366,6 +377,7 @@ def _sharded_rank(rank, store):
         assert sharded.grad.placements == (Shard(0),)
     finally:
         distributed.destroy_process_group()
+    os._exit(0)  # on the ordinary way out, PyTorch 2.13 with gloo aborts one time in five
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
