@@ -51,6 +51,10 @@ skip() {
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
     echo "no GPU here (torch.cuda.is_available() is false): nothing is measured; the compile checks follow" | tee -a "$SUMMARY"
+    if ! "$PYTHON" -c 'import torch, triton' 2> /dev/null; then
+        stage setup 300 make setup
+        PYTHON=.venv/bin/python
+    fi
     stage compile_check 300 "$PYTHON" -m benchmarks.compile_check
     if "$PYTHON" -c 'import sys; from mr1fast.kernels.cuda_build import find_nvcc; sys.exit(not find_nvcc())'; then
         stage compile_check_cuda 300 "$PYTHON" -m benchmarks.compile_check_cuda
