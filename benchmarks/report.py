@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import Scene
+from benchmarks.cases import GROUPS, Scene
 from benchmarks.timing import Measurement
 
 Row = dict[str, Any]
@@ -167,13 +167,14 @@ def plot(path: Path, table: list[Row], about: Row) -> None:
     for ax in axes.flat:
         ax.set(xscale="log", xlim=(shortest / 2, 12 * longest))
     for ax in axes[-1]:
-        ax.set_xlabel("time / time of mr1fast on the same input (shorter is faster)")
+        ax.set_xlabel("time relative to mr1fast on the same input (shorter is faster)", fontsize=9)
     if any(map(_measured, by_scene)):
         kinds = {"mr1fast": OURS, "others": PEER, "limit of this machine": LIMIT}
         handles = [Patch(color=colour, label=name) for name, colour in kinds.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     where = f"{about['device']}; torch {about['torch']}; commit {about['commit']}"
-    figure.suptitle(f"{where}; buffers in memory that was used before", fontsize=9)
+    what = "; ".join(dict.fromkeys(f"{row['group']}: {GROUPS[row['group']][1]}" for row in table))
+    figure.suptitle(f"{what}\n{where}; buffers in memory that was used before", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
