@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 GROUPS = {
     "loss": ("benchmarks.cases_loss", "the loss head from logits, on the CPU"),
     "linear": ("benchmarks.cases_linear", "the loss from hidden states and the lm_head's weight"),
+    "step": ("benchmarks.cases_step", "an update of the trainer on the CPU: its memory, with logits and without"),
     "gpu": ("benchmarks.cases_gpu", "the loss head from logits, on a CUDA device"),
 }
 

@@ -40,7 +40,6 @@ class Inputs:
     ids: Tensor  # [B, L]
     advantages: Tensor  # [B]
     keywords: dict[str, Any]
-    spec: LossSpec
     batch: LossBatch
 
     def clear(self) -> None:
@@ -65,22 +64,26 @@ def make_inputs(B: int, L: int, H: int, V: int, dtype: torch.dtype, device: str)
         "ref_per_token_logps": logps + 0.1 * normal(B, L),
         "beta": BETA,
     }
-    spec = LossSpec()
-    batch = LossBatch(
+    batch = loss_batch(ids, advantages, keywords["old_per_token_logps"], keywords["ref_per_token_logps"])
+    return Inputs(hidden, weight, ids, advantages, keywords, batch)
+
+
+def loss_batch(ids: Tensor, advantages: Tensor, old_logps: Tensor | None, ref_logps: Tensor) -> LossBatch:
+    """For `reference.objective`: every token unmasked, KL weight BETA. Shapes [B, L], advantages [B]."""
+    return LossBatch(
         ids=ids,
         mask=None,
-        advantages=advantages[:, None].expand(B, L),
+        advantages=advantages[:, None].expand(ids.shape),
         rewards=None,
         num_generations=1,
         scale_rewards="group",
-        old_logps=keywords["old_per_token_logps"],
-        ref_logps=keywords["ref_per_token_logps"],
+        old_logps=old_logps,
+        ref_logps=ref_logps,
         is_ratio=None,
         token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
         entropy_weight=None,
-        beta=torch.full((), BETA, device=device),
+        beta=torch.full((), BETA, device=ids.device),
     )
-    return Inputs(hidden, weight, ids, advantages, keywords, spec, batch)
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -125,17 +128,20 @@ def ours_on_logits(x: Inputs, backend: str) -> Call:
 # ---- peers ----------------------------------------------------------------------------------------------------------
 
 
-def backward(x: Inputs, logps: Tensor, entropies: Tensor) -> None:
-    loss = reference.objective(logps.view(x.ids.shape), x.batch, x.spec)[0]
-    reference.aggregate(loss, entropies, x.batch).backward()
+def loss_of(logps: Tensor, entropies: Tensor, batch: LossBatch) -> Tensor:
+    return reference.aggregate(reference.objective(logps, batch, LossSpec())[0], entropies, batch)
+
+
+def eager_loss(logits: Tensor, batch: LossBatch) -> Tensor:
+    log_probs = torch.log_softmax(logits.float(), -1)
+    with torch.no_grad():
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
+    return loss_of(log_probs.gather(-1, batch.ids[..., None]).squeeze(-1), entropies, batch)
 
 
 def eager(x: Inputs) -> Call:
     def run() -> None:
-        log_probs = torch.log_softmax(nn.functional.linear(x.hidden, x.weight).float(), -1)
-        with torch.no_grad():
-            entropies = -(log_probs.exp() * log_probs).sum(-1)
-        backward(x, log_probs.gather(-1, x.ids[..., None]).squeeze(-1), entropies)
+        eager_loss(nn.functional.linear(x.hidden, x.weight), x.batch).backward()
 
     return Call(run, x.clear)
 
@@ -157,7 +163,7 @@ def trl_chunked(x: Inputs) -> Call:
             1.0,
             ("entropy",),
         )
-        backward(x, logps, entropies.detach())
+        loss_of(logps.view(x.ids.shape), entropies.view(x.ids.shape).detach(), x.batch).backward()
 
     return Call(run, x.clear)
 
@@ -190,7 +196,7 @@ def cut_cross_entropy(x: Inputs) -> Call:
 
     def run() -> None:
         logps = -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none").float()
-        backward(x, logps, torch.zeros_like(logps))
+        loss_of(logps, torch.zeros_like(logps), x.batch).backward()
 
     return Call(run, x.clear)
 
@@ -222,14 +228,15 @@ def cases(flops: float, backend: str, everything: bool) -> tuple[Case, ...]:
     """flops: of the three GEMMs. everything: peers that keep the logits too, and what zero coefficients save."""
     mine = f"mr1fast {backend}"
 
-    def case(name: str, prepare: Callable[[Any], Call], gemm_count: int = 3) -> Case:
+    def case(name: str, prepare: Callable[[Any], Call], gemm_count: int = 3, fresh: bool = False) -> Case:
         limit = None if name == FLOOR else FLOOR
-        return Case(name, prepare, flops * gemm_count / 3, unit="GFLOP/s", limit=limit, against=mine)
+        work = flops * gemm_count / 3
+        return Case(name, prepare, work, unit="GFLOP/s", limit=limit, against=mine, fresh_pages=fresh)
 
     few = (
-        case(mine, lambda x: ours(x, backend)),
+        case(mine, lambda x: ours(x, backend), fresh=True),
         case(f"{mine}, forward only", lambda x: ours_scoring(x, backend), 1),
-        case(FLOOR, gemms),
+        case(FLOOR, gemms, fresh=True),
     )
     if not everything:
         return few
@@ -244,11 +251,11 @@ def cases(flops: float, backend: str, everything: bool) -> tuple[Case, ...]:
         *few,
         *saving,
         case(f"{mine}, sequence level (recomputes)", lambda x: ours(x, backend, importance_sampling_level="sequence")),
-        case("TRL ChunkedLogProbFunction", trl_chunked),
-        case("Liger chunked", lambda x: liger(x, False)),
+        case("TRL ChunkedLogProbFunction", trl_chunked, fresh=True),
+        case("Liger chunked", lambda x: liger(x, False), fresh=True),
         case("Liger chunked compiled", lambda x: liger(x, True)),
-        case("logits, then mr1fast in place", lambda x: ours_on_logits(x, backend)),
-        case("logits, then torch eager", eager),
+        case("logits, then mr1fast in place", lambda x: ours_on_logits(x, backend), fresh=True),
+        case("logits, then torch eager", eager, fresh=True),
     )
 
 

@@ -142,7 +142,7 @@ _PER_TOKEN = ("ids", "advantages", "old_logps", "ref_logps", "is_ratio", "token_
 def grpo(
     hidden: Tensor,  # [B, L, H]
     weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
+    bias: Tensor | None,
     batch: LossBatch,
     spec: LossSpec,
     backend: str,
@@ -186,7 +186,7 @@ def grpo(
     per_token_loss, logps, entropies, kl, is_low, is_high = per_token
     loss = reference.aggregate(per_token_loss, entropies, batch)
     outputs = (loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high)
-    z = buffer = None  # so that the sum's conversion to 16 bits can have the memory
+    z = buffer = None  # the sum's conversion to 16 bits has the memory
     return outputs, gradients.result(hidden, weight, bias)
 
 
@@ -297,4 +297,5 @@ def score_backward(
         head.logits(rows, z[0])
         backward(z, of_rows(ids, rows), None, *(of_rows(t, rows) for t in per_token), temperature, z)
         gradients.add(rows, z[0], last=start + len(rows) == len(index))
+    z = buffer = None
     return gradients.result(hidden, weight, bias)

@@ -1,0 +1,112 @@
+"""`step`: one update of the trainer, with the loss from hidden states as the trainer takes it, and from logits.
+
+Forward and backward of the policy on a batch already sampled (two prompts with an image, groups of eight), clipping and
+AdamW, for a Qwen2-VL of the embedded model's layers and Qwen2-VL's real vocabulary. What to read is `peak_extra_mib`:
+gradients, activations and whatever the loss needs, on top of weights and optimizer state. `rate` counts the lm_head's
+three GEMMs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from benchmarks.cases import Call, Case, Scene
+from benchmarks.cases_linear import eager_loss, loss_batch
+from benchmarks.cases_loss import BETA
+from mr1fast import grpo_loss
+from mr1fast.batch import grpo_batch_loss
+from mr1fast.model import EMBEDDED, encode_prompts, load_processor
+from mr1fast.optimizer import Optimizer
+from mr1fast.prefix import completion_hidden, encode_prefix, place_inputs
+from mr1fast.types import Batch, Example
+
+P, G = 2, 8
+OURS = "mr1fast trainer"
+
+
+@dataclass
+class Inputs:
+    model: Qwen2VLForConditionalGeneration
+    optimizer: Optimizer
+    batch: Batch
+
+
+def make_inputs(L: int, V: int, dtype: torch.dtype) -> Inputs:
+    torch.manual_seed(0)
+    config = Qwen2VLConfig.from_pretrained(EMBEDDED)
+    config.get_text_config().vocab_size = V
+    model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    examples = [Example(Image.new("RGB", (56, 56), (i, 0, 0)), "How many?", "3", f"{i}") for i in range(P)]
+    batch = Batch(
+        inputs=place_inputs(model, encode_prompts(load_processor(EMBEDDED), examples)),
+        num_generations=G,
+        completion_ids=torch.randint(0, 256, (P * G, L)),
+        completion_mask=torch.ones(P * G, L, dtype=torch.bool),
+        advantages=torch.randn(P * G),
+        ref_per_token_logps=torch.full((P * G, L), -12.0),
+    )
+    return Inputs(model, Optimizer(model, max_grad_norm=1.0), batch)
+
+
+def update(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Call:
+    def run() -> None:
+        loss(x).backward()
+        x.optimizer.step(1e-6)
+
+    return Call(run)
+
+
+def of_trainer(x: Inputs) -> Tensor:
+    return grpo_batch_loss(x.model, x.batch, beta=BETA, temperature=1.0).loss
+
+
+def logits_of(x: Inputs) -> Tensor:
+    hidden = completion_hidden(x.model, encode_prefix(x.model, x.batch.inputs), x.batch.completion_ids)
+    return x.model.lm_head(hidden)
+
+
+def of_logits(x: Inputs) -> Tensor:
+    batch = x.batch
+    output = grpo_loss(
+        logits_of(x),
+        batch.completion_ids,
+        batch.advantages,
+        completion_mask=batch.completion_mask,
+        ref_per_token_logps=batch.ref_per_token_logps,
+        beta=BETA,
+        inplace=True,
+    )
+    return output.loss
+
+
+def of_logits_in_torch(x: Inputs) -> Tensor:
+    batch = x.batch
+    assert batch.advantages is not None
+    assert batch.ref_per_token_logps is not None
+    return eager_loss(logits_of(x), loss_batch(batch.completion_ids, batch.advantages, None, batch.ref_per_token_logps))
+
+
+def scenes(quick: bool) -> list[Scene]:
+    L, V = (4, 1000) if quick else (128, 151936)
+
+    def scene(dtype: torch.dtype) -> Scene:
+        H = Qwen2VLConfig.from_pretrained(EMBEDDED).get_text_config().hidden_size
+
+        def case(name: str, loss: Callable[[Inputs], Tensor]) -> Case:
+            return Case(name, lambda x: update(x, loss), 6.0 * P * G * L * H * V, "GFLOP/s", against=OURS)
+
+        of_scene = (
+            case(OURS, of_trainer),
+            case("logits, then mr1fast in place", of_logits),
+            case("logits, then torch eager", of_logits_in_torch),
+        )
+        name = str(dtype).removeprefix("torch.")
+        return Scene("step", f"{P * G * L} x {H} x {V}", name, lambda: make_inputs(L, V, dtype), of_scene)
+
+    return [scene(dtype) for dtype in (torch.float32, torch.bfloat16)]
