@@ -28,20 +28,25 @@ def batch_logps(model: Qwen2VLForConditionalGeneration, batch: Batch, temperatur
 
 
 def grpo_batch_loss(
-    model: Qwen2VLForConditionalGeneration, batch: Batch, *, beta: float, temperature: float
+    model: Qwen2VLForConditionalGeneration, batch: Batch, *, beta: float, temperature: float, share: float = 1.0
 ) -> GRPOLossOutput:
-    """The paper's loss of a batch: a mean over completions, so that pieces add up weighted by their size."""
+    """The paper's loss of a batch, a mean over completions, times `share`: the batch's part of all that are averaged.
+
+    The loss is homogeneous in advantages and KL weight: they carry the share, and the gradient that the loss head has
+    ready needs no scaling.
+    """
+    assert batch.advantages is not None
     prefix = batch.prefix or encode_prefix(model, batch.inputs)
     hidden = completion_hidden(model, prefix, batch.completion_ids)
     return linear_grpo_loss(
         hidden,
         model.lm_head.weight,
         batch.completion_ids,
-        batch.advantages,
+        batch.advantages * share,
         completion_mask=batch.completion_mask,
         old_per_token_logps=batch.old_per_token_logps,
         ref_per_token_logps=batch.ref_per_token_logps,
-        beta=beta,
+        beta=beta * share,
         temperature=temperature,
     )
 

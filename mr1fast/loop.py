@@ -196,8 +196,8 @@ class Setup:
     def description(self) -> str:
         parameters = sum(p.numel() for p in self.base.parameters())
         what = f"{self.config.method} on {', then '.join(self.names)}"
-        threads = torch.get_num_threads()
-        where = f"{self.base.device}, {str(self.base.dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}"
+        threads, dtype = torch.get_num_threads(), str(self.base.dtype).removeprefix("torch.")
+        where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         return f"{what}: {self.base_path}, {parameters:,} parameters, {where}\nfiles go to {self.folder.path}"
 
 

@@ -194,19 +194,19 @@ class Trainer:
         """The optimizer's step on the batch, taken in pieces; none if loss or gradient is not finite."""
         config, batch = self.config, sampled.batch
         pieces = split_batch(batch, config.gradient_accumulation_steps)
-        losses, rows, logps = [], [], []
+        share = 1 / len(pieces)  # the loss is a mean over completions, and the pieces are equally large
+        total, rows, logps = 0.0, [], []
         for piece in pieces:
             if config.method == "sft":
-                loss = sft_batch_loss(self.model, piece)
+                loss = sft_batch_loss(self.model, piece) * share
             else:
-                output = grpo_batch_loss(self.model, piece, beta=self.beta, temperature=config.temperature)
+                output = grpo_batch_loss(self.model, piece, beta=self.beta, temperature=config.temperature, share=share)
                 loss = output.loss
                 rows.append(output.metrics())
                 logps.append(output.per_token_logps)
-            losses.append(loss.item())
-            # The loss is a mean over completions, and the pieces are equally large.
-            (loss / len(pieces)).backward()
-        metrics = {"loss": sum(losses) / len(losses)}
+            total += loss.item()
+            loss.backward()
+        metrics = {"loss": total}
         if rows:  # means over tokens
             metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces])
         old = batch.old_per_token_logps
