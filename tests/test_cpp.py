@@ -228,11 +228,44 @@ def test_more_than_2_31_logits():
     assert (logps[~mask] == 0).all()
 
 
-def test_masked_rows_are_not_read():
+def test_masked_rows_do_not_matter():
     batch = random_batch(3, 6, 500)
     expected = loss_and_gradient(batch)
     batch["logits"] = torch.where(batch["completion_mask"][..., None], batch["logits"], torch.nan)
     assert all(torch.equal(a, b) for a, b in zip(loss_and_gradient(batch), expected))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+def test_masked_rows_are_not_read():
+    """The pages of masked rows are made unreadable: a load from them would end the process."""
+    done = python(
+        """
+import ctypes, mmap, torch, test_cpp
+from mr1fast.kernels.testing import random_batch
+L, V = 6, mmap.PAGESIZE // 4
+batch = random_batch(1, L, V)
+batch["completion_mask"] = torch.tensor([[True, False, True, True, False, False]])
+expected = test_cpp.loss_and_gradient(batch)
+memory = mmap.mmap(-1, L * mmap.PAGESIZE)
+rows = torch.frombuffer(memory, dtype=torch.float32).view(1, L, V)
+rows.copy_(batch["logits"])
+libc = ctypes.CDLL(None, use_errno=True)
+def protect(row, how):
+    assert libc.mprotect(ctypes.c_void_p(rows[0, row].data_ptr()), ctypes.c_size_t(mmap.PAGESIZE), how) == 0
+for row in (1, 4, 5):
+    protect(row, 0)
+actual = test_cpp.loss_and_gradient(batch | {"logits": rows})
+assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+print("not read", flush=True)
+protect(4, mmap.PROT_READ)
+protect(5, mmap.PROT_READ)
+batch["completion_mask"][0, 1] = True
+test_cpp.loss_and_gradient(batch | {"logits": rows})
+print("read", flush=True)
+"""
+    )
+    assert done.stdout.strip() == "not read", done.stderr
+    assert done.returncode != 0, "reading the page must have been fatal"
 
 
 # ---- building and its absence ---------------------------------------------------------------------------------------
