@@ -226,10 +226,10 @@ def learn_images(
     average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, 0.1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
-    share = dict.fromkeys(IMAGES, 32)
+    shares = dict.fromkeys(IMAGES, 32)  # of a batch
     for step in tqdm(range(1000), desc="images"):
         loss = text.loss(model, torch.randint(0, len(text), (16,))) * 16
-        for task, count in share.items():
+        for task, count in shares.items():
             if count:
                 loss = loss + shown[task].loss(model, torch.randint(0, len(shown[task]), (count,))) * count
         descend(model, optimizer, loss / 80)
@@ -240,11 +240,14 @@ def learn_images(
                 task: evaluate(average.module, processor, split, max_completion_length=20, sampled=0).figures()
                 for task, split in watched.items()
             }
-            tqdm.write(f"step {step + 1}: {json.dumps(results)}")
+            right = {task: figures["greedy_accuracy"] for task, figures in results.items()}
+            tqdm.write(
+                f"step {step + 1}: " + ", ".join(f"{task} {accuracy:.0%} right" for task, accuracy in right.items())
+            )
             well_formed = min(figures["format_accuracy"] for figures in results.values()) > 0.95
-            if well_formed and all(BAND[0] <= f["greedy_accuracy"] <= BAND[1] for f in results.values()):
+            if well_formed and all(BAND[0] <= accuracy <= BAND[1] for accuracy in right.values()):
                 return average.module, results
-            share = {task: 0 if results[task]["greedy_accuracy"] >= BAND[0] else 32 for task in share}
+            shares = {task: 0 if accuracy >= BAND[0] else 32 for task, accuracy in right.items()}
     raise SystemExit(f"no checkpoint had both tasks between {BAND[0]} and {BAND[1]}: try another --seed")
 
 
