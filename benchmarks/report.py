@@ -167,7 +167,7 @@ def plot(path: Path, table: list[Row], about: Row) -> None:
     for ax in axes.flat:
         ax.set(xscale="log", xlim=(shortest / 2, 12 * longest))
     for ax in axes[-1]:
-        ax.set_xlabel("time relative to mr1fast on the same input (shorter is faster)", fontsize=9)
+        ax.set_xlabel("time relative to mr1fast on the same input\n(shorter is faster)", fontsize=9)
     if any(map(_measured, by_scene)):
         kinds = {"mr1fast": OURS, "others": PEER, "limit of this machine": LIMIT}
         handles = [Patch(color=colour, label=name) for name, colour in kinds.items()]
