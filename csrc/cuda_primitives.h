@@ -1,4 +1,4 @@
-// What the kernels in grpo_cuda.cu ask of the machine, in PTX. tests/cuda_on_host.h offers the same names on a CPU.
+// What the CUDA kernels ask of the machine, in PTX. tests/cuda_on_host.h offers the same names on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,13 +1,13 @@
 """Make the embedded model again: `python -m mr1fast.make_embedded [--output DIR]` (CPU, minutes).
 
-It stands where the paper's base stands: its arithmetic is sound, learnt from text problems, its eyes are weak, and both
-tasks are half right. Three steps, all of them supervised:
+It stands where the paper's base stands: its arithmetic is sound, learnt from text problems, its eyes are weak, and a
+third to a half of both tasks is right. Three steps, all of them supervised:
 
 1. a byte-level BPE tokenizer of Qwen's kind, trained on the prompts;
 2. a language model that solves the triangle in words ("Two angles of a triangle are 35 and 65 degrees. ..."), on every
    pair of angles but those of the validation and test splits;
 3. images, until an average of the weights is in the band on the validation splits of both tasks. A task that is in the
-   band is shown less often. Nothing here looks at the test splits.
+   band is not shown until it leaves it. Nothing here looks at the test splits.
 """
 
 from __future__ import annotations
