@@ -50,6 +50,8 @@ void write(char* row, int64_t i, DType dtype, float value) {
   }
 }
 
+constexpr int64_t kLongRow = 1 << 18;  // bytes
+
 struct Free {
   void operator()(void* p) const { free(p); }
 };
@@ -63,9 +65,9 @@ std::unique_ptr<T[], Free> allocate(int64_t n) {
 
 }  // namespace
 
-// One thread's work, with one row in flight: its gradient is written during pass 1 of the next row. Unless they may
-// stand in the gradient's own memory, a row of exponentials is kept; pass 2 of a row frees each block of it just before
-// pass 1 of the next row fills it again.
+// One thread's work, with one row in flight: its gradient is written during pass 1 of the next row. A row of exponentials
+// is kept; pass 2 of a row frees each vector of it just before pass 1 of the next row fills it again. In place, those of
+// long float32 rows take the logits' place instead, and the second-level cache holds one row less.
 class Job::Worker {
  public:
   explicit Worker(Job& job)
@@ -77,12 +79,14 @@ class Job::Worker {
         stats_(allocate<RowStats<float>>(blocks_)),
         scale_(allocate<float>(blocks_)) {
     const bool in_place = x_.z.data == x_.grad.data;
+    // An entropy bonus makes the gradient more than a multiple of the exponentials.
     keep_exponentials_ = x_.grad && job.objective_ && job.objective_->entropy_weight == 0.0f;
     // Streaming past the cache saves reading what is overwritten. Short rows would pay for it: the sampled token's
     // value is written afterwards, to a line that is still on its way to memory.
     stream_ = keep_exponentials_ && !in_place && row_bytes_ >= 32768;
-    own_row_ = keep_exponentials_ && (x_.dtype != DType::kFloat32 || stream_);
-    if (own_row_) e_ = allocate<float>(blocks_ * kBlock);
+    over_logits_ = in_place && x_.dtype == DType::kFloat32 && row_bytes_ > kLongRow;
+    if (keep_exponentials_ && !over_logits_) e_ = allocate<float>(blocks_ * kBlock);
+    step_.e = e_.get();
     step_.vocabulary = x_.V;
     step_.inv_temperature = (float)inv_temperature_;
     step_.stats = stats_.get();
@@ -98,7 +102,7 @@ class Job::Worker {
 
  private:
   void run() {
-    job_.kernel_(step_);
+    job_.kernels_.step(step_);
     if (step_.out) write((char*)step_.out, sampled_, x_.dtype, sampled_value_);
     step_.out = nullptr;
   }
@@ -113,13 +117,16 @@ class Job::Worker {
     if (grad) memset(grad, 0, row_bytes_);
   }
   RowStats<double> merge_blocks(float* top);
-  void schedule(char* grad, int64_t id, float sampled_value);
+  void differentiate(const char* z, char* grad, int64_t id, float sampled_value, const RowDerivative& derivative) {
+    job_.kernels_.differentiate(z, grad, x_.V, step_.inv_temperature, derivative);
+    write(grad, id, x_.dtype, sampled_value);
+  }
 
   Job& job_;
   const Logits& x_;
   const int64_t row_bytes_, blocks_;
   const double inv_temperature_;
-  bool keep_exponentials_, stream_, own_row_;
+  bool keep_exponentials_, stream_, over_logits_;
   std::unique_ptr<RowStats<float>[], Free> stats_;
   std::unique_ptr<float[], Free> scale_, e_;
   Step step_;
@@ -141,14 +148,6 @@ RowStats<double> Job::Worker::merge_blocks(float* top) {
   return row;
 }
 
-void Job::Worker::schedule(char* grad, int64_t id, float sampled_value) {
-  step_.out = grad;
-  step_.previous_e = step_.e;
-  step_.stream = stream_ && ((uintptr_t)grad & 63) == 0;
-  sampled_ = id;
-  sampled_value_ = sampled_value;
-}
-
 void Job::Worker::forward(int64_t b, int64_t l) {
   const int64_t i = b * x_.L + l;
   char* grad = x_.grad ? &x_.grad(b, l) : nullptr;
@@ -157,7 +156,7 @@ void Job::Worker::forward(int64_t b, int64_t l) {
   const int64_t id = x_.ids(b, l);
   const double sampled = read(z, id, x_.dtype) * inv_temperature_;  // before z is overwritten
   step_.z = z;
-  step_.e = !keep_exponentials_ ? nullptr : own_row_ ? e_.get() : (float*)grad;
+  if (keep_exponentials_ && over_logits_) step_.e = (float*)grad;
   run();
   float top;
   const RowStats<double> row = merge_blocks(&top);
@@ -193,15 +192,18 @@ void Job::Worker::forward(int64_t b, int64_t l) {
     return;
   }
   const RowGradient g = row_gradient(coef, f.entropy_weight, entropy, step_.inv_temperature);
-  if (keep_exponentials_) {
-    const float factor = (float)(g.base / row.sum);
-    for (int64_t k = 0; k < blocks_; ++k) scale_[k] *= factor;
-  } else {
-    step_.previous_z = z;
-    step_.derivative = {
-        top, (float)((g.base - g.slope * log_sum) / row.sum), (float)(g.slope * inv_temperature_ / row.sum)};
+  const float sampled_value = sampled_gradient(g, logp);
+  if (!keep_exponentials_) {
+    return differentiate(z, grad, id, sampled_value, {
+        top, (float)((g.base - g.slope * log_sum) / row.sum), (float)(g.slope * inv_temperature_ / row.sum)});
   }
-  schedule(grad, id, sampled_gradient(g, logp));
+  const float factor = (float)(g.base / row.sum);
+  for (int64_t k = 0; k < blocks_; ++k) scale_[k] *= factor;
+  step_.out = grad;
+  step_.previous_e = step_.e;
+  step_.stream = stream_ && ((uintptr_t)grad & 63) == 0;
+  sampled_ = id;
+  sampled_value_ = sampled_value;
 }
 
 void Job::Worker::score_backward(int64_t b, int64_t l) {
@@ -221,15 +223,12 @@ void Job::Worker::score_backward(int64_t b, int64_t l) {
     return;
   }
   const RowGradient g = row_gradient(coef, bonus, s.entropies(b, l), step_.inv_temperature);
-  step_.previous_z = z;
-  step_.derivative = {(float)(lse * x_.temperature), g.base, (float)(g.slope * inv_temperature_)};
-  schedule(grad, id, sampled_gradient(g, logp));
-  run();
+  differentiate(z, grad, id, sampled_gradient(g, logp), {
+      (float)(lse * x_.temperature), g.base, (float)(g.slope * inv_temperature_)});
 }
 
 Job::Job(const Logits& logits, const Outputs& outputs, const Objective* objective, const ScoreGradient* score)
-    : logits_(logits), out_(outputs), objective_(objective), score_(score) {
-  kernel_ = row_kernel(logits.dtype);
+    : logits_(logits), out_(outputs), objective_(objective), score_(score), kernels_(row_kernels(logits.dtype)) {
 }
 
 int64_t Job::threads(int64_t available) {

@@ -47,10 +47,10 @@ struct ScoreGradient {
   View<const float> lse, entropies, grad_logps, grad_entropies;
 };
 
-struct Step;
+struct RowKernels;
 
-// "avx512", "avx2" or "portable": the best this machine runs. Environment variable MR1FAST_CPU, read at the first call,
-// asks for a lesser one (tests do); a name this machine cannot run is an error.
+// "avx512_bf16", "avx512", "avx2" or "portable": the best this machine runs. Environment variable MR1FAST_CPU, read at the
+// first call, asks for a lesser one (tests do); a name this machine cannot run is an error.
 const char* instruction_set();
 
 // One call's work. Threads each call work() until it returns; rows are handed out in order, and what is computed for a
@@ -69,7 +69,7 @@ class Job {
   Outputs out_;
   const Objective* objective_;   // null: scoring only
   const ScoreGradient* score_;   // not null: the backward of scoring
-  void (*kernel_)(const Step&);
+  const RowKernels& kernels_;
   int64_t rows_per_turn_ = 1;
   std::atomic<int64_t> next_{0};
 };

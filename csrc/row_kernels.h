@@ -29,19 +29,8 @@ static MR1_INLINE void store_rest(T* p, Simd::Pair a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// The exponentials of a pair, of which n logits exist. Beside 16-bit logits they have memory of their own, with room
-// for a whole pair, and keep its order; those of float may stand in the gradient's memory, where another row follows.
 template <typename T>
-static MR1_INLINE void store_exponentials(float* e, Simd::Pair a, int64_t n) {
-  if (std::is_same_v<T, float> && n < kPair) {
-    store_rest(e, a, n);
-  } else {
-    Simd::store_pair(e, a);
-  }
-}
-
-template <typename T>
-static MR1_INLINE float block_max(const T* z, int64_t n) {
+static MR1_INLINE float largest(const T* z, int64_t n) {
   Simd::Vec m[4];
   for (auto& x : m) x = Simd::set1(-INFINITY);
   int64_t i = 0;
@@ -60,156 +49,125 @@ static MR1_INLINE float block_max(const T* z, int64_t n) {
   return Simd::hmax(Simd::max(Simd::max(m[0], m[1]), Simd::max(m[2], m[3])));
 }
 
-// The largest of many integers, in vectors of kBytes. Integers because float maxima share two of the four vector pipes
-// with the additions of pass 1.
-template <typename Int, int kBytes>
-struct Largest {
-  typedef Int Lanes __attribute__((vector_size(kBytes)));
-  Lanes lanes = Lanes{} + std::numeric_limits<Int>::min();
-  MR1_INLINE void include(Lanes x) { lanes = x > lanes ? x : lanes; }
-  MR1_INLINE Int result() const {
-    if constexpr (kBytes > 16) {
-      using Half = Largest<Int, kBytes / 2>;
-      typename Half::Lanes halves[2];
-      __builtin_memcpy(halves, &lanes, kBytes);
-      Half half{halves[0]};
-      half.include(halves[1]);
-      return half.result();
-    } else {
-      Int top = lanes[0];
-      for (int i = 1; i < (int)(kBytes / sizeof(Int)); ++i) top = lanes[i] > top ? lanes[i] : top;
-      return top;
-    }
-  }
-};
-
-// A block's maximum, and whether all exponentials relative to it are above the floor for certain. Positive floats are
-// ordered as signed integers are; the largest unsigned one is the most negative float, if there is any, or a NaN.
-struct Range {
-  float max;
-  bool near;
-};
-
+// Exponentials mostly have memory of their own, with room for a whole pair; those of float may stand in the gradient's
+// (row_step.h), where another row follows.
 template <typename T>
-static MR1_INLINE Range block_range(const T* z, int64_t n, float levels) {
-  using Signed = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
-  using Unsigned = std::make_unsigned_t<Signed>;
-  constexpr int kBytes = sizeof(Simd::Vec);
-  constexpr int64_t kLanes = kBytes / sizeof(T);
-  Largest<Signed, kBytes> largest[4];
-  Largest<Unsigned, kBytes> lowest[4];
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int u = 0; u < 4; ++u) {
-      typename Largest<Signed, kBytes>::Lanes x;
-      __builtin_memcpy(&x, z + i + u * kLanes, kBytes);
-      MR1_IN_REGISTER(x);  // or it is loaded twice, and loading is what this loop spends its time on
-      largest[u].include(x);
-      lowest[u].include((typename Largest<Unsigned, kBytes>::Lanes)x);
-    }
+static MR1_INLINE void store_exponentials(float* e, Simd::Pair a, int64_t n) {
+  if (std::is_same_v<T, float> && n < kPair) {
+    store_rest(e, a, n);
+  } else {
+    Simd::store_pair(e, a);
   }
-  for (int u = 1; u < 4; ++u) {
-    largest[0].include(largest[u].lanes);
-    lowest[0].include(lowest[u].lanes);
-  }
-  Signed top = largest[0].result();
-  Unsigned low = lowest[0].result();
-  for (; i < n; ++i) {
-    Signed x;
-    __builtin_memcpy(&x, z + i, sizeof x);
-    top = x > top ? x : top;
-    low = (Unsigned)x > low ? (Unsigned)x : low;
-  }
-  T max{}, min{};
-  __builtin_memcpy(&max, &top, sizeof top);
-  if ((Signed)low < 0) __builtin_memcpy(&min, &low, sizeof low);
-  const float exact = top < 0 ? block_max(z, n) : to_float(max);
-  return {exact, (to_float(min) - exact) * levels >= kFloor * Simd::kLevels};
 }
 
-// Statistics of one block: {max z, sum x, sum x (z - max)} with x = exp((z - max) / temperature). kStore: x goes to e.
-// kNear: as block_range says.
-template <bool kStore, bool kNear, typename T>
-static MR1_INLINE RowStats<float> visit_block(const T* z, float* e, int64_t n, float levels, float top) {
+template <typename T>
+static MR1_INLINE Simd::Pair load_exponentials(const float* e, int64_t n) {
+  return std::is_same_v<T, float> && n < kPair ? load_rest(e, n) : Simd::load_pair(e);
+}
+
+// What pass 2 of the previous row does with its exponentials meanwhile: out = e * scale.
+enum class Finish { kNothing, kStore, kStream };
+
+template <Finish kFinish, typename T>
+static MR1_INLINE void finish_pair(const float* e, T* out, Simd::Vec scale) {
+  const Simd::Pair x = Simd::load_pair(e), d = {Simd::mul(x.first, scale), Simd::mul(x.second, scale)};
+  if (kFinish == Finish::kStream) {
+    Simd::stream_pair(out, d);
+  } else {
+    Simd::store_pair(out, d);
+  }
+}
+
+template <typename T>
+static MR1_INLINE void finish_rest(const float* e, T* out, Simd::Vec scale, int64_t n) {
+  const Simd::Pair x = load_exponentials<T>(e, n);
+  store_rest(out, {Simd::mul(x.first, scale), Simd::mul(x.second, scale)}, n);
+}
+
+template <Finish kFinish, typename T>
+static MR1_INLINE void finish_block(const float* e, T* out, int64_t n, float scale) {
+  const Simd::Vec f = Simd::set1(scale);
+  int64_t i = 0;
+  for (; i + kPair <= n; i += kPair) finish_pair<kFinish>(e + i, out + i, f);
+  if (i < n) finish_rest(e + i, out + i, f, n - i);
+}
+
+// Statistics of one block relative to `shift`: {shift, sum x, sum x (z - shift)} with x = exp((z - shift) / temperature).
+// kKeep: x goes to e. kFinish: meanwhile the previous row's exponentials, p, become `out`; one loop for both, because the
+// one computes while the other stores, and vector by vector, because p may be e. kAny: the logits may be -inf.
+template <bool kKeep, bool kAny, Finish kFinish, typename T>
+static MR1_INLINE RowStats<float> visit_block(
+    const T* z, int64_t n, float rate, float shift, float* e, const float* p, T* out, float scale) {
   using Vec = Simd::Vec;
-  // A block of banned tokens only (-inf): any finite shift gives exponentials of 0 instead of NaN.
-  const Vec shift = Simd::set1(top == -INFINITY ? 0.0f : top), scale = Simd::set1(levels);
-  const Vec floor = Simd::set1(kFloor * Simd::kLevels / levels);
+  const Vec shifts = Simd::set1(shift), rates = Simd::set1(rate), scales = Simd::set1(scale);
+  const Vec floor = Simd::set1(kFloor / rate), ceiling = Simd::set1(kCeiling / rate);
   Vec sum[4], weighted[4];
   for (int u = 0; u < 4; ++u) sum[u] = weighted[u] = Simd::set1(0.0f);
-  const auto visit = [&](Vec logits, int u, bool near) MR1_LAMBDA {
-    const Vec below = Simd::sub(logits, shift), d = near ? below : Simd::max(floor, below);
-    const Vec x = Simd::exp2_levels(d, scale);
+  const auto visit = [&](Vec logits, int u, bool any) MR1_LAMBDA {
+    Vec d = Simd::bounded(Simd::sub(logits, shifts), floor, ceiling);
+    if (any) d = Simd::max(floor, d);
+    const Vec x = Simd::exp2_of(d, rates);
     sum[u] = Simd::add(sum[u], x);
     weighted[u] = Simd::fma(x, d, weighted[u]);
     return x;
   };
   int64_t i = 0;
   for (; i + 2 * kPair <= n; i += 2 * kPair) {
-    // What a coming block's maximum will wait for, while this one computes. The hardware prefetcher stops at page ends
-    // and cannot keep up. Rows mostly follow each other, so that running over the row's end fetches the next one; a
-    // prefetch never faults.
+    // Into the second-level cache: the hardware prefetcher stops at page ends and cannot keep up. Rows mostly follow
+    // each other, so that running over the row's end fetches the next one; a prefetch never faults.
     for (int line = 0; line < (int)(2 * kPair * sizeof(T)); line += 64) {
-      __builtin_prefetch((const char*)(z + i) + kPrefetchBytes + line, 0, 3);
+      __builtin_prefetch((const char*)(z + i) + kPrefetchBytes + line, 0, 2);
+    }
+    if (kFinish != Finish::kNothing) {
+      finish_pair<kFinish>(p + i, out + i, scales);
+      finish_pair<kFinish>(p + i + kPair, out + i + kPair, scales);
     }
     const Simd::Pair a = Simd::load_pair(z + i), b = Simd::load_pair(z + i + kPair);
-    const Simd::Pair x = {visit(a.first, 0, kNear), visit(a.second, 1, kNear)};
-    const Simd::Pair y = {visit(b.first, 2, kNear), visit(b.second, 3, kNear)};
-    if (kStore) {
+    const Simd::Pair x = {visit(a.first, 0, kAny), visit(a.second, 1, kAny)};
+    const Simd::Pair y = {visit(b.first, 2, kAny), visit(b.second, 3, kAny)};
+    if (kKeep) {
       Simd::store_pair(e + i, x);
       Simd::store_pair(e + i + kPair, y);
     }
   }
   for (; i < n; i += kPair) {
-    const Simd::Pair a = i + kPair <= n ? Simd::load_pair(z + i) : load_rest(z + i, n - i);
-    const Simd::Pair x = {visit(a.first, 0, false), visit(a.second, 1, false)};  // what is missing is -inf
-    if (kStore) store_exponentials<T>(e + i, x, n - i);
+    const bool whole = i + kPair <= n;
+    if (kFinish != Finish::kNothing && whole) finish_pair<kFinish>(p + i, out + i, scales);
+    if (kFinish != Finish::kNothing && !whole) finish_rest(p + i, out + i, scales, n - i);
+    const Simd::Pair a = whole ? Simd::load_pair(z + i) : load_rest(z + i, n - i);
+    const Simd::Pair x = {visit(a.first, 0, true), visit(a.second, 1, true)};  // what is missing is -inf
+    if (kKeep) store_exponentials<T>(e + i, x, n - i);
   }
   const auto total = [](const Vec* v) MR1_LAMBDA {
     return Simd::hsum(Simd::add(Simd::add(v[0], v[1]), Simd::add(v[2], v[3])));
   };
-  return {top, total(sum), total(weighted)};
+  return {shift, total(sum), total(weighted)};
 }
 
-template <typename T>
-static MR1_INLINE RowStats<float> visit(const T* z, float* e, int64_t n, float levels, Range range) {
-  if (e) {
-    return range.near ? visit_block<true, true>(z, e, n, levels, range.max)
-                      : visit_block<true, false>(z, e, n, levels, range.max);
-  }
-  return range.near ? visit_block<false, true>(z, e, n, levels, range.max)
-                    : visit_block<false, false>(z, e, n, levels, range.max);
-}
-
-// out = e * factor.
-template <bool kStream, typename T>
-static MR1_INLINE void scale_block(const float* e, T* out, int64_t n, float factor) {
-  const Simd::Vec f = Simd::set1(factor);
-  int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    const Simd::Pair x = Simd::load_pair(e + i), d = {Simd::mul(x.first, f), Simd::mul(x.second, f)};
-    if (kStream) {
-      Simd::stream_pair(out + i, d);
-    } else {
-      Simd::store_pair(out + i, d);
-    }
-  }
-  if (i < n) {
-    const Simd::Pair x = std::is_same_v<T, float> ? load_rest(e + i, n - i) : Simd::load_pair(e + i);
-    store_rest(out + i, {Simd::mul(x.first, f), Simd::mul(x.second, f)}, n - i);
-  }
+// Statistics relative to the block's own maximum, whatever the logits are.
+template <bool kKeep, Finish kFinish, typename T>
+static __attribute__((noinline)) RowStats<float> visit_any_block(
+    const T* z, int64_t n, float rate, float* e, const float* p, T* out, float scale) {
+  const float top = largest(z, n);
+  // A block of banned tokens only (-inf): any finite shift gives exponentials of 0 instead of NaN.
+  const float shift = top == -INFINITY ? 0.0f : top;
+  const RowStats<float> s = visit_block<kKeep, true, kFinish>(z, n, rate, shift, e, p, out, scale);
+  return {s.sum == s.sum ? top : s.sum, s.sum, s.weighted};  // NaN among banned tokens is NaN, not nothing
 }
 
 // out = x (base + slope d) with d = z - shift, x = exp(d / temperature).
 template <typename T>
-static MR1_INLINE void differentiate_block(const T* z, T* out, int64_t n, const RowDerivative& g, float levels) {
+static void differentiate_row(
+    const void* logits, void* gradient, int64_t n, float inv_temperature, const RowDerivative& g) {
   using Vec = Simd::Vec;
-  const Vec shift = Simd::set1(g.shift), scale = Simd::set1(levels);
-  const Vec floor = Simd::set1(kFloor * Simd::kLevels / levels);
+  const T* z = (const T*)logits;
+  T* out = (T*)gradient;
+  const float rate = rate_of(inv_temperature);
+  const Vec shift = Simd::set1(g.shift), rates = Simd::set1(rate), floor = Simd::set1(kFloor / rate);
   const Vec base = Simd::set1(g.base), slope = Simd::set1(g.slope);
   const auto derivative = [&](Vec logits) MR1_LAMBDA {
     const Vec d = Simd::max(floor, Simd::sub(logits, shift));
-    return Simd::mul(Simd::exp2_levels(d, scale), Simd::fma(slope, d, base));
+    return Simd::mul(Simd::exp2_of(d, rates), Simd::fma(slope, d, base));
   };
   for (int64_t i = 0; i < n; i += kPair) {
     const Simd::Pair a = i + kPair <= n ? Simd::load_pair(z + i) : load_rest(z + i, n - i);
@@ -222,26 +180,55 @@ static MR1_INLINE void differentiate_block(const T* z, T* out, int64_t n, const 
   }
 }
 
-// Pass 2 of the previous row and pass 1 of this one, block by block in turn: while the one computes from the cache, the
-// other waits for memory.
-template <typename T>
-static void run_step(const Step& step) {
+// Pass 1 of this row and pass 2 of the previous one. Exponentials are taken relative to the largest of the row's first
+// logits, which is known at once and mostly near enough to the maximum. Where it is too low, or there are banned tokens,
+// a block's sums say so, and the block is visited again relative to its own maximum, which serves from there on; unless
+// the exponentials overwrite the logits: then each block's maximum comes first.
+template <bool kKeep, Finish kFinish, typename T>
+static MR1_INLINE void run_blocks(const Step& step, float rate) {
   const T* z = (const T*)step.z;
-  T* out = (T*)step.out;
-  const float levels = (float)(1.44269504088896341 * Simd::kLevels * step.inv_temperature);
+  float shift = largest(z, step.vocabulary < 2 * kPair ? step.vocabulary : 2 * kPair);
+  bool any = (const void*)step.e == step.z;
   for (int64_t lo = 0, block = 0; lo < step.vocabulary; lo += kBlock, ++block) {
     const int64_t n = step.vocabulary - lo < kBlock ? step.vocabulary - lo : kBlock;
-    const Range range = z ? block_range(z + lo, n, levels) : Range{};  // pass 2 runs while this one's end is computed
-    if (out && step.previous_z) {
-      differentiate_block((const T*)step.previous_z + lo, out + lo, n, step.derivative, levels);
-    } else if (out && step.stream) {
-      scale_block<true>(step.previous_e + lo, out + lo, n, step.scale[block]);
-    } else if (out) {
-      scale_block<false>(step.previous_e + lo, out + lo, n, step.scale[block]);
+    float* e = kKeep ? step.e + lo : nullptr;
+    const float* p = kFinish == Finish::kNothing ? nullptr : step.previous_e + lo;
+    const float scale = kFinish == Finish::kNothing ? 0.0f : step.scale[block];
+    T* out = (T*)step.out + lo;
+    RowStats<float>& s = step.stats[block];
+    if (any) {
+      s = visit_any_block<kKeep, kFinish>(z + lo, n, rate, e, p, out, scale);
+      continue;
     }
-    if (z) step.stats[block] = visit(z + lo, step.e ? step.e + lo : nullptr, n, levels, range);
+    s = visit_block<kKeep, false, kFinish>(z + lo, n, rate, shift, e, p, out, scale);
+    const bool undefined = s.weighted != s.weighted;  // 0 times -inf
+    if (undefined || s.sum > kMostSum) {
+      any = undefined;
+      s = visit_any_block<kKeep, Finish::kNothing>(z + lo, n, rate, e, p, out, scale);
+      shift = s.max > shift ? s.max : shift;
+    }
+  }
+}
+
+template <typename T>
+static void run_step(const Step& step) {
+  const float rate = rate_of(step.inv_temperature);
+  if (step.z && !step.e) {
+    run_blocks<false, Finish::kNothing, T>(step, rate);
+  } else if (step.z && !step.out) {
+    run_blocks<true, Finish::kNothing, T>(step, rate);
+  } else if (step.z && step.stream) {
+    run_blocks<true, Finish::kStream, T>(step, rate);
+  } else if (step.z) {
+    run_blocks<true, Finish::kStore, T>(step, rate);
+  } else {
+    for (int64_t lo = 0, block = 0; lo < step.vocabulary; lo += kBlock, ++block) {
+      const int64_t n = step.vocabulary - lo < kBlock ? step.vocabulary - lo : kBlock;
+      finish_block<Finish::kStore>(step.previous_e + lo, (T*)step.out + lo, n, step.scale[block]);
+    }
   }
   if (step.stream) Simd::fence();
 }
 
-static const RowKernels kRowKernels = {run_step<float>, run_step<BFloat16>, run_step<Float16>};
+template <typename T>
+static constexpr RowKernels kRowKernels = {run_step<T>, differentiate_row<T>};

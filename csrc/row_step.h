@@ -9,31 +9,34 @@
 
 namespace mr1fast {
 
-constexpr int64_t kBlock = 2048;  // logits; this block, the next and one of the previous row fit the first-level cache
+constexpr int64_t kBlock = 2048;  // logits whose exponentials are summed in float32; beyond, in float64
 
 // A row's gradient away from the sampled token: x (base + slope d) with d = z - shift, x = exp(d / temperature).
 struct RowDerivative {
   float shift, base, slope;
 };
 
-// What one step of a worker does: pass 2 of the previous row (if out) and pass 1 of this row (if z).
+// What one step of a worker does: pass 1 of this row (if z) and pass 2 of the previous row (if out).
 struct Step {
   const void* z = nullptr;
-  float* e = nullptr;  // receives exp((z - maximum of its block) / temperature); null: not kept
-  RowStats<float>* stats = nullptr;  // one per block
+  RowStats<float>* stats = nullptr;  // one per block; its `max` is what its exponentials are relative to
+  float* e = nullptr;  // receives exp((z - max) / temperature), perhaps over float32 logits; null: not kept
 
   void* out = nullptr;
-  const float* previous_e = nullptr;  // out = e * scale[block]
+  const float* previous_e = nullptr;  // out = previous_e * scale[block]
   const float* scale = nullptr;
   bool stream = false;  // write past the cache
-  const void* previous_z = nullptr;  // not null: out is computed from the logits again
-  RowDerivative derivative{0, 0, 0};
 
   int64_t vocabulary = 0;
   float inv_temperature = 1.0f;
 };
 
-using RowKernel = void (*)(const Step&);
-RowKernel row_kernel(DType dtype);  // for instruction_set()
+// For one dtype and the instruction set of instruction_set().
+struct RowKernels {
+  void (*step)(const Step&);
+  // Pass 2 from the logits, of which nothing was kept; out may be z.
+  void (*differentiate)(const void* z, void* out, int64_t vocabulary, float inv_temperature, const RowDerivative&);
+};
+const RowKernels& row_kernels(DType dtype);
 
 }  // namespace mr1fast

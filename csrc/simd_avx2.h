@@ -3,8 +3,6 @@
 struct Simd {
   using Vec = __m256;
   static constexpr int kWidth = 8;
-  // A table of 8 fits one register (vpermps); with degree 3 the relative error is 3e-8.
-  static constexpr float kLevels = 8.0f;
 
   static MR1_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
   static MR1_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
@@ -23,18 +21,23 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
   }
 
-  // 2^(d * levels / kLevels) for d * levels <= about 0 and at least kFloor * kLevels, where the result is exactly 0.
-  static MR1_INLINE Vec exp2_levels(Vec d, Vec levels) {
+  // What exp2_of needs: its result is then 0 below, inf above.
+  static MR1_INLINE Vec bounded(Vec d, Vec floor, Vec ceiling) {
+    return _mm256_min_ps(ceiling, _mm256_max_ps(floor, d));  // NaN stays
+  }
+  // 2^(d * rate), exactly 0 at kFloor and inf at kCeiling. A table of 8 fits one register (vpermps); with degree 3 the
+  // relative error is 3e-8.
+  static MR1_INLINE Vec exp2_of(Vec d, Vec rate) {
     const __m256 table = _mm256_castsi256_ps(_mm256_setr_epi32(
         0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7));
-    const Vec magic = set1(kRoundMagic);
-    const Vec t = fma(d, levels, magic);  // the low bits of t are round(d * levels)
-    const Vec r = _mm256_fmsub_ps(d, levels, sub(t, magic));
+    const Vec magic = set1(kRoundMagic / 8);
+    const Vec t = fma(d, rate, magic);  // the low bits of t are round(8 d rate)
+    const Vec r = _mm256_fmsub_ps(d, rate, sub(t, magic));
     const __m256i bits = _mm256_castps_si256(t);
     const __m256i level = _mm256_castps_si256(_mm256_permutevar8x32_ps(table, bits));
     const __m256i power = _mm256_add_epi32(level, _mm256_slli_epi32(bits, 20));
-    Vec p = fma(set1(0x1.c6a003321d940p-14f), r, set1(0x1.ec0c313b12393p-9f));
-    p = fma(fma(p, r, set1(0x1.62e4311120532p-4f)), r, set1(1.0f));
+    Vec p = fma(set1(0x1.c6a003321d940p-5f), r, set1(0x1.ec0c313b12393p-3f));
+    p = fma(fma(p, r, set1(0x1.62e4311120532p-1f)), r, set1(1.0f));
     return mul(_mm256_castsi256_ps(power), p);
   }
 

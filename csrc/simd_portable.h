@@ -4,7 +4,6 @@ struct Simd {
   typedef float Vec __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
   static constexpr int kWidth = 4;
-  static constexpr float kLevels = 1.0f;  // no table: a lookup would be four scalar loads
 
   static MR1_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
   static MR1_INLINE Vec add(Vec a, Vec b) { return a + b; }
@@ -18,9 +17,14 @@ struct Simd {
   }
   static MR1_INLINE float hsum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
-  // 2^(d * levels / kLevels) for d * levels <= about 0 and at least kFloor * kLevels, where the result is exactly 0.
-  static MR1_INLINE Vec exp2_levels(Vec d, Vec levels) {
-    const Vec y = d * levels;
+  // What exp2_of needs: its result is then 0 below, inf above.
+  static MR1_INLINE Vec bounded(Vec d, Vec floor, Vec ceiling) {
+    d = max(floor, d);
+    return ceiling < d ? ceiling : d;  // NaN stays
+  }
+  // 2^(d * rate), exactly 0 at kFloor and inf at kCeiling. No table: a lookup would be four scalar loads.
+  static MR1_INLINE Vec exp2_of(Vec d, Vec rate) {
+    const Vec y = d * rate;
     const Vec magic = set1(kRoundMagic);
     const Vec t = y + magic;  // the low bits of t are round(y)
     const Vec r = y - (t - magic);

@@ -23,6 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}.get(
     torch.backends.cpu.get_cpu_capability(), ("portable",)
 )
+if Path("/proc/cpuinfo").exists() and "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+    INSTRUCTION_SETS = ("avx512_bf16", *INSTRUCTION_SETS)
 
 
 def loss_and_gradient(batch, backend="cpp", **settings):
@@ -98,7 +100,7 @@ test_cpp.check_signs_and_nan()
 def test_unknown_instruction_set_is_refused():
     done = python("import mr1fast.kernels.native, torch; torch.ops.mr1fast_native.instruction_set()", MR1FAST_CPU="mmx")
     assert done.returncode != 0
-    assert "MR1FAST_CPU must be one of avx512, avx2, portable that this machine has, got mmx" in done.stderr
+    assert "MR1FAST_CPU must be one of avx512_bf16, avx512, avx2, portable that this machine has, got mmx" in done.stderr
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
