@@ -86,7 +86,7 @@ MR1_DEVICE Levels reduce(Levels s, float levels, Scratch& scratch) {
 struct Token {
   int64_t id;
   float x_id, weight, entropy_weight;
-  TokenInput in;
+  TokenInput<float> in;
 };
 
 // Everything small, before the row: its latency hides behind the row's, and in place the id's logit is soon gone.
@@ -119,7 +119,7 @@ struct Plan {
   bool zero;
 };
 
-MR1_DEVICE Plan plan_of(const RowGradient& g, bool zero, float logp, float row_base, float log_sum, float levels) {
+MR1_DEVICE Plan plan_of(const RowGradient<float>& g, bool zero, float logp, float row_base, float log_sum, float levels) {
   return {differentiation(g, row_base, log_sum, levels), sampled_gradient(g, logp), 0, 0, zero};
 }
 
@@ -143,9 +143,9 @@ MR1_DEVICE Plan finish(
   spec.bias_correction = call.bias_correction;
   spec.sapo_temperature_pos = call.sapo_temperature_pos;
   spec.sapo_temperature_neg = call.sapo_temperature_neg;
-  TokenInput in = t.in;
+  TokenInput<float> in = t.in;
   in.logp = logp;
-  const TokenLoss loss = token_loss(in, spec);
+  const TokenLoss<float> loss = token_loss(in, spec);
   const float coef = t.weight * loss.dloss_dlogp;
   if (store) {
     call.share[row.at] = t.weight * loss.loss - (t.entropy_weight == 0.0f ? 0.0f : t.entropy_weight * entropy);
@@ -155,7 +155,7 @@ MR1_DEVICE Plan finish(
     call.is_low[row.at] = loss.low;
     call.is_high[row.at] = loss.high;
   }
-  const RowGradient g = row_gradient(coef, t.entropy_weight, entropy, inv_temperature);
+  const RowGradient<float> g = row_gradient(coef, t.entropy_weight, entropy, inv_temperature);
   return plan_of(g, coef == 0.0f && t.entropy_weight == 0.0f, logp, row_base, log_sum, levels);
 }
 

@@ -131,7 +131,7 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) score_bwd_kernel(const Call call) {
   const float lse = call.lse[row.at], inv_temperature = inv_temperature_of(call);
   const float logp = token.x_id * inv_temperature - lse;
   const float coef = logp == -INFINITY ? 0.0f : on_logp;  // a banned token has no derivative
-  const RowGradient g = row_gradient(coef, on_entropy, call.entropies[row.at], inv_temperature);
+  const RowGradient<float> g = row_gradient(coef, on_entropy, call.entropies[row.at], inv_temperature);
   const float row_base = lse * (float)call.temperature;
   const Plan plan = plan_of(g, false, logp, row_base, 0.0f, levels_of(call));
   barrier();  // every thread has read the id's logit

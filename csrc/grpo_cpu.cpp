@@ -65,9 +65,9 @@ std::unique_ptr<T[], Free> allocate(int64_t n) {
 
 }  // namespace
 
-// One thread's work, with one row in flight: its gradient is written during pass 1 of the next row. A row of exponentials
-// is kept; pass 2 of a row frees each vector of it just before pass 1 of the next row fills it again. In place, those of
-// long float32 rows take the logits' place instead, and the second-level cache holds one row less.
+// One thread's work, with some rows in flight: pass 1 of these, then their tokens, then pass 2 of each together with
+// pass 1 of the row that takes its slot. Long rows have one slot; short ones several, so that their tokens, chains of
+// logarithms and exponentials that a short row does not hide, are computed together.
 class Job::Worker {
  public:
   explicit Worker(Job& job)
@@ -76,35 +76,61 @@ class Job::Worker {
         row_bytes_(x_.V * (int64_t)element_size(x_.dtype)),
         blocks_((x_.V + kBlock - 1) / kBlock),
         inv_temperature_(1.0 / x_.temperature),
-        stats_(allocate<RowStats<float>>(blocks_)),
-        scale_(allocate<float>(blocks_)) {
+        slots_(blocks_ > 1 ? 1 : kLanes),
+        stats_(allocate<RowStats<float>>(slots_ * blocks_)),
+        scale_(allocate<float>(slots_ * blocks_)) {
     const bool in_place = x_.z.data == x_.grad.data;
     // An entropy bonus makes the gradient more than a multiple of the exponentials.
     keep_exponentials_ = x_.grad && job.objective_ && job.objective_->entropy_weight == 0.0f;
     // Streaming past the cache saves reading what is overwritten. Short rows would pay for it: the sampled token's
     // value is written afterwards, to a line that is still on its way to memory.
     stream_ = keep_exponentials_ && !in_place && row_bytes_ >= 32768;
-    over_logits_ = in_place && x_.dtype == DType::kFloat32 && row_bytes_ > kLongRow;
-    if (keep_exponentials_ && !over_logits_) e_ = allocate<float>(blocks_ * kBlock);
-    step_.e = e_.get();
-    step_.vocabulary = x_.V;
-    step_.inv_temperature = (float)inv_temperature_;
-    step_.stats = stats_.get();
-    step_.scale = scale_.get();
+    // Exponentials have memory of their own, which stays in the second-level cache; beside those of long float32 rows
+    // the logits would not, so that they take the logits' place.
+    over_logits_ = keep_exponentials_ && in_place && x_.dtype == DType::kFloat32 && row_bytes_ > kLongRow;
+    if (keep_exponentials_ && !over_logits_) e_ = allocate<float>(slots_ * blocks_ * kBlock);
+    for (int k = 0; k < slots_; ++k) {
+      slot_[k].stats = &stats_[k * blocks_];
+      slot_[k].scale = &scale_[k * blocks_];
+      slot_[k].e = e_ ? &e_[k * blocks_ * kBlock] : nullptr;
+    }
   }
 
   void forward(int64_t b, int64_t l);
   void score_backward(int64_t b, int64_t l);
-  void finish() {  // pass 2 of the last row
-    step_.z = nullptr;
-    if (step_.out) run();
+  void finish() {
+    settle();
+    for (int k = 0; k < slots_; ++k) {
+      if (slot_[k].out) step(slot_[k], nullptr, nullptr);
+    }
   }
 
  private:
-  void run() {
-    job_.kernels_.step(step_);
-    if (step_.out) write((char*)step_.out, sampled_, x_.dtype, sampled_value_);
-    step_.out = nullptr;
+  struct Slot {
+    RowStats<float>* stats;  // one per block, as the two that follow
+    float* scale;
+    float* e;
+    int64_t b, l, id;
+    const char* z;
+    double sampled;  // the id's logit over temperature
+    char* out = nullptr;  // where pass 2 is still to write
+    float sampled_value;  // the gradient at the id
+  };
+
+  void step(Slot& slot, const char* z, float* e) {
+    Step step;
+    step.z = z;
+    step.stats = slot.stats;
+    step.e = e;
+    step.out = slot.out;
+    step.previous_e = slot.e;
+    step.scale = slot.scale;
+    step.stream = stream_ && ((uintptr_t)slot.out & 63) == 0;
+    step.vocabulary = x_.V;
+    step.inv_temperature = (float)inv_temperature_;
+    job_.kernels_.step(step);
+    if (slot.out) write(slot.out, slot.id, x_.dtype, slot.sampled_value);
+    slot.out = nullptr;
   }
   void clear(int64_t i, char* grad) {
     const Outputs& o = job_.out_;
@@ -116,9 +142,10 @@ class Job::Worker {
     }
     if (grad) memset(grad, 0, row_bytes_);
   }
-  RowStats<double> merge_blocks(float* top);
+  void settle();
+  RowStats<double> merge_blocks(const Slot& slot, float* top);
   void differentiate(const char* z, char* grad, int64_t id, float sampled_value, const RowDerivative& derivative) {
-    job_.kernels_.differentiate(z, grad, x_.V, step_.inv_temperature, derivative);
+    job_.kernels_.differentiate(z, grad, x_.V, (float)inv_temperature_, derivative);
     write(grad, id, x_.dtype, sampled_value);
   }
 
@@ -126,84 +153,115 @@ class Job::Worker {
   const Logits& x_;
   const int64_t row_bytes_, blocks_;
   const double inv_temperature_;
+  const int slots_;
   bool keep_exponentials_, stream_, over_logits_;
   std::unique_ptr<RowStats<float>[], Free> stats_;
   std::unique_ptr<float[], Free> scale_, e_;
-  Step step_;
-  int64_t sampled_ = 0;  // the token of the row in flight, and its derivative
-  float sampled_value_ = 0.0f;
+  Slot slot_[kLanes];
+  int filled_ = 0;
 };
 
-// The row's statistics, of z / temperature, and its largest logit; leaves exp((maximum of the block - that of the row)
-// / temperature) in scale_.
-RowStats<double> Job::Worker::merge_blocks(float* top) {
+// The row's statistics, of z / temperature, and what they are relative to; leaves exp((that of the block - that of the
+// row) / temperature) in scale.
+RowStats<double> Job::Worker::merge_blocks(const Slot& slot, float* top) {
   *top = -INFINITY;
-  for (int64_t i = 0; i < blocks_; ++i) *top = stats_[i].max > *top ? stats_[i].max : *top;
+  for (int64_t i = 0; i < blocks_; ++i) *top = slot.stats[i].max > *top ? slot.stats[i].max : *top;
   RowStats<double> row{-INFINITY, 0.0, 0.0};
   for (int64_t i = 0; i < blocks_; ++i) {
-    const RowStats<float>& s = stats_[i];
+    const RowStats<float>& s = slot.stats[i];
     row = merge(row, RowStats<double>{s.max * inv_temperature_, s.sum, s.weighted * inv_temperature_});
-    scale_[i] = s.max == *top ? 1.0f : expf((s.max - *top) * step_.inv_temperature);
+    slot.scale[i] = s.max == *top ? 1.0f : expf((s.max - *top) * (float)inv_temperature_);
   }
   return row;
 }
 
 void Job::Worker::forward(int64_t b, int64_t l) {
-  const int64_t i = b * x_.L + l;
   char* grad = x_.grad ? &x_.grad(b, l) : nullptr;
-  if (x_.mask && !x_.mask(b, l)) return clear(i, grad);
-  const char* z = &x_.z(b, l);
+  if (x_.mask && !x_.mask(b, l)) return clear(b * x_.L + l, grad);
+  Slot& slot = slot_[filled_];
   const int64_t id = x_.ids(b, l);
+  const char* z = &x_.z(b, l);
   const double sampled = read(z, id, x_.dtype) * inv_temperature_;  // before z is overwritten
-  step_.z = z;
-  if (keep_exponentials_ && over_logits_) step_.e = (float*)grad;
-  run();
-  float top;
-  const RowStats<double> row = merge_blocks(&top);
-  const double log_sum = log(row.sum);
-  const float logp = (float)(sampled - row.max - log_sum);
-  const float entropy = (float)(log_sum - row.weighted / row.sum);
+  float* e = over_logits_ ? (float*)grad : slot.e;
+  step(slot, z, e);
+  slot.e = e;
+  slot.b = b;
+  slot.l = l;
+  slot.id = id;
+  slot.z = z;
+  slot.sampled = sampled;
+  if (++filled_ == slots_) settle();
+}
+
+// From the statistics of the rows in flight to their tokens' outputs and the plan of their gradients.
+void Job::Worker::settle() {
+  const int count = filled_;
+  filled_ = 0;
+  if (count == 0) return;
+  RowStats<double> rows[kLanes];
+  float top[kLanes];
+  const auto each = [&](auto value) {  // of the slots; lanes that are left over repeat the first one
+    Floats x{};
+    for (int k = 0; k < kLanes; ++k) x[k] = value(k < count ? k : 0);
+    return x;
+  };
+  const auto of = [&](const View<const float>& view) {
+    return each([&](int k) { return view(slot_[k].b, slot_[k].l); });
+  };
+  for (int k = 0; k < count; ++k) rows[k] = merge_blocks(slot_[k], top + k);
+  const Floats sum = each([&](int k) { return (float)rows[k].sum; });
+  const Floats weighted = each([&](int k) { return (float)rows[k].weighted; });
+  const Logarithm log_sum = log_of(sum);
+  const Floats logp = each([&](int k) { return (float)(slot_[k].sampled - rows[k].max); }) - log_sum.most - log_sum.rest;
+  const Floats entropy = log_sum.most + (log_sum.rest - weighted / sum);
   const Outputs& o = job_.out_;
-  o.logps[i] = logp;
-  o.entropies[i] = entropy;
-  if (o.lse) o.lse[i] = (float)(row.max + log_sum);
+  const auto store = [&](auto* out, const auto& x) {
+    if (out) {
+      for (int k = 0; k < count; ++k) out[slot_[k].b * x_.L + slot_[k].l] = x[k];
+    }
+  };
+  store(o.logps, logp);
+  store(o.entropies, entropy);
+  store(o.lse, each([&](int k) { return (float)rows[k].max; }) + log_sum.most + log_sum.rest);
   if (!job_.objective_) return;
 
   const Objective& f = *job_.objective_;
-  TokenInput token{};
+  TokenInput<Floats> token{};
   token.logp = logp;
   token.has_old = (bool)f.old_logps;
   token.has_ref = (bool)f.ref_logps;
-  if (token.has_old) token.old_logp = f.old_logps(b, l);
-  if (token.has_ref) token.ref_logp = f.ref_logps(b, l);
-  token.advantage = f.advantages(b, l);
-  token.is_ratio = f.is_ratio ? f.is_ratio(b, l) : 1.0f;
+  if (token.has_old) token.old_logp = of(f.old_logps);
+  if (token.has_ref) token.ref_logp = of(f.ref_logps);
+  token.advantage = of(f.advantages);
+  token.is_ratio = f.is_ratio ? of(f.is_ratio) : Floats{} + 1.0f;
   token.beta = f.beta;
-  const TokenLoss t = token_loss(token, f.spec);
-  const float coef = f.token_weight(b, l) * t.dloss_dlogp;
-  o.loss[i] = t.loss;
-  if (o.kl) o.kl[i] = t.kl;
-  o.is_low[i] = t.low;
-  o.is_high[i] = t.high;
-  o.coef[i] = coef;
-  if (!grad) return;
-  if (coef == 0.0f && f.entropy_weight == 0.0f) {
-    memset(grad, 0, row_bytes_);
-    return;
+  const TokenLoss<Floats> t = token_loss(token, f.spec);
+  const Floats coef = of(f.token_weight) * t.dloss_dlogp;
+  store(o.loss, t.loss);
+  store(o.kl, t.kl);
+  store(o.is_low, t.low);
+  store(o.is_high, t.high);
+  store(o.coef, coef);
+  if (!x_.grad) return;
+
+  const RowGradient<Floats> g = row_gradient(coef, Floats{} + f.entropy_weight, entropy, (float)inv_temperature_);
+  const Floats sampled_value = sampled_gradient(g, logp), factor = g.base / sum;
+  for (int k = 0; k < count; ++k) {
+    Slot& slot = slot_[k];
+    char* grad = &x_.grad(slot.b, slot.l);
+    if (coef[k] == 0.0f && f.entropy_weight == 0.0f) {
+      memset(grad, 0, row_bytes_);
+    } else if (keep_exponentials_) {
+      for (int64_t i = 0; i < blocks_; ++i) slot.scale[i] *= factor[k];
+      slot.out = grad;
+      slot.sampled_value = sampled_value[k];
+    } else {
+      const double log_of_sum = (double)log_sum.most[k] + log_sum.rest[k], scale = 1.0 / rows[k].sum;
+      const RowDerivative derivative = {
+          top[k], (float)((g.base[k] - g.slope[k] * log_of_sum) * scale), (float)(g.slope[k] * inv_temperature_ * scale)};
+      differentiate(slot.z, grad, slot.id, sampled_value[k], derivative);
+    }
   }
-  const RowGradient g = row_gradient(coef, f.entropy_weight, entropy, step_.inv_temperature);
-  const float sampled_value = sampled_gradient(g, logp);
-  if (!keep_exponentials_) {
-    return differentiate(z, grad, id, sampled_value, {
-        top, (float)((g.base - g.slope * log_sum) / row.sum), (float)(g.slope * inv_temperature_ / row.sum)});
-  }
-  const float factor = (float)(g.base / row.sum);
-  for (int64_t k = 0; k < blocks_; ++k) scale_[k] *= factor;
-  step_.out = grad;
-  step_.previous_e = step_.e;
-  step_.stream = stream_ && ((uintptr_t)grad & 63) == 0;
-  sampled_ = id;
-  sampled_value_ = sampled_value;
 }
 
 void Job::Worker::score_backward(int64_t b, int64_t l) {
@@ -222,9 +280,10 @@ void Job::Worker::score_backward(int64_t b, int64_t l) {
     memset(grad, 0, row_bytes_);
     return;
   }
-  const RowGradient g = row_gradient(coef, bonus, s.entropies(b, l), step_.inv_temperature);
-  differentiate(z, grad, id, sampled_gradient(g, logp), {
-      (float)(lse * x_.temperature), g.base, (float)(g.slope * inv_temperature_)});
+  const RowGradient<float> g = row_gradient(coef, bonus, s.entropies(b, l), (float)inv_temperature_);
+  const RowDerivative derivative = {
+      (float)(lse * x_.temperature), g.base, (float)(g.slope * inv_temperature_)};
+  differentiate(z, grad, id, sampled_gradient(g, logp), derivative);
 }
 
 Job::Job(const Logits& logits, const Outputs& outputs, const Objective* objective, const ScoreGradient* score)
@@ -249,12 +308,16 @@ void Job::work() {
   const FlushDenormals flush;
   Worker worker(*this);
   for (int64_t first; (first = next_.fetch_add(rows_per_turn_)) < rows;) {
+    int64_t b = first / logits_.L, l = first % logits_.L;
     for (int64_t row = first; row < first + rows_per_turn_ && row < rows; ++row) {
-      const int64_t b = row / logits_.L, l = row % logits_.L;
       if (score_) {
         worker.score_backward(b, l);
       } else {
         worker.forward(b, l);
+      }
+      if (++l == logits_.L) {
+        l = 0;
+        ++b;
       }
     }
   }

@@ -83,7 +83,7 @@ struct Differentiation {
   float base, slope;
 };
 
-MR1_HD Differentiation differentiation(const RowGradient& g, float row_base, float log_sum, float levels) {
+MR1_HD Differentiation differentiation(const RowGradient<float>& g, float row_base, float log_sum, float levels) {
   return {row_base, log_sum * kLog2E, levels, g.base, g.slope * kLn2};
 }
 

@@ -2,10 +2,17 @@
 //
 // This is the C++ spelling of kernels/reference.py (the definition); the CPU and the CUDA kernel both include it, and
 // nothing else in C++ may contain a formula of the loss. No torch and no STL: nvcc and any host compiler take it.
+//
+// F is float, or on a host Floats (floats.h): four tokens at once. Conditions on F are therefore joined by & and chosen
+// between by ?:, whose two sides may both be computed.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
+
+#ifndef __CUDACC__
+#include "floats.h"
+#endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define MR1_HD __host__ __device__ __forceinline__
@@ -32,83 +39,90 @@ struct TokenSpec {
   float sapo_temperature_pos, sapo_temperature_neg;
 };
 
+template <typename F>
 struct TokenInput {
-  float logp, old_logp, ref_logp;  // old_logp and ref_logp are read only if has_old, has_ref
+  F logp, old_logp, ref_logp;  // old_logp and ref_logp are read only if has_old, has_ref
   bool has_old, has_ref;
-  float advantage, is_ratio, beta;
+  F advantage, is_ratio;
+  float beta;
 };
 
+template <typename F>
 struct TokenLoss {
-  float loss;        // policy term * is_ratio + beta * kl, without the normaliser
-  float dloss_dlogp;
-  float kl;          // after bias correction; 0 without reference
-  bool low, high;    // clipped from below, from above
+  F loss;  // policy term * is_ratio + beta * kl, without the normaliser
+  F dloss_dlogp;
+  F kl;                        // after bias correction; 0 without reference
+  decltype(F{} < F{}) low, high;  // clipped from below, from above
 };
 
-// exp(x) - 1, with all its digits near 0. Several times faster than glibc's expm1f, and short rows notice.
-MR1_HD float exp_minus_1(float x) {
-  if (!(x > -0.35f && x < 0.35f)) return expf(x) - 1.0f;
-  float p = 1.0f / 5040.0f;
+MR1_HD float exp_of(float x) { return expf(x); }
+
+// exp(x) - 1, with all its digits near 0.
+template <typename F>
+MR1_HD F exp_minus_1(F x) {
+  F p = F{} + 1.0f / 5040.0f;
   p = p * x + 1.0f / 720.0f;
   p = p * x + 1.0f / 120.0f;
   p = p * x + 1.0f / 24.0f;
   p = p * x + 1.0f / 6.0f;
   p = p * x + 0.5f;
-  return x + x * x * p;
+  return ((x > -0.35f) & (x < 0.35f)) ? x + x * x * p : exp_of(x) - 1.0f;
 }
 
-MR1_HD TokenLoss token_loss(const TokenInput& in, const TokenSpec& spec) {
-  const float inf = INFINITY;
-  const bool dead = in.logp == -inf;  // the sampled token was banned: no derivative exists, so none is taken
-  float log_ratio = in.has_old ? in.logp - in.old_logp : 0.0f;
-  if (in.has_old && dead && in.old_logp == -inf) log_ratio = 0.0f;
-  const float ratio = expf(log_ratio > kExpLimit ? kExpLimit : log_ratio);
-  const float a = in.advantage;
+template <typename F>
+MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
+  const F zero = F{}, limit = zero + kExpLimit;
+  const auto dead = in.logp == -INFINITY;  // the sampled token was banned: no derivative exists, so none is taken
+  F log_ratio = zero;
+  if (in.has_old) log_ratio = (dead & (in.old_logp == -INFINITY)) ? zero : in.logp - in.old_logp;
+  const F ratio = exp_of(log_ratio > limit ? limit : log_ratio);
+  const F a = in.advantage;
 
-  TokenLoss out{0.0f, 0.0f, 0.0f, false, false};
-  float term, slope;
+  TokenLoss<F> out{};
+  F term, slope;
   if (spec.policy == Policy::kClip) {
-    const float lo = 1.0f - spec.epsilon_low, hi = 1.0f + spec.epsilon_high;
-    const float bounded = ratio > spec.delta ? spec.delta : ratio;
-    const float clipped = ratio < lo ? lo : (ratio > hi ? hi : ratio);
-    const float free_term = bounded * a, clip_term = clipped * a;
-    const float free_slope = ratio > spec.delta ? 0.0f : a;
-    const float clip_slope = (ratio < lo || ratio > hi) ? 0.0f : a;
+    const F lo = zero + (1.0f - spec.epsilon_low), hi = zero + (1.0f + spec.epsilon_high), delta = zero + spec.delta;
+    const F bounded = ratio > delta ? delta : ratio;
+    const F clipped = ratio < lo ? lo : (ratio > hi ? hi : ratio);
+    const F free_term = bounded * a, clip_term = clipped * a;
+    const F free_slope = ratio > delta ? zero : a;
+    const F clip_slope = ((ratio < lo) | (ratio > hi)) ? zero : a;
     // Where the two are equal the derivative is their mean, which is what torch.minimum takes.
-    const bool equal = !(free_term < clip_term) && !(clip_term < free_term);
+    const F mean = 0.5f * (free_slope + clip_slope);
     term = -(free_term < clip_term ? free_term : clip_term);
-    slope = -(equal ? 0.5f * (free_slope + clip_slope) : (free_term < clip_term ? free_slope : clip_slope)) * ratio;
-    out.low = bounded < lo && a < 0.0f;
-    out.high = bounded > hi && a > 0.0f;
+    slope = -(free_term < clip_term ? free_slope : (clip_term < free_term ? clip_slope : mean)) * ratio;
+    out.low = (bounded < lo) & (a < 0.0f);
+    out.high = (bounded > hi) & (a > 0.0f);
   } else if (spec.policy == Policy::kCispo) {
-    const float weight = ratio > spec.epsilon_high ? spec.epsilon_high : ratio;  // eps_high is the bound itself
-    term = dead ? 0.0f : -weight * a * in.logp;
+    const F bound = zero + spec.epsilon_high;  // the bound itself
+    const F weight = ratio > bound ? bound : ratio;
+    term = dead ? zero : -weight * a * in.logp;
     slope = -weight * a;
-    out.high = ratio > spec.epsilon_high && a > 0.0f;
+    out.high = (ratio > bound) & (a > 0.0f);
   } else {
-    const float t = a > 0.0f ? spec.sapo_temperature_pos : spec.sapo_temperature_neg;
-    const float gate = 1.0f / (1.0f + expf(-t * (ratio - 1.0f)));
+    const F t = a > 0.0f ? zero + spec.sapo_temperature_pos : zero + spec.sapo_temperature_neg;
+    const F gate = 1.0f / (1.0f + exp_of(-t * (ratio - 1.0f)));
     term = -gate * (4.0f / t) * a;
     slope = -4.0f * gate * (1.0f - gate) * a * ratio;
   }
   out.loss = term * in.is_ratio;
   out.dloss_dlogp = slope * in.is_ratio;
 
-  if (in.has_ref && !dead) {
-    const float d = in.ref_logp - in.logp;
-    const float growth = exp_minus_1(d > kExpLimit ? kExpLimit : d);
-    float kl = growth - d, kl_slope = -growth;
+  if (in.has_ref) {
+    const F d = in.ref_logp - in.logp;
+    const F growth = exp_minus_1(d > limit ? limit : d);
+    F kl = growth - d, kl_slope = -growth;
     if (spec.bias_correction) {
       kl_slope = -d * ratio;  // d(kl * ratio) / d(logp) = (-growth + kl) * ratio
       kl = kl * ratio;
     }
-    out.kl = kl;
+    out.kl = dead ? zero : kl;
     if (in.beta != 0.0f) {  // kl may be infinite where ref_logp is -inf; with beta 0 it is only reported
-      out.loss += in.beta * kl;
-      out.dloss_dlogp += in.beta * kl_slope;
+      out.loss = out.loss + (dead ? zero : in.beta * kl);
+      out.dloss_dlogp = out.dloss_dlogp + in.beta * kl_slope;
     }
   }
-  if (dead) out.dloss_dlogp = 0.0f;
+  out.dloss_dlogp = dead ? zero : out.dloss_dlogp;
   return out;
 }
 
@@ -131,22 +145,24 @@ MR1_HD RowStats<Real> merge(const RowStats<Real>& a, const RowStats<Real>& b) {
 }
 
 // d(loss)/d(logits) away from the sampled token is p * (base + slope * log p); the sampled token gets `hit` added.
+template <typename F>
 struct RowGradient {
-  float base, slope, hit;
+  F base, slope, hit;
 };
 
 // coef = d(loss)/d(logp), entropy_coef = -d(loss)/d(entropy) (the entropy bonus is subtracted from the loss).
-MR1_HD RowGradient row_gradient(float coef, float entropy_coef, float entropy, float inv_temperature) {
+template <typename F>
+MR1_HD RowGradient<F> row_gradient(F coef, F entropy_coef, F entropy, float inv_temperature) {
   // A slope of exactly 0 must stay 0 where the entropy is NaN or infinite.
-  const float bonus = entropy_coef == 0.0f ? 0.0f : entropy_coef * entropy;
+  const F bonus = entropy_coef == 0.0f ? F{} : entropy_coef * entropy;
   return {(bonus - coef) * inv_temperature, entropy_coef * inv_temperature, coef * inv_temperature};
 }
 
 // The whole gradient at the sampled token. Where p is nearly 1, 1 - p has no digits left.
-MR1_HD float sampled_gradient(const RowGradient& g, float logp) {
-  if (logp == -INFINITY) return 0.0f;
-  const float rest = g.base + g.hit;  // exactly 0 without an entropy bonus
-  return expf(logp) * (rest + g.slope * logp) - g.hit * exp_minus_1(logp);
+template <typename F>
+MR1_HD F sampled_gradient(const RowGradient<F>& g, F logp) {
+  const F rest = g.base + g.hit;  // exactly 0 without an entropy bonus
+  return logp == -INFINITY ? F{} : exp_of(logp) * (rest + g.slope * logp) - g.hit * exp_minus_1(logp);
 }
 
 struct Moments {

@@ -193,28 +193,31 @@ def token_weight(
 ) -> Tensor:
     """What each token's loss is multiplied by before the sum, [B, L] (a view); token counts are at least 1."""
     B, L = ids.shape
-    one = torch.ones((), dtype=dtype, device=ids.device)
     rows = max(B, 1)
+    count: Tensor | float  # a number where it can be: small tensors cost more than they look
     if loss_type in ("grpo", "sapo"):
-        counts = one.mul(L).expand(B, 1) if mask is None else mask.sum(1, keepdim=True).to(dtype)
-        weight = 1 / (counts.clamp(min=1) * rows)
+        count = rows * (max(L, 1) if mask is None else mask.sum(1, keepdim=True).clamp(min=1))
     elif loss_type == "luspo":
-        weight = one / rows
+        count = rows
     elif loss_type == "dr_grpo":
         assert max_completion_length is not None
-        weight = one / (rows * max_completion_length)
-    elif loss_type != "bnpo" and num_items_in_batch is not None:
-        weight = 1 / (one * num_items_in_batch).clamp(min=1)
+        count = rows * max_completion_length
+    elif loss_type == "bnpo" or num_items_in_batch is None:
+        count = token_count(ids, mask)
+    elif isinstance(num_items_in_batch, Tensor):
+        count = num_items_in_batch.clamp(min=1)
     else:
-        weight = 1 / token_count(ids, mask, dtype)
+        count = max(num_items_in_batch, 1)
+    if isinstance(count, Tensor):
+        weight = count.to(dtype).reciprocal()
+    else:
+        weight = torch.full((), 1 / count, dtype=dtype, device=ids.device)
     return weight.expand(B, L)
 
 
-def token_count(ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Number of unmasked tokens, 0-d, at least 1."""
-    if mask is None:
-        return torch.full((), max(ids.numel(), 1), dtype=dtype, device=ids.device)
-    return mask.sum().to(dtype).clamp(min=1)
+def token_count(ids: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Number of unmasked tokens, at least 1; 0-d where there is a mask."""
+    return max(ids.numel(), 1) if mask is None else mask.sum().clamp(min=1)
 
 
 def aggregate(per_token_loss: Tensor, entropies: Tensor, batch: LossBatch) -> Tensor:

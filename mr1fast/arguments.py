@@ -158,15 +158,15 @@ def loss_batch(
             f"advantages or rewards (with num_generations) must be given, exactly one of them, got {which}"
         )
     if rewards is None:
-        advantages = _shaped("advantages", advantages, [(B,), (B, L)], like).detach().to(dtype)
-        advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(B, L)
+        advantages = _constant(_shaped("advantages", advantages, [(B,), (B, L)], like), dtype)
+        advantages = advantages[:, None].expand(B, L) if advantages.dim() == 1 else advantages
         num_generations = 1
     else:
-        rewards = _shaped("rewards", rewards, [(B,)], like).detach().to(dtype)
+        rewards = _constant(_shaped("rewards", rewards, [(B,)], like), dtype)
         check_groups(B, num_generations, scale_rewards)
 
     def per_token(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> Tensor | None:
-        return None if tensor is None else _shaped(name, tensor, shapes, like).detach().to(dtype).expand(B, L)
+        return None if tensor is None else _constant(_shaped(name, tensor, shapes, like), dtype).expand(B, L)
 
     old_logps = per_token("old_per_token_logps", old_per_token_logps, (B, L))
     ref_logps = per_token("ref_per_token_logps", ref_per_token_logps, (B, L))
@@ -196,7 +196,8 @@ def loss_batch(
     if entropy_coef := _any_number("entropy_coef", entropy_coef):
         if reduction == "none":
             raise ValueError(f"entropy_coef must be 0 with reduction='none' (the bonus is a mean), got {entropy_coef}")
-        entropy_weight = entropy_coef / reference.token_count(ids, mask, dtype)
+        tokens = reference.token_count(ids, mask)
+        entropy_weight = torch.full((), entropy_coef, dtype=dtype, device=like.device) / tokens
     return LossBatch(
         ids=ids,
         mask=mask,
@@ -211,6 +212,10 @@ def loss_batch(
         entropy_weight=entropy_weight,
         beta=beta,
     )
+
+
+def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (tensor.detach() if tensor.requires_grad else tensor).to(dtype)
 
 
 def check_groups(B: int, num_generations: int | None, scale_rewards: str) -> None:

@@ -47,7 +47,7 @@ class GRPOLossOutput:
 
     def metrics(self) -> dict[str, float]:
         """Means over unmasked tokens under TRL's names (clip ratios at sequence level: over completions); one sync."""
-        tokens = reference.token_count(self.is_low_clipped, self.completion_mask, self.entropies.dtype)
+        tokens = reference.token_count(self.is_low_clipped, self.completion_mask)
 
         def clip_ratio(flags: Tensor) -> Tensor:
             if self.clipped_per_completion:
