@@ -39,7 +39,7 @@ def loss_and_gradient(batch, backend="cpp", **settings):
 def check_against_float64(batch, **settings):
     exact = loss_and_gradient(batch | {"logits": batch["logits"].double()}, "torch", **settings)
     peer = loss_and_gradient(batch, "torch", **settings)
-    actual = loss_and_gradient(batch, **settings)
+    actual = loss_and_gradient(batch | {"logits": batch["logits"].clone()}, **settings)
     for name, a, e, p in zip(("loss", "logps", "entropies", "kl"), actual, exact, peer):
         assert_within_budget(name, a, e, p, 5e-6)
     scale = exact[-1].abs().max()
@@ -91,6 +91,7 @@ settings = ({{}}, {{"entropy_coef": 0.1, "temperature": 0.7}})
 for dtype, V, more in itertools.product(test_cpp.DTYPES, (1, 33, 64, 257, 6151), settings):
     test_cpp.check_against_float64(random_batch(2, 3, V, dtype=dtype, seed=V), **more)
 test_cpp.check_banned_and_far()
+test_cpp.check_guessed_maximum()
 test_cpp.check_signs_and_nan()
 """
     done = python(code, MR1FAST_CPU=name, OMP_NUM_THREADS="1")
@@ -122,7 +123,7 @@ def check_banned_and_far():
 
 
 def check_signs_and_nan():
-    """Maxima are taken of bit patterns: of one sign, of both, of zeros, and NaN of either sign is never lost."""
+    """Logits of one sign, of both, zeros; and NaN of either sign is never lost, wherever it stands."""
     for dtype, V in itertools.product(DTYPES, (5, 64, 2048, 5003)):
         batch = random_batch(2, 3, V, dtype=dtype)
         positive = batch["logits"].abs() + 1
@@ -143,6 +144,46 @@ def check_signs_and_nan():
             assert loss.isnan()
             assert logps[mask].isnan().all()
             assert gradient[mask].isnan().all()
+
+
+def check_guessed_maximum():
+    """Exponentials are relative to the largest of a row's first logits: right, too high, too low, or not there at all."""
+    for dtype, V in itertools.product(DTYPES, (40, 2048, 7001)):
+        batch = random_batch(3, 3, V, dtype=dtype) | {"completion_mask": None}
+        logits = batch["logits"]
+        first = min(64, V // 2)
+        logits[0, 0, :first] -= 1000.0  # beyond what float32's exp holds
+        logits[0, 1, :first] += 300.0
+        logits[0, 2, :first] = -torch.inf
+        logits[1, 0] += torch.arange(V) // 1024 * 21.0  # every block's maximum is above the one before
+        logits[1, 1, V // 3] = 40.0  # one that outweighs all others
+        logits[1, 2, first:] += 22.0  # about as much too low as is let pass
+        logits[2, 0, ::2] = -torch.inf
+        logits[2, 1, -1] = 1000.0
+        logits[2, 2, first:] = -torch.inf
+        batch["completion_ids"] = logits.argmax(-1)
+        for settings in ({}, {"inplace": True}, {"entropy_coef": 0.1}, {"temperature": 0.5}):
+            changed = batch | {"logits": logits.clone(), "old_per_token_logps": None}
+            check_against_float64(changed, **settings)
+
+
+def test_guessed_maximum():
+    check_guessed_maximum()
+
+
+@pytest.mark.parametrize("V", [65536 + 7, 80000])
+def test_long_rows_in_place(V):
+    """Their exponentials take the logits' place."""
+    batch = random_batch(2, 3, V)
+    batch["logits"][0, 0] -= 90.0
+    batch["logits"][0, 1, ::3] = -torch.inf
+    batch["logits"][0, 2, 5000:5100] = 50.0
+    ids = batch["completion_ids"]
+    batch["logits"].scatter_(-1, ids[..., None], 1.0)
+    exact = loss_and_gradient(batch | {"logits": batch["logits"].double()}, "torch")
+    actual = loss_and_gradient(batch | {"logits": batch["logits"].clone()}, inplace=True)
+    for a, e in zip(actual, exact):
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=2e-6)
 
 
 def test_banned_and_far_logits():
