@@ -1,5 +1,5 @@
-// Four floats at once, in GCC's vector extension (also Clang's), with the two functions that a token needs. Every machine
-// has vectors of this width, so that no instruction set need be chosen.
+// Four floats at once, in GCC's vector extension (also Clang's), with the two functions that a token needs. Every
+// machine has vectors of this width, so that no instruction set need be chosen.
 #pragma once
 
 #include <math.h>

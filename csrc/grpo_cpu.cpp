@@ -198,7 +198,7 @@ void Job::Worker::settle() {
   const int count = filled_;
   filled_ = 0;
   if (count == 0) return;
-  RowStats<double> rows[kLanes];
+  RowStats<double> rows[kLanes]{};
   float top[kLanes];
   const auto each = [&](auto value) {  // of the slots; lanes that are left over repeat the first one
     Floats x{};
@@ -212,7 +212,8 @@ void Job::Worker::settle() {
   const Floats sum = each([&](int k) { return (float)rows[k].sum; });
   const Floats weighted = each([&](int k) { return (float)rows[k].weighted; });
   const Logarithm log_sum = log_of(sum);
-  const Floats logp = each([&](int k) { return (float)(slot_[k].sampled - rows[k].max); }) - log_sum.most - log_sum.rest;
+  const Floats from_max = each([&](int k) { return (float)(slot_[k].sampled - rows[k].max); });
+  const Floats logp = from_max - log_sum.most - log_sum.rest;
   const Floats entropy = log_sum.most + (log_sum.rest - weighted / sum);
   const Outputs& o = job_.out_;
   const auto store = [&](auto* out, const auto& x) {
@@ -257,9 +258,8 @@ void Job::Worker::settle() {
       slot.sampled_value = sampled_value[k];
     } else {
       const double log_of_sum = (double)log_sum.most[k] + log_sum.rest[k], scale = 1.0 / rows[k].sum;
-      const RowDerivative derivative = {
-          top[k], (float)((g.base[k] - g.slope[k] * log_of_sum) * scale), (float)(g.slope[k] * inv_temperature_ * scale)};
-      differentiate(slot.z, grad, slot.id, sampled_value[k], derivative);
+      const double base = (g.base[k] - g.slope[k] * log_of_sum) * scale, slope = g.slope[k] * inv_temperature_ * scale;
+      differentiate(slot.z, grad, slot.id, sampled_value[k], {top[k], (float)base, (float)slope});
     }
   }
 }
@@ -287,8 +287,7 @@ void Job::Worker::score_backward(int64_t b, int64_t l) {
 }
 
 Job::Job(const Logits& logits, const Outputs& outputs, const Objective* objective, const ScoreGradient* score)
-    : logits_(logits), out_(outputs), objective_(objective), score_(score), kernels_(row_kernels(logits.dtype)) {
-}
+    : logits_(logits), out_(outputs), objective_(objective), score_(score), kernels_(row_kernels(logits.dtype)) {}
 
 int64_t Job::threads(int64_t available) {
   // Waking a thread costs as much as this many logits, and much more where the machine is busy.

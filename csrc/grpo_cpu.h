@@ -49,8 +49,8 @@ struct ScoreGradient {
 
 struct RowKernels;
 
-// "avx512_bf16", "avx512", "avx2" or "portable": the best this machine runs. Environment variable MR1FAST_CPU, read at the
-// first call, asks for a lesser one (tests do); a name this machine cannot run is an error.
+// "avx512_bf16", "avx512", "avx2" or "portable": the best this machine runs. Environment variable MR1FAST_CPU, read at
+// the first call, asks for a lesser one (tests do); a name this machine cannot run is an error.
 const char* instruction_set();
 
 // One call's work. Threads each call work() until it returns; rows are handed out in order, and what is computed for a

@@ -3,7 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -22,11 +21,6 @@
 
 #define MR1_INLINE inline __attribute__((always_inline))
 #define MR1_LAMBDA __attribute__((always_inline))
-#ifdef MR1_X86
-#define MR1_IN_REGISTER(x) asm("" : "+v"(x))
-#else
-#define MR1_IN_REGISTER(x)
-#endif
 
 namespace mr1fast {
 namespace {

@@ -92,9 +92,9 @@ static MR1_INLINE void finish_block(const float* e, T* out, int64_t n, float sca
   if (i < n) finish_rest(e + i, out + i, f, n - i);
 }
 
-// Statistics of one block relative to `shift`: {shift, sum x, sum x (z - shift)} with x = exp((z - shift) / temperature).
-// kKeep: x goes to e. kFinish: meanwhile the previous row's exponentials, p, become `out`; one loop for both, because the
-// one computes while the other stores, and vector by vector, because p may be e. kAny: the logits may be -inf.
+// Statistics of one block relative to `shift`: {shift, sum x, sum x d} with d = z - shift, x = exp(d / temperature).
+// kKeep: x goes to e. kFinish: meanwhile the previous row's exponentials, p, become `out`; one loop for both, because
+// the one computes while the other stores, and vector by vector, because p may be e. kAny: the logits may be -inf.
 template <bool kKeep, bool kAny, Finish kFinish, typename T>
 static MR1_INLINE RowStats<float> visit_block(
     const T* z, int64_t n, float rate, float shift, float* e, const float* p, T* out, float scale) {
@@ -181,9 +181,9 @@ static void differentiate_row(
 }
 
 // Pass 1 of this row and pass 2 of the previous one. Exponentials are taken relative to the largest of the row's first
-// logits, which is known at once and mostly near enough to the maximum. Where it is too low, or there are banned tokens,
-// a block's sums say so, and the block is visited again relative to its own maximum, which serves from there on; unless
-// the exponentials overwrite the logits: then each block's maximum comes first.
+// logits, which is known at once and mostly near enough to the maximum. Where it is too low, or there are banned
+// tokens, a block's sums say so, and the block is visited again relative to its own maximum, which serves from there
+// on; unless the exponentials overwrite the logits: then each block's maximum comes first.
 template <bool kKeep, Finish kFinish, typename T>
 static MR1_INLINE void run_blocks(const Step& step, float rate) {
   const T* z = (const T*)step.z;

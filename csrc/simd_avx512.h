@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL; with MR1_AVX512_BF16 also BF16) vectors for row_kernels.h. Included inside a namespace and a target region (row_kernels.cpp).
+// AVX-512 (F, BW, DQ, VL; BF16 with MR1_AVX512_BF16) vectors for row_kernels.h. Included inside a namespace and a target
+// region (row_kernels.cpp).
 
 struct Simd {
   using Vec = __m512;
@@ -76,7 +77,8 @@ struct Simd {
 #ifdef MR1_AVX512_BF16
   static MR1_INLINE __m512i pack(Pair a, BFloat16*) {
     const __m512i interleave = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+        16, 0);
     return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(a.second, a.first));
   }
 #else

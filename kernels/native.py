@@ -1,6 +1,6 @@
 """The `cpp` backend: csrc/grpo_cpu.cpp through the ops that `mr1fast._C` registers. CPU, float32, bfloat16, float16.
 
-One visit of each row of logits, with AVX-512, AVX2 or portable code chosen at run time; `MR1FAST_CPU=avx2|portable`,
+One visit of each row of logits, with AVX-512, AVX2 or portable code chosen at run time; MR1FAST_CPU (grpo_cpu.h),
 set before the first call, asks for a lesser one. The three functions are those of `dispatch.Backend`; `num_threads` of
 torch applies, and the results have the same bits whatever it is.
 """

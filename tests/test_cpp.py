@@ -101,7 +101,8 @@ test_cpp.check_signs_and_nan()
 def test_unknown_instruction_set_is_refused():
     done = python("import mr1fast.kernels.native, torch; torch.ops.mr1fast_native.instruction_set()", MR1FAST_CPU="mmx")
     assert done.returncode != 0
-    assert "MR1FAST_CPU must be one of avx512_bf16, avx512, avx2, portable that this machine has, got mmx" in done.stderr
+    assert "MR1FAST_CPU must be one of avx512_bf16, avx512, avx2, portable that" in done.stderr
+    assert "got mmx" in done.stderr
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def check_signs_and_nan():
 
 
 def check_guessed_maximum():
-    """Exponentials are relative to the largest of a row's first logits: right, too high, too low, or not there at all."""
+    """Exponentials are relative to the largest of a row's first logits: right, too high, too low, or banned."""
     for dtype, V in itertools.product(DTYPES, (40, 2048, 7001)):
         batch = random_batch(3, 3, V, dtype=dtype) | {"completion_mask": None}
         logits = batch["logits"]
