@@ -79,7 +79,7 @@ def token_logprobs(
 
 def flat(options: LossBatch | LossSpec) -> tuple:
     """The values of the fields, in order: a registered op takes no dataclass."""
-    return tuple(getattr(options, field.name) for field in fields(options))  # dataclasses.astuple copies tensors
+    return tuple(getattr(options, name) for name in type(options).__match_args__)  # astuple would copy tensors
 
 
 def _direct(logits: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -56,7 +56,8 @@ def token_ids(ids: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tens
     """ids [B, L] as int64 on the device of `like`."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} must be an int64 tensor [B, L] = {list(shape)}, got {_describe(ids)}")
-    return _shaped(name, ids, [shape], like).long()
+    ids = _shaped(name, ids, [shape], like)
+    return ids if ids.dtype == torch.int64 else ids.long()
 
 
 def token_mask(mask: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor | None:
@@ -166,7 +167,10 @@ def loss_batch(
         check_groups(B, num_generations, scale_rewards)
 
     def per_token(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> Tensor | None:
-        return None if tensor is None else _constant(_shaped(name, tensor, shapes, like), dtype).expand(B, L)
+        if tensor is None:
+            return None
+        tensor = _constant(_shaped(name, tensor, shapes, like), dtype)
+        return tensor if tensor.shape == (B, L) else tensor.expand(B, L)
 
     old_logps = per_token("old_per_token_logps", old_per_token_logps, (B, L))
     ref_logps = per_token("ref_per_token_logps", ref_per_token_logps, (B, L))
@@ -215,7 +219,10 @@ def loss_batch(
 
 
 def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return (tensor.detach() if tensor.requires_grad else tensor).to(dtype)
+    """Without gradient and in that dtype. What is so already is let be: a call into torch costs microseconds."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def check_groups(B: int, num_generations: int | None, scale_rewards: str) -> None:
@@ -230,11 +237,10 @@ def _any_number(name: str, value: Any) -> float:
     return number(name, value, at_least=-math.inf)
 
 
-def _shaped(name: str, tensor: Any, shapes: Iterable[tuple[int, ...]], like: Tensor | None) -> Tensor:
+def _shaped(name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], like: Tensor | None) -> Tensor:
     """`tensor` has one of the shapes, and lies where `like` lies."""
-    shapes = list(shapes)
-    wanted = " or ".join(str(list(shape)) for shape in shapes)
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in shapes:
+    if not isinstance(tensor, Tensor) or tensor.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must be a tensor of shape {wanted}, got {_describe(tensor)}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the logits, got {tensor.device}")
