@@ -72,17 +72,11 @@ def loss_batch(ids: Tensor, advantages: Tensor, old_logps: Tensor | None, ref_lo
     """For `reference.objective`: every token unmasked, KL weight BETA. Shapes [B, L], advantages [B]."""
     return LossBatch(
         ids=ids,
-        mask=None,
+        token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
+        beta=torch.full((), BETA, device=ids.device),
         advantages=advantages[:, None].expand(ids.shape),
-        rewards=None,
-        num_generations=1,
-        scale_rewards="group",
         old_logps=old_logps,
         ref_logps=ref_logps,
-        is_ratio=None,
-        token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
-        entropy_weight=None,
-        beta=torch.full((), BETA, device=ids.device),
     )
 
 

@@ -97,17 +97,11 @@ def make_inputs(B: int, L: int, V: int, dtype: torch.dtype, device: str) -> Inpu
     )
     batch = LossBatch(
         ids=ids,
-        mask=None,
+        token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
+        beta=torch.full((), BETA, device=device),
         advantages=advantages[:, None].expand(B, L),
-        rewards=None,
-        num_generations=1,
-        scale_rewards="group",
         old_logps=old_logps,
         ref_logps=ref_logps,
-        is_ratio=None,
-        token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
-        entropy_weight=None,
-        beta=torch.full((), BETA, device=device),
     )
     logits, copy = source.clone(), torch.zeros_like(source)
     return Inputs(source, logits, copy, ids, advantages, mask, old_logps, ref_logps, batch, spec)

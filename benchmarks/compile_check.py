@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels.reference import LossBatch, LossSpec
 from mr1fast.kernels.triton_table import TABLE
 
 ARCHITECTURES = (80, 90, 100)
@@ -49,12 +49,22 @@ def loss_call(
     logits, ids, per_token = _tensors(V + unaligned, dtype, B, L)
     logits = logits[..., int(unaligned) :]
     optional = per_token if full else None
-    return lambda: triton_loss.grpo_forward(
-        logits, ids, ids == 0 if full else None,
-        None if rewards else per_token, torch.zeros(B) if rewards else None, B, rewards or "group",
-        optional, per_token, optional, per_token, torch.zeros(()) if full else None, torch.tensor(beta),
-        spec or LossSpec(use_bias_correction_kl=full), logits if gradient else None,
-    )  # fmt: skip
+    batch = LossBatch(
+        ids,
+        token_weight=per_token,
+        beta=torch.tensor(beta),
+        mask=ids == 0 if full else None,
+        advantages=None if rewards else per_token,
+        rewards=torch.zeros(B) if rewards else None,
+        num_generations=B,
+        scale_rewards=rewards or "group",
+        old_logps=optional,
+        ref_logps=per_token,
+        is_ratio=optional,
+        entropy_weight=torch.zeros(()) if full else None,
+    )
+    spec = spec or LossSpec(use_bias_correction_kl=full)
+    return lambda: triton_loss.grpo_forward(logits, batch, spec, logits if gradient else None)
 
 
 def score_call(V: int, dtype: torch.dtype, *, B: int = 2, L: int = 3) -> Callable[[], object]:

@@ -56,7 +56,7 @@ def rendered(table: dict[Key, Settings], origin: str) -> str:
 def kernel_call(key: Key) -> Callable[[], object]:
     """A launch of the entry's kernel on rows of its longest vocabulary, `BYTES` in all. In place where it writes."""
     from mr1fast.kernels import triton_loss, triton_score
-    from mr1fast.kernels.reference import LossSpec
+    from mr1fast.kernels.reference import LossBatch, LossSpec
 
     op, itemsize, limit = key
     V = min(limit, FLAGSHIP)
@@ -70,9 +70,8 @@ def kernel_call(key: Key) -> Callable[[], object]:
     if op == "score_backward":
         return lambda: triton_score.score_backward(logits, ids, None, values, values, values, None, 1.0, logits)
     spec = LossSpec()
-    return lambda: triton_loss.grpo_forward(
-        logits, ids, None, values, None, 1, "group", values, values, None, values, None, one, spec, logits
-    )
+    batch = LossBatch(ids, values, one, advantages=values, old_logps=values, ref_logps=values)
+    return lambda: triton_loss.grpo_forward(logits, batch, spec, logits)
 
 
 def milliseconds(key: Key, settings: Settings, call: Callable[[], object]) -> float:

@@ -133,13 +133,14 @@ Tensor advantages_of(const Tensor& rewards, int64_t group, c10::string_view scal
 using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 LossResult grpo_forward(
-    const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, const OptionalTensor& advantages,
-    const OptionalTensor& rewards, int64_t num_generations, c10::string_view scale_rewards,
-    const OptionalTensor& old_logps, const OptionalTensor& ref_logps, const OptionalTensor& is_ratio,
-    const Tensor& token_weight, const OptionalTensor& entropy_weight, const Tensor& beta, c10::string_view loss_type,
-    double epsilon_low, double epsilon_high, std::optional<double> delta, bool use_bias_correction_kl,
+    const Tensor& logits, const Tensor& ids, const Tensor& token_weight, const Tensor& beta, const OptionalTensor& mask,
+    const OptionalTensor& advantages, const OptionalTensor& rewards, int64_t num_generations,
+    c10::string_view scale_rewards, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
+    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, c10::string_view loss_type,
+    c10::string_view importance_sampling_level, double epsilon_low, double epsilon_high, std::optional<double> delta, bool use_bias_correction_kl,
     double sapo_temperature_pos, double sapo_temperature_neg, double temperature, const OptionalTensor& grad) {
   const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
+  TORCH_CHECK_VALUE(importance_sampling_level == "token", "one pass is for token-level ratios");
   TORCH_CHECK_VALUE(advantages || rewards, "either advantages or rewards must be given");
   const Tensor advantage =
       advantages ? *advantages : advantages_of(*rewards, num_generations, scale_rewards, logits);
@@ -206,10 +207,11 @@ std::string instruction_set() { return mr1fast::instruction_set(); }
 TORCH_LIBRARY(mr1fast_native, m) {
   m.def("instruction_set() -> str", &instruction_set);
   m.def(
-      "grpo_forward(Tensor logits, Tensor ids, Tensor? mask, Tensor? advantages, Tensor? rewards, int num_generations, "
-      "str scale_rewards, Tensor? old_logps, Tensor? ref_logps, Tensor? is_ratio, Tensor token_weight, "
-      "Tensor? entropy_weight, Tensor beta, str loss_type, float epsilon_low, float epsilon_high, float? delta, "
-      "bool use_bias_correction_kl, float sapo_temperature_pos, float sapo_temperature_neg, float temperature, "
+      "grpo_forward(Tensor logits, Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, "
+      "Tensor? rewards, int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, "
+      "Tensor? is_ratio, Tensor? entropy_weight, str loss_type, str importance_sampling_level, float epsilon_low, "
+      "float epsilon_high, float? delta, bool use_bias_correction_kl, float sapo_temperature_pos, "
+      "float sapo_temperature_neg, float temperature, "
       "Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("score_forward(Tensor logits, Tensor ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mr1fast.kernels import cuda_build, reference
-from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels.reference import LossBatch, LossSpec
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 POLICIES = {"cispo": 1, "sapo": 2}  # the others share the clipped one, 0
@@ -172,34 +172,19 @@ class _Call:
             raise RuntimeError(f"{function}: {wrong.decode()}")
 
 
-def grpo_forward(
-    logits: Tensor,  # [B, L, V]
-    ids: Tensor,  # [B, L] int64
-    mask: Tensor | None,  # [B, L] bool
-    advantages: Tensor | None,  # [B, L] float32, as all that follow
-    rewards: Tensor | None,  # [B]
-    num_generations: int,
-    scale_rewards: str,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    is_ratio: Tensor | None,
-    token_weight: Tensor,
-    entropy_weight: Tensor | None,  # 0-d
-    beta: Tensor,  # 0-d
-    spec: LossSpec,
-    grad: Tensor | None,  # like the logits, or the logits themselves
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """(loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)."""
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """See `dispatch.Backend`."""
     assert spec.importance_sampling_level == "token"
-    call = _Call(logits, ids, mask, spec.temperature, grad)
-    call.strided("advantages", "advantage", advantages)
-    call.strided("is_ratio", "is_ratio", is_ratio)
-    call.strided("token_weight", "weight", token_weight)
-    call.contiguous(old_logps=old_logps, ref_logps=ref_logps, entropy_weight=entropy_weight, beta=beta)
-    if advantages is None:
-        assert rewards is not None
-        call.contiguous(rewards=rewards, advantage_space=torch.empty_like(rewards))
-        call.c.num_generations, call.c.scale_rewards = num_generations, SCALES[scale_rewards]
+    call = _Call(logits, batch.ids, batch.mask, spec.temperature, grad)
+    call.strided("advantages", "advantage", batch.advantages)
+    call.strided("is_ratio", "is_ratio", batch.is_ratio)
+    call.strided("token_weight", "weight", batch.token_weight)
+    call.contiguous(old_logps=batch.old_logps, ref_logps=batch.ref_logps)
+    call.contiguous(entropy_weight=batch.entropy_weight, beta=batch.beta)
+    if batch.advantages is None:
+        assert batch.rewards is not None
+        call.contiguous(rewards=batch.rewards, advantage_space=torch.empty_like(batch.rewards))
+        call.c.num_generations, call.c.scale_rewards = batch.num_generations, SCALES[batch.scale_rewards]
     call.c.policy = POLICIES.get(spec.loss_type, 0)
     call.c.bias_correction = spec.use_bias_correction_kl
     call.c.delta = float("inf") if spec.delta is None else spec.delta
@@ -208,7 +193,7 @@ def grpo_forward(
             setattr(call.c, name, getattr(spec, name))
     names = ("share", "loss", "logps", "entropies", "coef")
     share, per_token_loss, logps, entropies, coef = call.outputs(*names)
-    kl = None if ref_logps is None else call.outputs("kl")[0]
+    kl = None if batch.ref_logps is None else call.outputs("kl")[0]
     is_low, is_high = call.outputs("is_low", "is_high", dtype=torch.bool)
     call.run("mr1_grpo_forward")
     return share.sum(), per_token_loss, logps, entropies, kl, is_low, is_high, coef

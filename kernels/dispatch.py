@@ -19,11 +19,10 @@ class Backend:
 
     why_not(logits) -> None if it can run on such logits here, else one sentence that says why it cannot.
 
-    grpo_forward(logits, ids, mask, advantages, rewards, num_generations, scale_rewards, old_logps, ref_logps, is_ratio,
-                 token_weight, entropy_weight, beta, spec, grad)
+    grpo_forward(logits, batch, spec, grad)
         -> (loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)
-        The one pass. Tensors as in `reference.LossBatch`. `grad` is None, or a tensor like the logits (or the logits
-        themselves) that receives dloss/dlogits. coef [B, L] is token_weight * dloss/dlogp; kl None without ref_logps.
+        The one pass. `grad` is None, or a tensor like the logits (or the logits themselves) that receives
+        dloss/dlogits. coef [B, L] is token_weight * dloss/dlogp; kl None without ref_logps.
     score_forward(logits, ids, mask, temperature) -> (logps, entropies, lse), float32 [B, L]
     score_backward(logits, ids, mask, lse, entropies, grad_logps, grad_entropies, temperature, grad) -> None
         Writes the gradient into `grad`, which may be the logits; grad_entropies may be None.

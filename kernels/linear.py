@@ -168,7 +168,7 @@ def grpo(
         z = buffer[None, filled : filled + len(rows)]
         head.logits(rows, z[0])
         block = _columns(packed, start, stop)
-        _, *found, coef = forward(z, *op.flat(block), spec, z if any(needed) else None)
+        _, *found, coef = forward(z, block, spec, z if any(needed) else None)
         for whole, part in zip(per_token, found):
             if part is not None:
                 whole.view(-1).index_copy_(0, rows, part[0])

@@ -6,14 +6,17 @@ registered op (it needs autograd inside) and keeps the logits: Inductor fuses th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 
 from mr1fast.kernels import dispatch, linear, op, reference
 from mr1fast.kernels.linear import Found
-from mr1fast.kernels.op import BATCH_SCHEMA, BATCH_SIZE, SPEC_SCHEMA, LossOutputs
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.op import BATCH_SCHEMA, SPEC_SCHEMA, LossOutputs
+from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 
 
 def grpo(
@@ -38,12 +41,9 @@ def grpo(
             hidden, weight, bias, batch.ids, batch.mask, spec.temperature, chunk_bytes=chunk_bytes, backend=backend
         )
         return op.objective(logps, entropies, batch, spec, reduction)
-    args = (hidden, weight, bias, *op.flat(batch), *op.flat(spec), backend, dtype, chunk_bytes)
     needed = _needed(hidden, weight, bias)
-    if any(needed):
-        loss, *per_token = _OnePass.apply(*args, *needed)
-    else:
-        loss, *per_token = _grpo(*args, *needed)[:6]
+    args = (hidden, weight, bias, batch, spec, (backend, dtype, chunk_bytes, *needed))
+    loss, *per_token = _OnePass.apply(*args) if any(needed) else _grpo(*args)[:6]
     logps, entropies, kl, is_low, is_high = per_token
     return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
 
@@ -95,23 +95,21 @@ def _needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, hidden, weight, bias, batch: LossBatch, spec: LossSpec, how: tuple):
         ctx.set_materialize_grads(False)
-        ctx.argument_count, ctx.needed = len(args), args[-3:]
-        *outputs, hidden, weight, bias = _grpo(*args)
+        ctx.needed = how[-3:]
+        *outputs, dhidden, dweight, dbias = _grpo(hidden, weight, bias, batch, spec, how)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.save_for_backward(dhidden, dweight, dbias)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        if grad_loss is None:
-            return (None,) * ctx.argument_count
         gradients = [
-            op.scaled(gradient, grad_loss) if needed else None
+            op.scaled(gradient, grad_loss) if needed and grad_loss is not None else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needed)
         ]
-        return (*gradients, *(None,) * (ctx.argument_count - 3))
+        return *gradients, None, None, None
 
 
 class _Score(torch.autograd.Function):
@@ -150,13 +148,18 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed:
     return tuple(t.new_empty(t.shape) if t is not None and need else hidden.new_empty(0) for t, need in pairs)
 
 
-def _run_grpo(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
-    batch, spec = LossBatch(*args[:BATCH_SIZE]), LossSpec(*args[BATCH_SIZE:-6])
-    backend, dtype, chunk_bytes, *needed = args[-6:]
+def _run_grpo(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: LossBatch, spec: LossSpec, how: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    backend, dtype, chunk_bytes, *needed = how
     # The dtype is settled; autocast would decide again inside.
     with torch.autocast(hidden.device.type, enabled=False):
         outputs, gradients = linear.grpo(hidden, weight, bias, batch, spec, backend, dtype, chunk_bytes, needed)
     return *(hidden.new_empty(0) if t is None else t for t in outputs), *_tensors(gradients, hidden)
+
+
+def _run_flat_grpo(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
+    return _run_grpo(hidden, weight, bias, *op.unflat(args[:-6]), args[-6:])
 
 
 @custom_op(
@@ -166,14 +169,14 @@ def _run_grpo(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tup
 )
 def linear_grpo_op(*args) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high, dhidden, dweight, dbias, each or empty)."""
-    return _run_grpo(*args)
+    return _run_flat_grpo(*args)
 
 
 @linear_grpo_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
     values = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
     flags = hidden.new_empty(hidden.shape[:2], dtype=torch.bool)
-    kl = values.new_empty(0) if LossBatch(*args[:BATCH_SIZE]).ref_logps is None else torch.empty_like(values)
+    kl = values.new_empty(0) if op.unflat(args[:-6])[0].ref_logps is None else torch.empty_like(values)
     outputs = (values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags))
     return *outputs, *_fake_gradients(hidden, weight, bias, args[-3:])
 
@@ -225,8 +228,12 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tenso
 # The reference needs autograd inside, which a registered op switches off; it is called as it is.
 
 
-def _grpo(*args) -> tuple[Tensor, ...]:
-    return (_run_grpo if args[-6] == "torch" else linear_grpo_op)(*args)
+def _grpo(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: LossBatch, spec: LossSpec, how: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    if how[0] == "torch":
+        return _run_grpo(hidden, weight, bias, batch, spec, how)
+    return linear_grpo_op(hidden, weight, bias, *flat(batch), *flat(spec), *how)
 
 
 def _score(*args) -> tuple[Tensor, Tensor, Tensor]:

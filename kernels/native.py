@@ -12,7 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,51 +51,11 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def grpo_forward(
-    logits: Tensor,  # [B, L, V]
-    ids: Tensor,  # [B, L] int64
-    mask: Tensor | None,  # [B, L] bool
-    advantages: Tensor | None,  # [B, L] float32, as all that follow
-    rewards: Tensor | None,  # [B]
-    num_generations: int,
-    scale_rewards: str,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    is_ratio: Tensor | None,
-    token_weight: Tensor,
-    entropy_weight: Tensor | None,  # 0-d
-    beta: Tensor,  # 0-d
-    spec: LossSpec,
-    grad: Tensor | None,  # like the logits, or the logits themselves
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """(loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)."""
-    assert spec.importance_sampling_level == "token"
-    outputs = torch.ops.mr1fast_native.grpo_forward(
-        logits if grad is logits else _rows(logits),
-        ids,
-        mask,
-        advantages,
-        rewards,
-        num_generations,
-        scale_rewards,
-        old_logps,
-        ref_logps,
-        is_ratio,
-        token_weight,
-        entropy_weight,
-        beta,
-        spec.loss_type,
-        spec.epsilon_low,
-        spec.epsilon_high,
-        spec.delta,
-        spec.use_bias_correction_kl,
-        spec.sapo_temperature_pos,
-        spec.sapo_temperature_neg,
-        spec.temperature,
-        grad,
-    )
-    loss, per_token_loss, logps, entropies, kl, is_low, is_high, coef = outputs
-    return loss, per_token_loss, logps, entropies, None if ref_logps is None else kl, is_low, is_high, coef
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """See `dispatch.Backend`."""
+    rows = logits if grad is logits else _rows(logits)
+    outputs = torch.ops.mr1fast_native.grpo_forward(rows, *flat(batch), *flat(spec), grad)
+    return outputs if batch.ref_logps is not None else (*outputs[:4], None, *outputs[5:])
 
 
 def score_forward(

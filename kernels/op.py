@@ -10,7 +10,9 @@ Every op that writes over its argument is declared as a mutation, so that autogr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mr1fast.kernels import dispatch, reference, triton_backend
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 
 # (loss, logps, entropies, kl, is_low_clipped, is_high_clipped)
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -33,13 +35,15 @@ def grpo(
         _refuse_consumed(logits)
     if backend == "torch" or reduction == "none" or spec.importance_sampling_level == "sequence":
         return _two_passes(logits, batch, spec, reduction, inplace, backend)
-    args = (*flat(batch), *flat(spec), backend)
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        loss, *per_token = _run_grpo(logits, args, None) if _direct(logits) else grpo_loss_op(logits, *args, False)[:-1]
+        if _direct(logits):
+            loss, *per_token = _run_grpo(logits, batch, spec, backend, None)
+        else:
+            loss, *per_token = grpo_loss_op(logits, *flat(batch), *flat(spec), backend, False)[:-1]
     else:
         # A leaf cannot be marked dirty, and a view may not be where a Function has several outputs.
         mark_dirty = inplace and not (torch.compiler.is_compiling() or logits.is_leaf or logits._is_view())
-        outputs = _OnePass.apply(logits, inplace, mark_dirty, *args)
+        outputs = _OnePass.apply(logits, batch, spec, backend, inplace, mark_dirty)
         loss, *per_token = outputs[1:] if mark_dirty else outputs
         if inplace:
             _mark_consumed(logits)
@@ -77,11 +81,6 @@ def token_logprobs(
     return logps, entropies
 
 
-def flat(options: LossBatch | LossSpec) -> tuple:
-    """The values of the fields, in order: a registered op takes no dataclass."""
-    return tuple(getattr(options, name) for name in type(options).__match_args__)  # astuple would copy tensors
-
-
 def _direct(logits: Tensor) -> bool:
     """Whether nothing watches the registered ops: then what they call is called at once.
 
@@ -96,20 +95,19 @@ def _direct(logits: Tensor) -> bool:
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, inplace: bool, mark_dirty: bool, *args):
+    def forward(ctx, logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, inplace: bool, mark_dirty: bool):
         ctx.set_materialize_grads(False)
-        ctx.argument_count = 3 + len(args)
         ctx.mark_dirty_used = mark_dirty
         if _direct(logits):
             gradient = logits if inplace else _new_gradient(logits)
-            outputs = _run_grpo(logits, args, gradient)
+            outputs = _run_grpo(logits, batch, spec, backend, gradient)
             if inplace:
                 torch.autograd.graph.increment_version(logits)
         elif inplace:
-            outputs = grpo_loss_inplace_op(logits, *args)
+            outputs = grpo_loss_inplace_op(logits, *flat(batch), *flat(spec), backend)
             gradient = logits
         else:
-            *outputs, gradient = grpo_loss_op(logits, *args, True)
+            *outputs, gradient = grpo_loss_op(logits, *flat(batch), *flat(spec), backend, True)
         ctx.mark_non_differentiable(*outputs[1:])
         if mark_dirty:
             ctx.mark_dirty(logits)
@@ -127,9 +125,7 @@ class _OnePass(torch.autograd.Function):
                 )
             grad_outputs = grad_outputs[1:]
         (gradient,) = ctx.saved_tensors
-        if grad_outputs[0] is None:
-            return (None,) * ctx.argument_count
-        return (scaled(gradient, grad_outputs[0]), *(None,) * (ctx.argument_count - 1))
+        return None if grad_outputs[0] is None else scaled(gradient, grad_outputs[0]), None, None, None, None, None
 
 
 class _Score(torch.autograd.Function):
@@ -191,8 +187,9 @@ def _refuse_consumed(logits: Tensor) -> None:
 
 # The fields of LossBatch, then those of LossSpec, in order.
 BATCH_SCHEMA = (
-    "Tensor ids, Tensor? mask, Tensor? advantages, Tensor? rewards, int num_generations, str scale_rewards, "
-    "Tensor? old_logps, Tensor? ref_logps, Tensor? is_ratio, Tensor token_weight, Tensor? entropy_weight, Tensor beta"
+    "Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, Tensor? rewards, "
+    "int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, Tensor? is_ratio, "
+    "Tensor? entropy_weight"
 )
 SPEC_SCHEMA = (
     "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
@@ -203,16 +200,23 @@ BATCH_SIZE = len(fields(LossBatch))
 _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 
-def _run_grpo(logits: Tensor, args: tuple, gradient: Tensor | None) -> tuple[Tensor, ...]:
-    batch, spec, backend = args[:BATCH_SIZE], LossSpec(*args[BATCH_SIZE:-1]), dispatch.find(args[-1])
-    loss, _, logps, entropies, kl, is_low, is_high, _ = backend.grpo_forward(logits, *batch, spec, gradient)
+def unflat(args: Sequence[Any]) -> tuple[LossBatch, LossSpec]:
+    """What `flat` made of a batch and a spec."""
+    return LossBatch(*args[:BATCH_SIZE]), LossSpec(*args[BATCH_SIZE:])
+
+
+def _run_grpo(
+    logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, gradient: Tensor | None
+) -> tuple[Tensor, ...]:
+    outputs = dispatch.find(backend).grpo_forward(logits, batch, spec, gradient)
+    loss, _, logps, entropies, kl, is_low, is_high, _ = outputs
     return loss, logps, entropies, logps.new_empty(0) if kl is None else kl, is_low, is_high
 
 
-def _fake_grpo(logits: Tensor, args: tuple) -> tuple[Tensor, ...]:
+def _fake_grpo(logits: Tensor, batch: LossBatch) -> tuple[Tensor, ...]:
     values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
     flags = logits.new_empty(logits.shape[:2], dtype=torch.bool)
-    kl = values.new_empty(0) if LossBatch(*args[:BATCH_SIZE]).ref_logps is None else torch.empty_like(values)
+    kl = values.new_empty(0) if batch.ref_logps is None else torch.empty_like(values)
     return values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags)
 
 
@@ -227,14 +231,16 @@ def _new_gradient(logits: Tensor) -> Tensor:
 )
 def grpo_loss_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high, dloss/dlogits or empty)."""
-    gradient = _new_gradient(logits) if args[-1] else None
-    outputs = _run_grpo(logits, args[:-1], gradient)
+    *options, backend, need_gradient = args
+    gradient = _new_gradient(logits) if need_gradient else None
+    outputs = _run_grpo(logits, *unflat(options), backend, gradient)
     return *outputs, logits.new_empty(0) if gradient is None else gradient
 
 
 @grpo_loss_op.register_fake
 def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
-    return *_fake_grpo(logits, args), _new_gradient(logits) if args[-1] else logits.new_empty(0)
+    *options, _, need_gradient = args
+    return *_fake_grpo(logits, unflat(options)[0]), _new_gradient(logits) if need_gradient else logits.new_empty(0)
 
 
 @custom_op(
@@ -244,12 +250,12 @@ def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
 )
 def grpo_loss_inplace_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high); dloss/dlogits overwrites the logits."""
-    return _run_grpo(logits, args, logits)
+    return _run_grpo(logits, *unflat(args[:-1]), args[-1], logits)
 
 
 @grpo_loss_inplace_op.register_fake
 def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
-    return _fake_grpo(logits, args)
+    return _fake_grpo(logits, unflat(args[:-1])[0])
 
 
 @custom_op("mr1fast::score", mutates_args=())

@@ -49,17 +49,22 @@ class LossBatch:
     """
 
     ids: Tensor  # [B, L] int64
-    mask: Tensor | None  # [B, L] bool
-    advantages: Tensor | None  # [B, L], or None with:
-    rewards: Tensor | None  # [B]
-    num_generations: int
-    scale_rewards: str
-    old_logps: Tensor | None  # [B, L]
-    ref_logps: Tensor | None  # [B, L]
-    is_ratio: Tensor | None  # [B, L]
     token_weight: Tensor  # [B, L], the normaliser of each token
-    entropy_weight: Tensor | None  # 0-d, entropy_coef / number of tokens
     beta: Tensor  # 0-d
+    mask: Tensor | None = None  # [B, L] bool
+    advantages: Tensor | None = None  # [B, L], or None with:
+    rewards: Tensor | None = None  # [B]
+    num_generations: int = 1
+    scale_rewards: str = "group"
+    old_logps: Tensor | None = None  # [B, L]
+    ref_logps: Tensor | None = None  # [B, L]
+    is_ratio: Tensor | None = None  # [B, L]
+    entropy_weight: Tensor | None = None  # 0-d, entropy_coef / number of tokens
+
+
+def flat(options: LossBatch | LossSpec) -> tuple:
+    """The values of the fields, in order: a registered op takes no dataclass."""
+    return tuple(getattr(options, name) for name in type(options).__match_args__)  # astuple would copy tensors
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from mr1fast.kernels import reference
 from mr1fast.kernels.dispatch import Backend
-from mr1fast.kernels.reference import LossBatch
+from mr1fast.kernels.reference import LossBatch, LossSpec
 
 
-def grpo_forward(logits: Tensor, *args) -> tuple:
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """See `dispatch.Backend`."""
-    *values, spec, grad = args
-    batch = LossBatch(*values)
     with torch.enable_grad():
         z = logits.detach().requires_grad_(grad is not None)
         logps, entropies = reference.score(z, batch.ids, batch.mask, spec.temperature)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mr1fast.kernels import reference
-from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels.reference import LossBatch, LossSpec
 from mr1fast.kernels.triton_objective import FAMILIES, group_advantage, token_objective
 from mr1fast.kernels.triton_rows import (
     LN_2,
@@ -165,29 +165,13 @@ def grpo_loss_fwd_kernel(
             )  # fmt: skip
 
 
-def grpo_forward(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    num_generations: int,
-    scale_rewards: str,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    is_ratio: Tensor | None,
-    token_weight: Tensor,
-    entropy_weight: Tensor | None,
-    beta: Tensor,
-    spec: LossSpec,
-    grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """The one pass; arguments and results as `dispatch.Backend` says, tensors as in `reference.LossBatch`."""
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The one pass; see `dispatch.Backend`."""
     B, L, V = logits.shape
-    reference.check_ids(ids, mask, V)
+    reference.check_ids(batch.ids, batch.mask, V)
     values = [torch.empty((B, L), dtype=torch.float32, device=logits.device) for _ in range(5)]
     share, per_token_loss, logps, entropies, coef = values
-    kl = None if ref_logps is None else torch.empty_like(logps)
+    kl = None if batch.ref_logps is None else torch.empty_like(logps)
     is_low, is_high = (torch.empty((B, L), dtype=torch.bool, device=logits.device) for _ in range(2))
     objective = FAMILIES.get(spec.loss_type, "clip")
     aligned = rows_aligned(logits) if grad is None else rows_aligned(logits, grad)
@@ -197,15 +181,15 @@ def grpo_forward(
                 logits, logits.stride(0), logits.stride(1),
                 grad, *((0, 0) if grad is None else grad.stride()[:2]),
                 L,
-                ids.contiguous(),
-                None if mask is None else mask.contiguous(),
-                advantages, *((0, 0) if advantages is None else advantages.stride()),
-                rewards if advantages is None else None, B, num_generations,
-                None if old_logps is None else old_logps.contiguous(),
-                None if ref_logps is None else ref_logps.contiguous(),
-                is_ratio, *((0, 0) if is_ratio is None else is_ratio.stride()),
-                token_weight, *token_weight.stride(),
-                entropy_weight, beta,
+                batch.ids.contiguous(),
+                None if batch.mask is None else batch.mask.contiguous(),
+                batch.advantages, *((0, 0) if batch.advantages is None else batch.advantages.stride()),
+                batch.rewards if batch.advantages is None else None, B, batch.num_generations,
+                None if batch.old_logps is None else batch.old_logps.contiguous(),
+                None if batch.ref_logps is None else batch.ref_logps.contiguous(),
+                batch.is_ratio, *((0, 0) if batch.is_ratio is None else batch.is_ratio.stride()),
+                batch.token_weight, *batch.token_weight.stride(),
+                batch.entropy_weight, batch.beta,
                 1.0 - spec.epsilon_low,
                 spec.epsilon_high if objective == "cispo" else 1.0 + spec.epsilon_high,
                 float("inf") if spec.delta is None else float(spec.delta),
@@ -213,7 +197,7 @@ def grpo_forward(
                 share, per_token_loss, logps, entropies, kl, is_low, is_high, coef,
                 OBJECTIVE=objective,
                 BIAS_CORRECTED_KL=spec.use_bias_correction_kl,
-                SCALE_REWARDS=scale_rewards if advantages is None else "none",
+                SCALE_REWARDS=batch.scale_rewards if batch.advantages is None else "none",
                 **tile_settings("loss", V, logits.element_size(), aligned),
             )  # fmt: skip
     return share.sum(), per_token_loss, logps, entropies, kl, is_low, is_high, coef

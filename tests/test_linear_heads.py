@@ -7,8 +7,8 @@ import torch
 from linear_cases import BACKENDS, EVERY, B, H, L, V, case, chunk_of
 
 from mr1fast import grpo_loss, linear_grpo_loss
-from mr1fast.kernels import linear, linear_op, op
-from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels import linear, linear_op
+from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -123,10 +123,11 @@ def test_opcheck():
     ids, mask = batch["completion_ids"], batch["completion_mask"]
     head = (hidden.detach(), weight.detach(), bias.detach())
     advantages = batch["advantages"][:, None].expand(B, L)
-    tensors = (ids, mask, advantages, None, 1, "group", batch["old_per_token_logps"], None, None)
-    tensors += (torch.full((B, L), 1 / 30), None, torch.tensor(0.0))
+    weight_and_beta = (torch.full((B, L), 1 / 30), torch.tensor(0.0))
+    old = batch["old_per_token_logps"]
+    options = (*flat(LossBatch(ids, *weight_and_beta, mask, advantages, old_logps=old)), *flat(LossSpec()))
     how = ("cpp", torch.float32, 1000)
-    torch.library.opcheck(linear_op.linear_grpo_op, (*head, *tensors, *op.flat(LossSpec()), *how, True, True, False))
+    torch.library.opcheck(linear_op.linear_grpo_op, (*head, *options, *how, True, True, False))
     torch.library.opcheck(linear_op.linear_score_op, (*head, ids, mask, 0.9, *how))
     _, entropies, lse = linear_op.linear_score_op(*head, ids, mask, 0.9, *how)
     scored = (lse, entropies, torch.randn(B, L), None)

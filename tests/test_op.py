@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mr1fast import grpo_loss, token_logprobs
 from mr1fast.kernels import op
-from mr1fast.kernels.reference import LossSpec
+from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 from mr1fast.kernels.testing import available_backends, random_batch
 
 # Compiled graphs call the kernels natively; the interpreter is no part of that.
@@ -80,30 +80,26 @@ def test_autocast(inplace, backend):
 @pytest.mark.parametrize("with_ref", [True, False])
 def test_opcheck(with_ref, backend):
     batch = random_batch(3, 4, 40)
-    ref = batch["ref_per_token_logps"] if with_ref else None
-    tensors = (
-        batch["completion_ids"],
-        batch["completion_mask"],
-        batch["advantages"][:, None].expand(3, 4),
-        None,
-        1,
-        "group",
-        batch["old_per_token_logps"],
-        ref,
-        None,
-        torch.full((3, 4), 1 / 12),
-        torch.tensor(0.01),
-        torch.tensor(0.1),
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    loss_batch = LossBatch(
+        ids,
+        token_weight=torch.full((3, 4), 1 / 12),
+        beta=torch.tensor(0.1),
+        mask=mask,
+        advantages=batch["advantages"][:, None].expand(3, 4),
+        old_logps=batch["old_per_token_logps"],
+        ref_logps=batch["ref_per_token_logps"] if with_ref else None,
+        entropy_weight=torch.tensor(0.01),
     )
-    spec = op.flat(LossSpec(delta=1.5))
+    options = (*flat(loss_batch), *flat(LossSpec(delta=1.5)), backend)
     for need_gradient in (True, False):
-        torch.library.opcheck(op.grpo_loss_op, (batch["logits"], *tensors, *spec, backend, need_gradient))
-    torch.library.opcheck(op.grpo_loss_inplace_op, (batch["logits"].clone(), *tensors, *spec, backend))
-    torch.library.opcheck(op.score_op, (batch["logits"], *tensors[:2], 0.9, backend))
-    scored = op.score_op(batch["logits"], *tensors[:2], 0.9, backend)
+        torch.library.opcheck(op.grpo_loss_op, (batch["logits"], *options, need_gradient))
+    torch.library.opcheck(op.grpo_loss_inplace_op, (batch["logits"].clone(), *options))
+    torch.library.opcheck(op.score_op, (batch["logits"], ids, mask, 0.9, backend))
+    scored = op.score_op(batch["logits"], ids, mask, 0.9, backend)
     scored = (scored[2], scored[1], torch.randn(3, 4), torch.randn(3, 4))
-    torch.library.opcheck(op.score_backward_op, (batch["logits"], *tensors[:2], *scored, 0.9, backend))
-    torch.library.opcheck(op.score_backward_inplace_op, (batch["logits"].clone(), *tensors[:2], *scored, 0.9, backend))
+    torch.library.opcheck(op.score_backward_op, (batch["logits"], ids, mask, *scored, 0.9, backend))
+    torch.library.opcheck(op.score_backward_inplace_op, (batch["logits"].clone(), ids, mask, *scored, 0.9, backend))
     torch.library.opcheck(op.scale_op, (torch.randn(3, 4), torch.tensor(2.0)))
 
 
