@@ -35,7 +35,7 @@ def number(name: str, value: Any, *, above: float | None = None, at_least: float
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number {wanted}, got {_describe(value)}")
     if (
-        not math.isfinite(value)
+        not -math.inf < value < math.inf  # math.isfinite cannot be traced with dynamic=True
         or (above is not None and value <= above)
         or (at_least is not None and value < at_least)
     ):

@@ -49,6 +49,27 @@ def test_compile_fullgraph_and_beta_as_a_tensor(level, inplace, backend):
 
 
 @pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compile_with_any_length(masked, loss_type, backend):
+    def step(hidden, weight, batch):
+        return grpo_loss(
+            hidden @ weight.T, beta=0.1, loss_type=loss_type, max_completion_length=9, backend=backend, **batch
+        ).loss
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for L in (4, 5, 7, 9):
+        hidden, weight, batch = head(random_batch(3, L, 40, seed=L))
+        batch |= {} if masked else {"completion_mask": None}
+        expected = torch.autograd.grad(step(hidden, weight, batch), (hidden, weight))
+        actual = torch.autograd.grad(compiled(hidden, weight, batch), (hidden, weight))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint_around_head_and_loss(use_reentrant, inplace, backend):
