@@ -60,13 +60,15 @@ def test_compile_with_any_length(masked, loss_type, backend):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     for L in (4, 5, 7, 9):
         hidden, weight, batch = head(random_batch(3, L, 40, seed=L))
         batch |= {} if masked else {"completion_mask": None}
         expected = torch.autograd.grad(step(hidden, weight, batch), (hidden, weight))
         actual = torch.autograd.grad(compiled(hidden, weight, batch), (hidden, weight))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] > 0
 
 
 @pytest.mark.parametrize("backend", EVERY)
