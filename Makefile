@@ -64,7 +64,8 @@ asan: $(READY)
 	@rm -rf build/asan && mkdir -p build/asan && git ls-files -z | xargs -0 cp --parents -P -t build/asan
 	cd build/asan && MR1FAST_SANITIZE=1 $(abspath $(BIN)/python) setup.py -q build_ext --inplace
 	cd build/asan && LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
-	    $(abspath $(BIN)/python) -m pytest -q -p no:cacheprovider tests/test_cpp.py tests/test_loss.py -k "cpp and not install"
+	    $(abspath $(BIN)/python) -m pytest -q -p no:cacheprovider -k "cpp and not install" \
+	    tests/test_cpp.py tests/test_cpp_values.py tests/test_loss.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

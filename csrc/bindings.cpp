@@ -137,8 +137,9 @@ LossResult grpo_forward(
     const OptionalTensor& advantages, const OptionalTensor& rewards, int64_t num_generations,
     c10::string_view scale_rewards, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
     const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, c10::string_view loss_type,
-    c10::string_view importance_sampling_level, double epsilon_low, double epsilon_high, std::optional<double> delta, bool use_bias_correction_kl,
-    double sapo_temperature_pos, double sapo_temperature_neg, double temperature, const OptionalTensor& grad) {
+    c10::string_view importance_sampling_level, double epsilon_low, double epsilon_high, std::optional<double> delta,
+    bool use_bias_correction_kl, double sapo_temperature_pos, double sapo_temperature_neg, double temperature,
+    const OptionalTensor& grad) {
   const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
   TORCH_CHECK_VALUE(importance_sampling_level == "token", "one pass is for token-level ratios");
   TORCH_CHECK_VALUE(advantages || rewards, "either advantages or rewards must be given");

@@ -4,19 +4,12 @@
 
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
 
 namespace mr1fast {
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-
-inline Floats load_floats(const float* p) {
-  Floats x;
-  memcpy(&x, p, sizeof x);
-  return x;
-}
 
 inline Ints bits_of(Floats x) { return (Ints)x; }
 

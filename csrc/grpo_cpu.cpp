@@ -50,7 +50,7 @@ void write(char* row, int64_t i, DType dtype, float value) {
   }
 }
 
-constexpr int64_t kLongRow = 1 << 18;  // bytes
+constexpr int64_t kLongRow = 1 << 18;  // bytes, of which a second-level cache holds a few
 
 struct Free {
   void operator()(void* p) const { free(p); }
@@ -107,9 +107,9 @@ class Job::Worker {
 
  private:
   struct Slot {
-    RowStats<float>* stats;  // one per block, as the two that follow
-    float* scale;
-    float* e;
+    RowStats<float>* stats;  // one per block
+    float* scale;            // likewise
+    float* e;                // one per logit
     int64_t b, l, id;
     const char* z;
     double sampled;  // the id's logit over temperature

@@ -4,6 +4,7 @@
 struct Simd {
   using Vec = __m512;
   static constexpr int kWidth = 16;
+
   static MR1_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
   static MR1_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static MR1_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
