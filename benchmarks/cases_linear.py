@@ -195,6 +195,16 @@ def cut_cross_entropy(x: Inputs) -> Call:
     return Call(run, x.clear)
 
 
+def quack(x: Inputs) -> Call:
+    """Less than the others do: the gradients of the mean cross-entropy, as it offers no loss per token."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def run() -> None:
+        chunked_linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, x.ids.flatten()).backward()
+
+    return Call(run, x.clear)
+
+
 # ---- limit ----------------------------------------------------------------------------------------------------------
 
 
@@ -259,8 +269,14 @@ def scenes(quick: bool) -> list[Scene]:
         cuda = device == "cuda"
         of_device = cases(6.0 * B * L * H * V, "triton" if cuda else "cpp", everything)
         if cuda:
-            of_device += (
-                Case("cut-cross-entropy", cut_cross_entropy, of_device[0].work, "GFLOP/s", FLOOR, "mr1fast triton"),
+            more: dict[str, Callable[[Inputs], Call]] = {
+                "mr1fast cuda": partial(ours, backend="cuda"),
+                "cut-cross-entropy": cut_cross_entropy,
+                "quack, cross-entropy only": quack,
+            }
+            of_device += tuple(
+                Case(name, prepare, of_device[0].work, "GFLOP/s", FLOOR, of_device[0].name)
+                for name, prepare in more.items()
             )
         return Scene(
             "linear",
@@ -275,5 +291,5 @@ def scenes(quick: bool) -> list[Scene]:
     result = [scene(shape, dtype, "cpu") for shape in (QUICK_SHAPES if quick else CPU_SHAPES) for dtype in DTYPES]
     if not quick:
         result += [scene(MEMORY_SHAPE, dtype, "cpu", everything=False) for dtype in DTYPES]
-        result += [scene(shape, torch.bfloat16, "cuda") for shape in GPU_SHAPES]
+    result += [scene(shape, torch.bfloat16, "cuda") for shape in (QUICK_SHAPES if quick else GPU_SHAPES)]
     return result

@@ -102,6 +102,8 @@ else
     skip qwen2vl_2b "transformers is not installed (WHEELS)"
 fi
 stage benchmarks 120 "$PYTHON" -m benchmarks.run gpu --seconds 0.3 --csv "$OUT/gpu.csv" --plot "$OUT/gpu.png"
+stage linear 100 "$PYTHON" -m benchmarks.run linear --device cuda --seconds 0.3 --csv "$OUT/linear.csv" \
+    --plot "$OUT/linear.png"
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer > /dev/null; then
         stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitized

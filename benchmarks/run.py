@@ -4,6 +4,7 @@
   python -m benchmarks.run loss --quick               tiny shapes, to see that everything runs (seconds)
   python -m benchmarks.run loss --filter "151936 mr1fast"     only what contains every word
   python -m benchmarks.run loss --csv out.csv --plot out.png  keep the results, draw them
+  python -m benchmarks.run linear --device cuda       only the scenes on that device
   python -m benchmarks.run loss --base main           our cases here and at another commit, in turn
   python -m benchmarks.run --list                     all cases
 
@@ -36,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(cases.GROUPS)} (all if none is named)")
     parser.add_argument("--filter", default="", metavar="WORDS", help="cases that contain every one of these words")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only what is measured there (default: both)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few calls: does everything run?")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timed calls per case (default %(default)s)")
     parser.add_argument("--processor-time", action="store_true", help="of one thread, on a CPU that others use too")
@@ -59,9 +61,11 @@ def main(argv: list[str] | None = None) -> int:
 
         return compare.main(args)
     scenes = [scene for group in args.groups or cases.GROUPS for scene in cases.load(group, args.quick)]
+    scenes = [scene for scene in scenes if args.device in (None, scene.device)]
     selected = cases.matching(scenes, args.filter)
     if not selected:
-        print(f"nothing matches {args.filter!r}; --list shows the cases", file=sys.stderr)
+        where = f" on {args.device}" if args.device else ""
+        print(f"no case{where} matches {args.filter!r}; --list shows the cases", file=sys.stderr)
         return 2
     if args.list:
         for scene, chosen in selected:

@@ -35,6 +35,7 @@ def test_what_was_not_measured_says_so(tmp_path, capsys, monkeypatch):
         assert row["median_ms"] == row["rate"] == row["ratio"] == ""
 
 
-def test_words_that_match_nothing(capsys):
-    assert run.main(["loss", "--filter", "no such case"]) == 2
+@pytest.mark.parametrize("options", [["--filter", "no such case"], ["--device", "cuda"]])
+def test_options_that_leave_nothing(options, capsys):
+    assert run.main(["loss", *options]) == 2
     assert "--list shows the cases" in capsys.readouterr().err
