@@ -58,7 +58,7 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
   barrier();
   cluster_arrive();  // this block has begun: others may write to its shared memory
 
-  const float levels = levels_of(call), inv_temperature = inv_temperature_of(call);
+  const float rate = rate_of(call), inv_temperature = inv_temperature_of(call);
   Levels mine = no_levels();
   for (int c = 0, begin = 0; begin < count; ++c, begin += split.chunk) {
     const int end = count - begin < split.chunk ? count : begin + split.chunk;
@@ -66,10 +66,10 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
     for (int v = begin + thread(); v < end; v += threads()) {
       float x[kWidth<T>];
       unpack(read_words(slice + v), x, T{});
-      visit(mine, x, levels);
+      visit(mine, x, rate);
     }
   }
-  const Levels part = reduce(mine, levels, shared.scratch);
+  const Levels part = reduce(mine, rate, shared.scratch);
   cluster_wait();
   if (thread() < split.parts) {
     write_remote(&shared.parts[rank].max, thread(), part.max);

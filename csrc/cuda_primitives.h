@@ -1,6 +1,7 @@
 // What the CUDA kernels ask of the machine, in PTX. tests/cuda_on_host.h offers the same names on a CPU.
 #pragma once
 
+#include <assert.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
@@ -32,10 +33,8 @@ MR1_DEVICE char* shared_memory() {
   return memory;
 }
 
-// A token id out of range stops the device, as torch's own kernels do.
-MR1_DEVICE void require(bool condition) {
-  if (!condition) __trap();
-}
+// A token id out of range stops the device with an assertion, as torch's own kernels do.
+MR1_DEVICE void require(bool id_in_range) { assert(id_in_range); }
 
 // ---- 16 bytes at a time ---------------------------------------------------------------------------------------------
 
@@ -126,11 +125,6 @@ MR1_DEVICE int cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return (int)rank;
-}
-MR1_DEVICE int cluster_size() {
-  uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return (int)size;
 }
 // What a thread did before it arrived is seen by every thread of the cluster that has waited.
 MR1_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }

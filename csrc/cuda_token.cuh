@@ -45,7 +45,7 @@ MR1_DEVICE T* grad_of(const Call& call, const Row& row) {
   return (T*)call.grad + row.b * call.grad_stride_b + row.l * call.grad_stride_l;
 }
 
-MR1_DEVICE float levels_of(const Call& call) { return (float)(1.44269504088896341 / call.temperature); }
+MR1_DEVICE float rate_of(const Call& call) { return (float)(1.44269504088896341 / call.temperature); }
 MR1_DEVICE float inv_temperature_of(const Call& call) { return (float)(1.0 / call.temperature); }
 
 struct Scratch {
@@ -64,13 +64,13 @@ MR1_DEVICE float warp_sum(float x) {
 }
 
 // Every thread's statistics in one, the same for all threads of the block.
-MR1_DEVICE Levels reduce(Levels s, float levels, Scratch& scratch) {
+MR1_DEVICE Levels reduce(Levels s, float rate, Scratch& scratch) {
   const int warp = thread() / 32, lane = thread() % 32, warps = threads() / 32;
   float top = warp_max(s.max);
   if (lane == 0) scratch.max[warp] = top;
   barrier();
   top = warp_max(lane < warps ? scratch.max[lane] : -INFINITY);
-  s = rebased(s, top, levels);
+  s = rebased(s, top, rate);
   s.sum = warp_sum(s.sum);
   s.weighted = warp_sum(s.weighted);
   if (lane == 0) {
@@ -119,14 +119,14 @@ struct Plan {
   bool zero;
 };
 
-MR1_DEVICE Plan plan_of(const RowGradient<float>& g, bool zero, float logp, float row_base, float log_sum, float levels) {
-  return {differentiation(g, row_base, log_sum, levels), sampled_gradient(g, logp), 0, 0, zero};
+MR1_DEVICE Plan plan_of(const RowGradient<float>& g, bool zero, float logp, float row_base, float log_sum, float rate) {
+  return {differentiation(g, row_base, log_sum, rate), sampled_gradient(g, logp), 0, 0, zero};
 }
 
 // From the row's statistics (relative to row_base, its maximum) to the token's outputs, which are stored, and the row's gradient.
 MR1_DEVICE Plan finish(
     const Call& call, const Row& row, const Token& t, const RowStats<float>& s, float row_base, bool store) {
-  const float inv_temperature = inv_temperature_of(call), levels = levels_of(call);
+  const float inv_temperature = inv_temperature_of(call), rate = rate_of(call);
   const float log_sum = logf(s.sum), entropy = log_sum - s.weighted / s.sum;  // the maximum is 0
   const float logp = (t.x_id - row_base) * inv_temperature - log_sum;
   if (store) {
@@ -156,7 +156,7 @@ MR1_DEVICE Plan finish(
     call.is_high[row.at] = loss.high;
   }
   const RowGradient<float> g = row_gradient(coef, t.entropy_weight, entropy, inv_temperature);
-  return plan_of(g, coef == 0.0f && t.entropy_weight == 0.0f, logp, row_base, log_sum, levels);
+  return plan_of(g, coef == 0.0f && t.entropy_weight == 0.0f, logp, row_base, log_sum, rate);
 }
 
 MR1_DEVICE void clear_outputs(const Call& call, const Row& row) {

@@ -25,7 +25,7 @@ MR1_DEVICE int64_t scalar_at(const Layout& at, int64_t i) {
 }
 
 template <typename T, bool kOnce>
-MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float levels) {
+MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float rate) {
   constexpr int kBatch = 4;  // loads in flight per thread
   Levels s = no_levels();
   const T* body = row + at.head;
@@ -42,17 +42,17 @@ MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float levels) {
     for (int u = 0; u < kBatch; ++u) {
       float x[kWidth<T>];
       unpack(words[u], x, T{});
-      visit(s, x, levels);
+      visit(s, x, rate);
     }
   }
   for (; v < at.vectors; v += step) {
     float x[kWidth<T>];
     unpack(read_words(body + v * kWidth<T>), x, T{});
-    visit(s, x, levels);
+    visit(s, x, rate);
   }
   for (int64_t i = thread(); i < at.scalars; i += step) {
     const float x[1] = {read_one(row + scalar_at<T>(at, i))};
-    visit(s, x, levels);
+    visit(s, x, rate);
   }
   return s;
 }
@@ -103,8 +103,8 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
   Token token{};
   if (thread() == 0) token = load_token(call, row, logits);
   const Layout at = layout_of<T>(logits, kGradient ? grad : logits, call.V);
-  const float levels = levels_of(call);
-  const Levels s = reduce(visit_row<T, !kGradient>(logits, at, levels), levels, shared.scratch);
+  const float rate = rate_of(call);
+  const Levels s = reduce(visit_row<T, !kGradient>(logits, at, rate), rate, shared.scratch);
   if (thread() == 0) {
     const float base = base_of(s.max);
     shared.plan = finish(call, row, token, relative(s, base, inv_temperature_of(call)), base, true);
@@ -133,7 +133,7 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) score_bwd_kernel(const Call call) {
   const float coef = logp == -INFINITY ? 0.0f : on_logp;  // a banned token has no derivative
   const RowGradient<float> g = row_gradient(coef, on_entropy, call.entropies[row.at], inv_temperature);
   const float row_base = lse * (float)call.temperature;
-  const Plan plan = plan_of(g, false, logp, row_base, 0.0f, levels_of(call));
+  const Plan plan = plan_of(g, false, logp, row_base, 0.0f, rate_of(call));
   barrier();  // every thread has read the id's logit
   write_row(grad, logits, layout_of<T>(logits, grad, call.V), plan, token.id);
 }

@@ -1,7 +1,7 @@
 // The arithmetic of a row that many threads share: each visits vectors of logits, their statistics are brought to one
 // maximum and added, and each turns its vectors into gradient. For the CUDA kernels; runs on any host for the tests.
 //
-// Exponentials are to base 2 with the temperature folded in: exp(x / temperature) = exp2(x * levels).
+// Exponentials are to base 2 with the temperature folded in: exp(x / temperature) = exp2(x * rate).
 #pragma once
 
 #include "token_loss.h"
@@ -39,34 +39,34 @@ MR1_HD float max_or_nan(float a, float b) {
 }
 
 // log2 of exp((x - base) / temperature), from below never less than kLevelFloor; a NaN stays one.
-MR1_HD float exponent(float x, float base, float levels) {
-  return max_or_nan((x - base) * levels, kLevelFloor);
+MR1_HD float exponent(float x, float base, float rate) {
+  return max_or_nan((x - base) * rate, kLevelFloor);
 }
 
 // What statistics are taken relative to: the maximum, unless nothing but banned tokens (-inf) has been seen.
 MR1_HD float base_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// Statistics with the logits' own maximum and `weighted` in powers of two: sum of 2^d * d with d = (x - max) * levels.
+// Statistics with the logits' own maximum and `weighted` in powers of two: sum of 2^d * d with d = (x - max) * rate.
 using Levels = RowStats<float>;
 
 MR1_HD Levels no_levels() { return {-INFINITY, 0.0f, 0.0f}; }
 
 // The same statistics relative to another, larger or equal maximum.
-MR1_HD Levels rebased(const Levels& s, float max, float levels) {
-  const float shift = exponent(s.max, base_of(max), levels), kept = exp2_of(shift);
+MR1_HD Levels rebased(const Levels& s, float max, float rate) {
+  const float shift = exponent(s.max, base_of(max), rate), kept = exp2_of(shift);
   return {max, kept * s.sum, kept * (s.weighted + shift * s.sum)};
 }
 
 template <int W>
-MR1_HD void visit(Levels& s, const float (&x)[W], float levels) {
+MR1_HD void visit(Levels& s, const float (&x)[W], float rate) {
   float top = s.max;
   MR1_UNROLL
   for (int i = 0; i < W; ++i) top = max_or_nan(top, x[i]);
-  s = rebased(s, top, levels);
+  s = rebased(s, top, rate);
   const float base = base_of(top);
   MR1_UNROLL
   for (int i = 0; i < W; ++i) {
-    const float d = exponent(x[i], base, levels), e = exp2_of(d);
+    const float d = exponent(x[i], base, rate), e = exp2_of(d);
     s.sum += e;
     s.weighted += e * d;
   }
@@ -79,19 +79,19 @@ MR1_HD RowStats<float> relative(const Levels& part, float row_base, float inv_te
 
 // What turns a logit into its gradient: p * (base + slope * log p), see RowGradient.
 struct Differentiation {
-  float row_base, log2_sum, levels;
+  float row_base, log2_sum, rate;
   float base, slope;
 };
 
-MR1_HD Differentiation differentiation(const RowGradient<float>& g, float row_base, float log_sum, float levels) {
-  return {row_base, log_sum * kLog2E, levels, g.base, g.slope * kLn2};
+MR1_HD Differentiation differentiation(const RowGradient<float>& g, float row_base, float log_sum, float rate) {
+  return {row_base, log_sum * kLog2E, rate, g.base, g.slope * kLn2};
 }
 
 template <int W>
 MR1_HD void differentiate(float (&x)[W], const Differentiation& d) {
   MR1_UNROLL
   for (int i = 0; i < W; ++i) {
-    const float log2_p = exponent(x[i], d.row_base, d.levels) - d.log2_sum;
+    const float log2_p = exponent(x[i], d.row_base, d.rate) - d.log2_sum;
     x[i] = exp2_of(log2_p) * (d.base + d.slope * log2_p);
   }
 }

@@ -14,7 +14,7 @@
 #include "floats.h"
 #endif
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
+#ifdef __CUDACC__
 #define MR1_HD __host__ __device__ __forceinline__
 #else
 #define MR1_HD inline

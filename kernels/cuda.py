@@ -93,10 +93,13 @@ def use(library: ctypes.CDLL, device: int) -> None:
     _LOADED[device] = library
 
 
-@torch.compiler.assume_constant_result
 def _missing(device: int) -> str | None:
     loaded = _load(device)
     return loaded if isinstance(loaded, str) else None
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: that takes two seconds.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(logits: Tensor) -> str | None:

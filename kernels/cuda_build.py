@@ -90,12 +90,14 @@ def _compile_and_check(nvcc: str, device: int, arch: str, path: Path) -> None:
         done = subprocess.run(compile_command(nvcc, arch, fresh), capture_output=True, text=True)
         if done.returncode != 0:
             raise CannotBuild(f"{nvcc} failed:\n{done.stderr.strip()[-2000:]}")
+        packages = os.pathsep.join(filter(None, [str(source_folder().parent), os.environ.get("PYTHONPATH")]))
         try:
             checked = subprocess.run(
                 [sys.executable, "-m", "mr1fast.kernels.cuda_check", str(fresh), str(device)],
                 capture_output=True,
                 text=True,
                 timeout=CHECK_SECONDS,
+                env={**os.environ, "PYTHONPATH": packages},
             )
         except subprocess.TimeoutExpired:
             raise CannotBuild(f"the kernels did not come to an end on device {device} in {CHECK_SECONDS} s") from None

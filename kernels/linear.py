@@ -9,14 +9,14 @@ op.py:
 - two passes, four GEMMs: scores without anything kept but [B, L] tensors; backward recomputes the logits, of rows with
   a gradient only.
 
-These functions know nothing of autograd (linear_op.py does); on a GPU each block waits once for a count of rows.
+These functions know nothing of autograd (linear_op.py does); on a GPU each block waits for counts of its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from torch import Tensor
 from mr1fast.kernels import dispatch, op, reference
 from mr1fast.kernels.reference import LossBatch, LossSpec
 from mr1fast.kernels.torch_backend import TORCH
+
+
+class How(NamedTuple):
+    backend: str
+    dtype: torch.dtype  # of the GEMMs' operands and of the logits
+    chunk_bytes: int | None  # None: CHUNK_BYTES
+
 
 Needed = Sequence[bool]  # whether hidden, weight and bias need a gradient
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]  # their gradients, None where not needed
@@ -43,29 +50,30 @@ class Head:
     """The language-model head of one call, and the hidden states it is applied to (`Head.of` checks nothing)."""
 
     hidden: Tensor  # [B * L, H], rows may be masked
-    weight: Tensor  # [V, H] in `dtype`
-    bias: Tensor | None  # [V] in `dtype`
-    dtype: torch.dtype  # of the GEMMs' operands and of the logits
-    chunk_bytes: int | None
+    weight: Tensor  # [V, H] in how.dtype
+    bias: Tensor | None  # [V] in how.dtype
+    how: How
+    gradient_dtype: torch.dtype  # of the weight as it came
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk_bytes: int | None):
-        bias = None if bias is None else bias.to(dtype)
-        return cls(hidden.reshape(-1, hidden.shape[-1]), weight.to(dtype), bias, dtype, chunk_bytes)
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Head:
+        bias = None if bias is None else bias.to(how.dtype)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return cls(rows, weight.to(how.dtype), bias, how, weight.dtype)
 
     def buffer(self, rows: int) -> Tensor:
         """The block of logits [rows of a block, V], of `chunk_bytes` unless those are too few."""
         kind = "cpu" if self.hidden.device.type == "cpu" else "gpu"
         V = self.weight.shape[0]
-        most = (self.chunk_bytes or CHUNK_BYTES[kind]) // (V * self.dtype.itemsize)
+        most = (self.how.chunk_bytes or CHUNK_BYTES[kind]) // (V * self.how.dtype.itemsize)
         most = max(most // ALIGN_ROWS * ALIGN_ROWS, MIN_ROWS[kind])
         if rows > most:  # blocks of equal size rather than a small last one
             per_block = -(-rows // -(-rows // most))
             rows = -(-per_block // ALIGN_ROWS) * ALIGN_ROWS if most >= ALIGN_ROWS else per_block
-        return torch.empty(rows, V, dtype=self.dtype, device=self.hidden.device)
+        return torch.empty(rows, V, dtype=self.how.dtype, device=self.hidden.device)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.hidden.index_select(0, index).to(self.dtype)
+        return self.hidden.index_select(0, index).to(self.how.dtype)
 
     def logits(self, index: Tensor, out: Tensor) -> None:
         """Logits of the rows `index` [n] of the hidden states into `out` [n, V]."""
@@ -89,9 +97,9 @@ class Gradients:
     """
 
     def __init__(self, head: Head, needed: Needed):
-        self.head, self.sums = head, reference.compute_dtype(head.dtype)
+        self.head, self.sums = head, reference.compute_dtype(head.how.dtype)
         self.needs_hidden, self.needs_weight, self.needs_bias = needed
-        self.hidden = torch.zeros_like(head.hidden) if self.needs_hidden else None
+        self.hidden = head.hidden.new_zeros(head.hidden.shape) if self.needs_hidden else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -108,13 +116,15 @@ class Gradients:
         """weight [V, H] += dlogits [n, V].T @ rows [n, H]"""
         first = self.weight is None
         if self.weight is None:
-            dtype = dlogits.dtype if last else self.sums  # one block: nothing to sum
+            # One block has nothing to sum; a float32 weight's gradient stays out of 16 bits.
+            direct = last and self.head.gradient_dtype == dlogits.dtype
+            dtype = dlogits.dtype if direct else self.sums
             self.weight = torch.empty_like(self.head.weight, dtype=dtype, memory_format=torch.contiguous_format)
         for columns in self.head.tiles():
             z, total = dlogits[:, columns].t(), self.weight[columns]
             widens: dict[str, Any] = {} if z.dtype == total.dtype else {"out_dtype": total.dtype}
             if widens and not z.is_cuda:
-                # A CPU's 16-bit GEMM has no float32 output: each block's product is rounded once, the sum is not.
+                # But a CPU's 16-bit GEMM has no float32 output: each block's product is rounded, their sum is not.
                 (total.copy_ if first else total.add_)(torch.mm(z, rows))
             elif first:
                 torch.mm(z, rows, out=total, **widens)
@@ -145,20 +155,18 @@ def grpo(
     bias: Tensor | None,
     batch: LossBatch,
     spec: LossSpec,
-    backend: str,
-    dtype: torch.dtype,  # of the GEMMs
-    chunk_bytes: int | None,
+    how: How,
     needed: Needed,
 ) -> tuple[op.LossOutputs, Found]:
     """((loss, logps, entropies, kl, is_low_clipped, is_high_clipped), (dhidden, dweight, dbias))"""
     reference.check_ids(batch.ids, batch.mask, weight.shape[0])
-    head, forward = Head.of(hidden, weight, bias, dtype, chunk_bytes), _find(backend).grpo_forward
+    head, forward = Head.of(hidden, weight, bias, how), _find(how.backend).grpo_forward
     index = _unmasked(batch.ids, batch.mask)
     packed = _packed(batch, index)
     buffer, gradients = head.buffer(len(index)), Gradients(head, needed)
 
     # loss, logps, entropies, kl, is_low_clipped, is_high_clipped
-    dtypes = (reference.compute_dtype(dtype),) * 4 + (torch.bool,) * 2
+    dtypes = (reference.compute_dtype(how.dtype),) * 4 + (torch.bool,) * 2
     per_token = [torch.zeros(batch.ids.shape, dtype=dtype, device=hidden.device) for dtype in dtypes]
     kept: list[Tensor] = []  # which hidden states the gradients at the front of the buffer belong to
     start = filled = 0
@@ -186,7 +194,7 @@ def grpo(
     per_token_loss, logps, entropies, kl, is_low, is_high = per_token
     loss = reference.aggregate(per_token_loss, entropies, batch)
     outputs = (loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high)
-    z = buffer = None  # the sum's conversion to 16 bits has the memory
+    z = buffer = None  # type: ignore[assignment]  # the sum's conversion to 16 bits has the memory
     return outputs, gradients.result(hidden, weight, bias)
 
 
@@ -246,16 +254,14 @@ def score(
     ids: Tensor,
     mask: Tensor | None,
     temperature: float,
-    backend: str,
-    dtype: torch.dtype,
-    chunk_bytes: int | None,
+    how: How,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), [B, L], 0 where masked."""
     reference.check_ids(ids, mask, weight.shape[0])
-    head, forward = Head.of(hidden, weight, bias, dtype, chunk_bytes), _find(backend).score_forward
+    head, forward = Head.of(hidden, weight, bias, how), _find(how.backend).score_forward
     index = _unmasked(ids, mask)
     buffer = head.buffer(len(index))
-    like = torch.zeros(ids.shape, dtype=reference.compute_dtype(dtype), device=hidden.device)
+    like = torch.zeros(ids.shape, dtype=reference.compute_dtype(how.dtype), device=hidden.device)
     scored = (like, torch.zeros_like(like), torch.zeros_like(like))
     for rows in index.split(max(len(buffer), 1)):
         z = buffer[None, : len(rows)]
@@ -276,13 +282,11 @@ def score_backward(
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
     temperature: float,
-    backend: str,
-    dtype: torch.dtype,
-    chunk_bytes: int | None,
-    *needed: bool,
+    how: How,
+    needed: Needed,
 ) -> Found:
     """(dhidden, dweight, dbias); rows whose two gradients are exactly 0 are left out, the first GEMM included."""
-    head, backward = Head.of(hidden, weight, bias, dtype, chunk_bytes), _find(backend).score_backward
+    head, backward = Head.of(hidden, weight, bias, how), _find(how.backend).score_backward
     counts = grad_logps != 0 if grad_entropies is None else (grad_logps != 0) | (grad_entropies != 0)
     index = _unmasked(ids, counts if mask is None else counts & mask)
     buffer, gradients = head.buffer(len(index)), Gradients(head, needed)
@@ -297,5 +301,5 @@ def score_backward(
         head.logits(rows, z[0])
         backward(z, of_rows(ids, rows), None, *(of_rows(t, rows) for t in per_token), temperature, z)
         gradients.add(rows, z[0], last=start + len(rows) == len(index))
-    z = buffer = None
+    z = buffer = None  # type: ignore[assignment]
     return gradients.result(hidden, weight, bias)

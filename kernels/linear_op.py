@@ -6,17 +6,15 @@ registered op (it needs autograd inside) and keeps the logits: Inductor fuses th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 
 from mr1fast.kernels import dispatch, linear, op, reference
-from mr1fast.kernels.linear import Found
-from mr1fast.kernels.op import BATCH_SCHEMA, SPEC_SCHEMA, LossOutputs
+from mr1fast.kernels.linear import Found, How, Needed
+from mr1fast.kernels.op import LossOutputs
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
+from mr1fast.kernels.registered import BATCH_SCHEMA, SPEC_SCHEMA, unflat
 
 
 def grpo(
@@ -42,7 +40,7 @@ def grpo(
         )
         return op.objective(logps, entropies, batch, spec, reduction)
     needed = _needed(hidden, weight, bias)
-    args = (hidden, weight, bias, batch, spec, (backend, dtype, chunk_bytes, *needed))
+    args = (hidden, weight, bias, batch, spec, How(backend, dtype, chunk_bytes), needed)
     loss, *per_token = _OnePass.apply(*args) if any(needed) else _grpo(*args)[:6]
     logps, entropies, kl, is_low, is_high = per_token
     return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
@@ -64,9 +62,9 @@ def token_logprobs(
     backend = _resolve(backend, hidden, weight, dtype)
     if backend == "torch" and torch.compiler.is_compiling():
         return reference.score(_logits(hidden, weight, bias, mask, dtype), ids, mask, temperature)
-    args = (hidden, weight, bias, ids, mask, temperature, backend, dtype, chunk_bytes)
+    args = (hidden, weight, bias, ids, mask, temperature, How(backend, dtype, chunk_bytes))
     needed = _needed(hidden, weight, bias)
-    logps, entropies, _ = _Score.apply(*args, *needed) if any(needed) else _score(*args)
+    logps, entropies, _ = _Score.apply(*args, needed) if any(needed) else _score(*args)
     return logps, entropies
 
 
@@ -95,10 +93,10 @@ def _needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, batch: LossBatch, spec: LossSpec, how: tuple):
+    def forward(ctx, hidden, weight, bias, batch: LossBatch, spec: LossSpec, how: How, needed: Needed):
         ctx.set_materialize_grads(False)
-        ctx.needed = how[-3:]
-        *outputs, dhidden, dweight, dbias = _grpo(hidden, weight, bias, batch, spec, how)
+        ctx.needed = needed
+        *outputs, dhidden, dweight, dbias = _grpo(hidden, weight, bias, batch, spec, how, needed)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(dhidden, dweight, dbias)
         return tuple(outputs)
@@ -109,27 +107,27 @@ class _OnePass(torch.autograd.Function):
             op.scaled(gradient, grad_loss) if needed and grad_loss is not None else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needed)
         ]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, hidden, weight, bias, ids, mask, temperature: float, how: How, needed: Needed):
         ctx.set_materialize_grads(False)
-        hidden, weight, bias, ids, mask, *ctx.settings = args  # temperature, backend, dtype, chunk_bytes, needed
-        logps, entropies, lse = _score(*args[:-3])
+        ctx.temperature, ctx.how, ctx.needed = temperature, how, needed
+        logps, entropies, lse = _score(hidden, weight, bias, ids, mask, temperature, how)
         ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies)
         ctx.mark_non_differentiable(lse)
         return logps, entropies, lse
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropies, _):
-        *saved, lse, entropies = ctx.saved_tensors
+        saved = ctx.saved_tensors  # hidden, weight, bias, ids, mask, lse, entropies
         if grad_logps is None:
-            grad_logps = torch.zeros_like(lse)
-        gradients = _score_backward(*saved, lse, entropies, grad_logps, grad_entropies, *ctx.settings)
-        found = [gradient if needed else None for gradient, needed in zip(gradients, ctx.settings[-3:])]
-        return (*found, *(None,) * (2 + len(ctx.settings)))
+            grad_logps = torch.zeros_like(saved[-1])
+        args = (*saved, grad_logps, grad_entropies, ctx.temperature, ctx.how, ctx.needed)
+        gradients = [found if needed else None for found, needed in zip(_score_backward(*args), ctx.needed)]
+        return *gradients, None, None, None, None, None
 
 
 # ---- registered ops -------------------------------------------------------------------------------------------------
@@ -143,23 +141,30 @@ def _tensors(found: Found, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> tuple:
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Needed) -> tuple:
     pairs = zip((hidden, weight, bias), needed)
     return tuple(t.new_empty(t.shape) if t is not None and need else hidden.new_empty(0) for t, need in pairs)
 
 
 def _run_grpo(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: LossBatch, spec: LossSpec, how: Sequence[Any]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: LossBatch,
+    spec: LossSpec,
+    how: How,
+    needed: Needed,
 ) -> tuple[Tensor, ...]:
-    backend, dtype, chunk_bytes, *needed = how
     # The dtype is settled; autocast would decide again inside.
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs, gradients = linear.grpo(hidden, weight, bias, batch, spec, backend, dtype, chunk_bytes, needed)
+        outputs, gradients = linear.grpo(hidden, weight, bias, batch, spec, how, needed)
     return *(hidden.new_empty(0) if t is None else t for t in outputs), *_tensors(gradients, hidden)
 
 
-def _run_flat_grpo(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
-    return _run_grpo(hidden, weight, bias, *op.unflat(args[:-6]), args[-6:])
+def _grpo_arguments(args: tuple) -> tuple[LossBatch, LossSpec, How, Needed]:
+    """From the op's arguments behind the head."""
+    *options, backend, dtype, chunk_bytes, needs_hidden, needs_weight, needs_bias = args
+    return *unflat(options), How(backend, dtype, chunk_bytes), (needs_hidden, needs_weight, needs_bias)
 
 
 @custom_op(
@@ -167,18 +172,19 @@ def _run_flat_grpo(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -
     mutates_args=(),
     schema=f"({_HEAD}, {BATCH_SCHEMA}, {SPEC_SCHEMA}, {_HOW}, {_NEEDED}) -> ({', '.join(['Tensor'] * 9)})",
 )
-def linear_grpo_op(*args) -> tuple[Tensor, ...]:
+def linear_grpo_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high, dhidden, dweight, dbias, each or empty)."""
-    return _run_flat_grpo(*args)
+    return _run_grpo(hidden, weight, bias, *_grpo_arguments(args))
 
 
 @linear_grpo_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
     values = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
     flags = hidden.new_empty(hidden.shape[:2], dtype=torch.bool)
-    kl = values.new_empty(0) if op.unflat(args[:-6])[0].ref_logps is None else torch.empty_like(values)
+    batch, _, _, needed = _grpo_arguments(args)
+    kl = values.new_empty(0) if batch.ref_logps is None else torch.empty_like(values)
     outputs = (values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags))
-    return *outputs, *_fake_gradients(hidden, weight, bias, args[-3:])
+    return *outputs, *_fake_gradients(hidden, weight, bias, needed)
 
 
 def _run_score(hidden: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +199,8 @@ def _run_score(hidden: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
 )
 def linear_score_op(*args) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L]."""
-    return _run_score(*args)
+    *tensors, backend, dtype, chunk_bytes = args
+    return _run_score(*tensors, How(backend, dtype, chunk_bytes))
 
 
 @linear_score_op.register_fake
@@ -217,7 +224,8 @@ def _run_score_backward(hidden: Tensor, *args) -> tuple[Tensor, ...]:
 )
 def linear_score_backward_op(*args) -> tuple[Tensor, ...]:
     """(dhidden, dweight, dbias), each or empty."""
-    return _run_score_backward(*args)
+    *scored, backend, dtype, chunk_bytes, needs_hidden, needs_weight, needs_bias = args
+    return _run_score_backward(*scored, How(backend, dtype, chunk_bytes), (needs_hidden, needs_weight, needs_bias))
 
 
 @linear_score_backward_op.register_fake
@@ -229,16 +237,26 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tenso
 
 
 def _grpo(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: LossBatch, spec: LossSpec, how: Sequence[Any]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: LossBatch,
+    spec: LossSpec,
+    how: How,
+    needed: Needed,
 ) -> tuple[Tensor, ...]:
-    if how[0] == "torch":
-        return _run_grpo(hidden, weight, bias, batch, spec, how)
-    return linear_grpo_op(hidden, weight, bias, *flat(batch), *flat(spec), *how)
+    if how.backend == "torch":
+        return _run_grpo(hidden, weight, bias, batch, spec, how, needed)
+    return linear_grpo_op(hidden, weight, bias, *flat(batch), *flat(spec), *how, *needed)
 
 
-def _score(*args) -> tuple[Tensor, Tensor, Tensor]:
-    return (_run_score if args[-3] == "torch" else linear_score_op)(*args)
+def _score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, temperature: float, how: How
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (hidden, weight, bias, ids, mask, temperature)
+    return _run_score(*args, how) if how.backend == "torch" else linear_score_op(*args, *how)
 
 
 def _score_backward(*args) -> tuple[Tensor, ...]:
-    return (_run_score_backward if args[-6] == "torch" else linear_score_backward_op)(*args)
+    *scored, how, needed = args
+    return _run_score_backward(*args) if how.backend == "torch" else linear_score_backward_op(*scored, *how, *needed)

@@ -5,22 +5,29 @@ Two ways through the same loss head:
 - one pass (token-level objective, scalar loss): forward writes the finished gradient, backward hands it on;
 - two passes (everything else): `token_logprobs` has an autograd rule, and the objective is ordinary torch on [B, L].
 
-Every op that writes over its argument is declared as a mutation, so that autograd and torch.compile know.
+The ops they call are in registered.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+import weakref
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from mr1fast.kernels import dispatch, reference, triton_backend
+from mr1fast.kernels import dispatch, reference
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
+from mr1fast.kernels.registered import (
+    grpo_loss_inplace_op,
+    grpo_loss_op,
+    new_gradient,
+    run_grpo,
+    scale_op,
+    score_backward_inplace_op,
+    score_backward_op,
+    score_op,
+)
 
 # (loss, logps, entropies, kl, is_low_clipped, is_high_clipped)
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -31,13 +38,12 @@ def grpo(
 ) -> LossOutputs:
     """The loss and the per-token outputs; only the loss is differentiable."""
     backend = dispatch.resolve(backend, logits)
-    if inplace:
-        _refuse_consumed(logits)
+    _refuse_consumed(logits)
     if backend == "torch" or reduction == "none" or spec.importance_sampling_level == "sequence":
         return _two_passes(logits, batch, spec, reduction, inplace, backend)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         if _direct(logits):
-            loss, *per_token = _run_grpo(logits, batch, spec, backend, None)
+            loss, *per_token = run_grpo(logits, batch, spec, backend, None)
         else:
             loss, *per_token = grpo_loss_op(logits, *flat(batch), *flat(spec), backend, False)[:-1]
     else:
@@ -45,8 +51,8 @@ def grpo(
         mark_dirty = inplace and not (torch.compiler.is_compiling() or logits.is_leaf or logits._is_view())
         outputs = _OnePass.apply(logits, batch, spec, backend, inplace, mark_dirty)
         loss, *per_token = outputs[1:] if mark_dirty else outputs
-        if inplace:
-            _mark_consumed(logits)
+        if inplace and not torch.compiler.is_compiling():
+            _mark_consumed(_owner(logits))
     logps, entropies, kl, is_low, is_high = per_token
     return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
 
@@ -73,10 +79,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropies), both [B, L] and differentiable."""
     backend = dispatch.resolve(backend, logits)
+    _refuse_consumed(logits)
     if backend == "torch":
         return reference.score(logits, ids, mask, temperature)
-    if inplace_backward:
-        _refuse_consumed(logits)
     logps, entropies, _ = _Score.apply(logits, ids, mask, temperature, inplace_backward, backend)
     return logps, entropies
 
@@ -99,8 +104,8 @@ class _OnePass(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_dirty_used = mark_dirty
         if _direct(logits):
-            gradient = logits if inplace else _new_gradient(logits)
-            outputs = _run_grpo(logits, batch, spec, backend, gradient)
+            gradient = logits if inplace else new_gradient(logits)
+            outputs = run_grpo(logits, batch, spec, backend, gradient)
             if inplace:
                 torch.autograd.graph.increment_version(logits)
         elif inplace:
@@ -136,6 +141,8 @@ class _Score(torch.autograd.Function):
         ctx.save_for_backward(logits, ids, mask, lse, entropies)
         ctx.temperature, ctx.inplace_backward, ctx.backend = temperature, inplace_backward, backend
         ctx.mark_non_differentiable(lse)
+        # What save_for_backward hands back is another object, on which a mark would be lost.
+        ctx.owner = None if torch.compiler.is_compiling() else weakref.ref(_owner(logits))
         return logps, entropies, lse
 
     @staticmethod
@@ -151,9 +158,20 @@ class _Score(torch.autograd.Function):
             logits = logits.detach()
             score_backward_inplace_op(logits, *args)
             gradient = logits
+            if ctx.owner is not None and (owner := ctx.owner()) is not None:
+                _mark_consumed(owner)
         else:
             gradient = score_backward_op(logits, *args)
         return gradient, None, None, None, None, None
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor (0-d), in place."""
+    # On a CPU outside of a compiled graph the question is free, and a factor of 1 leaves even the version alone, so
+    # that backward can run twice. Where the factor is not 1 a second backward raises: the saved gradient has changed.
+    if torch.compiler.is_compiling() or gradient.is_cuda or factor.item() != 1:
+        scale_op(gradient, factor)
+    return gradient
 
 
 # ---- misuse of inplace ----------------------------------------------------------------------------------------------
@@ -166,10 +184,8 @@ def _owner(logits: Tensor) -> Tensor:
     return logits if logits._base is None else logits._base
 
 
-def _mark_consumed(logits: Tensor) -> None:
-    if not torch.compiler.is_compiling():
-        owner = _owner(logits)
-        owner.__dict__[_CONSUMED_AT] = owner._version
+def _mark_consumed(owner: Tensor) -> None:
+    owner.__dict__[_CONSUMED_AT] = owner._version
 
 
 def _refuse_consumed(logits: Tensor) -> None:
@@ -178,156 +194,7 @@ def _refuse_consumed(logits: Tensor) -> None:
         owner = _owner(logits)
         if owner.__dict__.get(_CONSUMED_AT) == owner._version:
             raise RuntimeError(
-                "these logits were already consumed by a call with inplace=True and hold a gradient now; pass "
-                "inplace=False, or let activation checkpointing recompute the lm_head together with the loss"
+                "these logits were already consumed by a call in place and hold a gradient now; compute them again, "
+                "make the earlier call with inplace=False (inplace_backward=False), or let activation checkpointing "
+                "recompute the lm_head together with the loss"
             )
-
-
-# ---- registered ops -------------------------------------------------------------------------------------------------
-
-# The fields of LossBatch, then those of LossSpec, in order.
-BATCH_SCHEMA = (
-    "Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, Tensor? rewards, "
-    "int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, Tensor? is_ratio, "
-    "Tensor? entropy_weight"
-)
-SPEC_SCHEMA = (
-    "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
-    "bool use_bias_correction_kl, float sapo_temperature_pos, float sapo_temperature_neg, float temperature"
-)
-BATCH_SIZE = len(fields(LossBatch))
-# A tuple, not Tensor[]: an op that mutates an argument and returns a list cannot be functionalised by torch.compile.
-_OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
-
-
-def unflat(args: Sequence[Any]) -> tuple[LossBatch, LossSpec]:
-    """What `flat` made of a batch and a spec."""
-    return LossBatch(*args[:BATCH_SIZE]), LossSpec(*args[BATCH_SIZE:])
-
-
-def _run_grpo(
-    logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, gradient: Tensor | None
-) -> tuple[Tensor, ...]:
-    outputs = dispatch.find(backend).grpo_forward(logits, batch, spec, gradient)
-    loss, _, logps, entropies, kl, is_low, is_high, _ = outputs
-    return loss, logps, entropies, logps.new_empty(0) if kl is None else kl, is_low, is_high
-
-
-def _fake_grpo(logits: Tensor, batch: LossBatch) -> tuple[Tensor, ...]:
-    values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
-    flags = logits.new_empty(logits.shape[:2], dtype=torch.bool)
-    kl = values.new_empty(0) if batch.ref_logps is None else torch.empty_like(values)
-    return values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags)
-
-
-def _new_gradient(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-@custom_op(
-    "mr1fast::grpo_loss",
-    mutates_args=(),
-    schema=f"(Tensor logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend, bool need_gradient) -> ({_OUTPUTS}, Tensor)",
-)
-def grpo_loss_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
-    """(loss, logps, entropies, kl or empty, is_low, is_high, dloss/dlogits or empty)."""
-    *options, backend, need_gradient = args
-    gradient = _new_gradient(logits) if need_gradient else None
-    outputs = _run_grpo(logits, *unflat(options), backend, gradient)
-    return *outputs, logits.new_empty(0) if gradient is None else gradient
-
-
-@grpo_loss_op.register_fake
-def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
-    *options, _, need_gradient = args
-    return *_fake_grpo(logits, unflat(options)[0]), _new_gradient(logits) if need_gradient else logits.new_empty(0)
-
-
-@custom_op(
-    "mr1fast::grpo_loss_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend) -> ({_OUTPUTS})",
-)
-def grpo_loss_inplace_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
-    """(loss, logps, entropies, kl or empty, is_low, is_high); dloss/dlogits overwrites the logits."""
-    return _run_grpo(logits, *unflat(args[:-1]), args[-1], logits)
-
-
-@grpo_loss_inplace_op.register_fake
-def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
-    return _fake_grpo(logits, unflat(args[:-1])[0])
-
-
-@custom_op("mr1fast::score", mutates_args=())
-def score_op(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps, entropies, lse), float32 [B, L]."""
-    return dispatch.find(backend).score_forward(logits, ids, mask, temperature)
-
-
-@score_op.register_fake
-def _(logits, ids, mask, temperature, backend):
-    values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
-    return values, torch.empty_like(values), torch.empty_like(values)
-
-
-_SCORED = "Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, Tensor? grad_entropies"
-
-
-@custom_op(
-    "mr1fast::score_backward",
-    mutates_args=(),
-    schema=f"(Tensor logits, {_SCORED}, float temperature, str backend) -> Tensor",
-)
-def score_backward_op(logits: Tensor, *args) -> Tensor:
-    """dlogits of `score`, in a new buffer."""
-    gradient = _new_gradient(logits)
-    dispatch.find(args[-1]).score_backward(logits, *args[:-1], gradient)
-    return gradient
-
-
-@score_backward_op.register_fake
-def _(logits, *args):
-    return _new_gradient(logits)
-
-
-@custom_op(
-    "mr1fast::score_backward_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {_SCORED}, float temperature, str backend) -> ()",
-)
-def score_backward_inplace_op(logits: Tensor, *args) -> None:
-    """dlogits of `score`, written over the logits."""
-    dispatch.find(args[-1]).score_backward(logits, *args[:-1], logits)
-
-
-@score_backward_inplace_op.register_fake
-def _(logits, *args):
-    return None
-
-
-@custom_op("mr1fast::scale_", mutates_args=("gradient",))
-def scale_op(gradient: Tensor, factor: Tensor) -> None:
-    """gradient [B, L, V], [V, H] or [V] *= factor (0-d), without a visit of the memory where the factor is 1."""
-    if gradient.is_cuda and triton_backend.why_not(gradient) is None:
-        from mr1fast.kernels import triton_score
-
-        rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[-1])
-        triton_score.scale_unless_one(rows, factor)
-    elif factor.item() != 1:
-        gradient.mul_(factor.to(gradient.dtype))
-
-
-@scale_op.register_fake
-def _(gradient, factor):
-    return None
-
-
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor (0-d), in place."""
-    # On a CPU outside of a compiled graph the question is free, and a factor of 1 leaves even the version alone, so
-    # that backward can run twice. Where the factor is not 1 a second backward raises: the saved gradient has changed.
-    if torch.compiler.is_compiling() or gradient.is_cuda or factor.item() != 1:
-        scale_op(gradient, factor)
-    return gradient

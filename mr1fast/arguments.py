@@ -52,6 +52,14 @@ def floating(name: str, tensor: Any, dims: str) -> Tensor:
     return tensor
 
 
+def logits_shape(logits: Any) -> tuple[int, int]:
+    """(B, L) of logits [B, L, V]."""
+    B, L, V = floating("logits", logits, "[B, L, V]").shape
+    if V == 0 or (logits.numel() and logits.stride(-1) != 1):
+        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got strides {logits.stride()}")
+    return B, L
+
+
 def token_ids(ids: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor:
     """ids [B, L] as int64 on the device of `like`."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

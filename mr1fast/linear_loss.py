@@ -12,7 +12,8 @@ What the weight may be:
 - Frozen: its GEMM is left out, and so is that of hidden states which need no gradient.
 
 The GEMMs run in the type of the hidden states, or autocast's; a float32 weight (FSDP2 with a 16-bit `param_dtype`,
-autocast) is cast for the call and gets its gradient in float32, never rounded on the way.
+autocast) is cast for the call and gets its gradient in float32, summed over blocks in float32. On a GPU nothing is
+rounded on the way; a CPU's 16-bit GEMM rounds each block's product.
 torch.compile(fullgraph=True) takes both functions as one node each; the "torch" backend is traced with its logits kept.
 """
 

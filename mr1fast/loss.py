@@ -119,23 +119,24 @@ def grpo_loss(
         max_completion_length: "dr_grpo"'s normaliser, in tokens.
         num_items_in_batch: "dapo"'s and "cispo"'s normaliser, in tokens; None for the number of unmasked tokens.
         temperature: the logits are divided by it.
-        inplace: write the gradient over the logits (which are consumed); without gradient they stay untouched.
+        inplace: write the gradient over the logits (which are consumed); without gradient they stay untouched. It
+            saves the memory where the logits come out of a model; a leaf's `.grad` is a copy that autograd makes.
         reduction: "mean", or "none" for the [B, L] loss without normaliser.
         backend: "auto", "torch", "cpp", "triton" or "cuda". Only "auto" chooses; a named one raises if it cannot run.
 
     Beyond a log-ratio (or ref_logp - logp) of 80, exp and its slope stay at e^80: float32's exp ends at 88.7, and a
     factor more would make inf, then NaN gradients (see `kernels/reference.py`).
 
+    Backward may run once; on a CPU again, as long as its incoming gradient is 1.
+
     Raises:
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
         RuntimeError: logits that an earlier in-place call has consumed.
     """
-    B, L, V = arguments.floating("logits", logits, "[B, L, V]").shape
-    if V == 0 or (logits.numel() and logits.stride(-1) != 1):
-        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got strides {logits.stride()}")
+    shape = arguments.logits_shape(logits)
     spec, batch = arguments.loss_settings(
         logits,
-        (B, L),
+        shape,
         completion_ids,
         advantages,
         rewards=rewards,
@@ -179,11 +180,9 @@ def token_logprobs(
     Both are differentiable, so any objective can stand on top. 0 (and no gradient) where `mask` [B, L] is 0.
     inplace_backward: backward writes the gradient over the logits, which are then consumed.
     """
-    B, L, V = arguments.floating("logits", logits, "[B, L, V]").shape
-    if V == 0 or (logits.numel() and logits.stride(-1) != 1):
-        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got strides {logits.stride()}")
-    ids = arguments.token_ids(ids, (B, L), logits, "ids")
-    mask = arguments.token_mask(mask, (B, L), logits, "mask")
+    shape = arguments.logits_shape(logits)
+    ids = arguments.token_ids(ids, shape, logits, "ids")
+    mask = arguments.token_mask(mask, shape, logits, "mask")
     temperature = arguments.number("temperature", temperature, above=0)
     logps, entropies = op.token_logprobs(
         logits, ids, mask, temperature, inplace_backward=inplace_backward, backend=backend

@@ -17,9 +17,8 @@ FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.f
 @pytest.fixture
 def unregistered(monkeypatch):
     """A TorchDispatchMode sees a registered op as one call; here it sees what the op does."""
-    monkeypatch.setattr(linear_op, "linear_grpo_op", linear_op._run_flat_grpo)
-    for name in ("score", "score_backward"):
-        monkeypatch.setattr(linear_op, f"linear_{name}_op", getattr(linear_op, f"_run_{name}"))
+    for name in ("linear_grpo_op", "linear_score_op", "linear_score_backward_op"):
+        monkeypatch.setattr(linear_op, name, getattr(linear_op, name)._init_fn)
 
 
 def plain(head, batch, dtype, **settings):

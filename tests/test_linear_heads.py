@@ -165,8 +165,20 @@ def test_bad_arguments(bad, message):
 def test_block_size(monkeypatch):
     """Blocks of equal size, aligned, within the budget, and never too small for a GEMM."""
     monkeypatch.undo()
-    head = linear.Head.of(torch.zeros(1, 1000, 4), torch.zeros(1000, 4), None, torch.float32, 300 * 4000)
+    hidden, weight = torch.zeros(1, 1000, 4), torch.zeros(1000, 4)
+    head = linear.Head.of(hidden, weight, None, linear.How("torch", torch.float32, 300 * 4000))
     assert head.buffer(1000).shape == (256, 1000)
     assert head.buffer(10).shape == (10, 1000)
-    head = linear.Head.of(torch.zeros(1, 1000, 4), torch.zeros(1000, 4), None, torch.float32, 1)
+    head = linear.Head.of(hidden, weight, None, linear.How("torch", torch.float32, 1))
     assert head.buffer(1000).shape == (64, 1000)
+
+
+def test_gradients_are_contiguous_whatever_the_hidden_states_are():
+    """The kernel that scales them on a GPU relies on it."""
+    hidden, weight = torch.zeros(1, 4, 50).transpose(1, 2), torch.zeros(9, 4)
+    head = linear.Head.of(hidden, weight, None, linear.How("torch", torch.float32, None))
+    assert not head.hidden.is_contiguous()
+    gradients = linear.Gradients(head, (True, True, False))
+    gradients.add(torch.arange(50), torch.ones(50, 9), last=True)
+    assert gradients.hidden.is_contiguous()
+    assert gradients.weight.is_contiguous()

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from mr1fast import grpo_loss, token_logprobs
-from mr1fast.kernels import op
+from mr1fast.kernels import registered
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 from mr1fast.kernels.testing import available_backends, random_batch
 
@@ -116,14 +116,16 @@ def test_opcheck(with_ref, backend):
     )
     options = (*flat(loss_batch), *flat(LossSpec(delta=1.5)), backend)
     for need_gradient in (True, False):
-        torch.library.opcheck(op.grpo_loss_op, (batch["logits"], *options, need_gradient))
-    torch.library.opcheck(op.grpo_loss_inplace_op, (batch["logits"].clone(), *options))
-    torch.library.opcheck(op.score_op, (batch["logits"], ids, mask, 0.9, backend))
-    scored = op.score_op(batch["logits"], ids, mask, 0.9, backend)
+        torch.library.opcheck(registered.grpo_loss_op, (batch["logits"], *options, need_gradient))
+    torch.library.opcheck(registered.grpo_loss_inplace_op, (batch["logits"].clone(), *options))
+    torch.library.opcheck(registered.score_op, (batch["logits"], ids, mask, 0.9, backend))
+    scored = registered.score_op(batch["logits"], ids, mask, 0.9, backend)
     scored = (scored[2], scored[1], torch.randn(3, 4), torch.randn(3, 4))
-    torch.library.opcheck(op.score_backward_op, (batch["logits"], ids, mask, *scored, 0.9, backend))
-    torch.library.opcheck(op.score_backward_inplace_op, (batch["logits"].clone(), ids, mask, *scored, 0.9, backend))
-    torch.library.opcheck(op.scale_op, (torch.randn(3, 4), torch.tensor(2.0)))
+    torch.library.opcheck(registered.score_backward_op, (batch["logits"], ids, mask, *scored, 0.9, backend))
+    torch.library.opcheck(
+        registered.score_backward_inplace_op, (batch["logits"].clone(), ids, mask, *scored, 0.9, backend)
+    )
+    torch.library.opcheck(registered.scale_op, (torch.randn(3, 4), torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -137,8 +139,9 @@ def test_logits_used_again_after_an_inplace_call(view, backend):
 
     whole, logits = logits_of()
     grpo_loss(logits, inplace=True, backend=backend, **batch)
-    with pytest.raises(RuntimeError, match="already consumed"):
-        grpo_loss(whole[:, : logits.shape[1]] if view else logits, inplace=True, backend=backend, **batch)
+    for inplace in (True, False):
+        with pytest.raises(RuntimeError, match="already consumed"):
+            grpo_loss(whole[:, : logits.shape[1]] if view else logits, inplace=inplace, backend=backend, **batch)
     # A use before the loss that needs the old values in backward.
     whole, logits = logits_of()
     other = (whole**2).sum()
@@ -150,6 +153,29 @@ def test_logits_used_again_after_an_inplace_call(view, backend):
         output = grpo_loss(logits, inplace=True, backend=backend, **batch)
         with pytest.raises(RuntimeError, match=r"replaced these logits by their gradient"):
             (output.loss + logits.sum()).backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("view", [False, True])
+def test_logits_used_again_after_a_backward_in_place(view, backend):
+    hidden, weight, batch = head(random_batch(3, 4, 40))
+    ids = batch["completion_ids"]
+    objectives = [
+        lambda logits: (
+            grpo_loss(logits, inplace=True, importance_sampling_level="sequence", backend=backend, **batch).loss
+        ),
+        lambda logits: token_logprobs(logits, ids, inplace_backward=True, backend=backend).sum(),
+    ]
+    for objective in objectives:
+        whole = (torch.cat([hidden, hidden[:, :1]], 1) if view else hidden) @ weight.T
+        logits = whole[:, :4]
+        loss = objective(logits)
+        token_logprobs(logits, ids, backend=backend)  # until backward they are what they were
+        loss.backward()
+        with pytest.raises(RuntimeError, match="already consumed"):
+            grpo_loss(logits, backend=backend, **batch)
+        with pytest.raises(RuntimeError, match="already consumed"):
+            token_logprobs(whole[:, :4], ids, backend=backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
