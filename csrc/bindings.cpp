@@ -87,7 +87,7 @@ mr1fast::Logits describe(
     }
   }
   TORCH_CHECK_VALUE(
-      wrong == 0, "completion_ids must lie in [0, ", x.V, ") wherever the mask is set, got ", example, " (", wrong,
+      wrong == 0, "completion_ids (ids) must lie in [0, ", x.V, ") wherever the mask is set, got ", example, " (", wrong,
       " such position(s))");
   return x;
 }

@@ -34,12 +34,12 @@ def grpo(
     if backend == "torch" and torch.compiler.is_compiling():
         logits = _logits(hidden, weight, bias, batch.mask, dtype)
         return op.grpo(logits, batch, spec, reduction=reduction, inplace=False, backend=backend)
-    if reduction == "none" or spec.importance_sampling_level == "sequence":
+    needed = _needed(hidden, weight, bias)
+    if not op.one_pass(spec, reduction, dtype, any(needed)):
         logps, entropies = token_logprobs(
             hidden, weight, bias, batch.ids, batch.mask, spec.temperature, chunk_bytes=chunk_bytes, backend=backend
         )
         return op.objective(logps, entropies, batch, spec, reduction)
-    needed = _needed(hidden, weight, bias)
     args = (hidden, weight, bias, batch, spec, How(backend, dtype, chunk_bytes), needed)
     loss, *per_token = _OnePass.apply(*args) if any(needed) else _grpo(*args)[:6]
     logps, entropies, kl, is_low, is_high = per_token
@@ -95,7 +95,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, batch: LossBatch, spec: LossSpec, how: How, needed: Needed):
         ctx.set_materialize_grads(False)
-        ctx.needed = needed
+        ctx.needed, ctx.handed_on = needed, False
         *outputs, dhidden, dweight, dbias = _grpo(hidden, weight, bias, batch, spec, how, needed)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(dhidden, dweight, dbias)
@@ -103,10 +103,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        gradients = [
-            op.scaled(gradient, grad_loss) if needed and grad_loss is not None else None
-            for gradient, needed in zip(ctx.saved_tensors, ctx.needed)
-        ]
+        gradients = [g if needed else None for g, needed in zip(op.hand_on(ctx, grad_loss), ctx.needed)]
         return *gradients, None, None, None, None
 
 

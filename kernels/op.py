@@ -4,6 +4,7 @@ Two ways through the same loss head:
 
 - one pass (token-level objective, scalar loss): forward writes the finished gradient, backward hands it on;
 - two passes (everything else): `token_logprobs` has an autograd rule, and the objective is ordinary torch on [B, L].
+  float16 logits take it too: a small gradient survives in float16 only if the loss scale is in it before it is rounded.
 
 The ops they call are in registered.py.
 """
@@ -39,9 +40,10 @@ def grpo(
     """The loss and the per-token outputs; only the loss is differentiable."""
     backend = dispatch.resolve(backend, logits)
     _refuse_consumed(logits)
-    if backend == "torch" or reduction == "none" or spec.importance_sampling_level == "sequence":
+    differentiated = torch.is_grad_enabled() and logits.requires_grad
+    if backend == "torch" or not one_pass(spec, reduction, logits.dtype, differentiated):
         return _two_passes(logits, batch, spec, reduction, inplace, backend)
-    if not (torch.is_grad_enabled() and logits.requires_grad):
+    if not differentiated:
         if _direct(logits):
             loss, *per_token = run_grpo(logits, batch, spec, backend, None)
         else:
@@ -55,6 +57,13 @@ def grpo(
             _mark_consumed(_owner(logits))
     logps, entropies, kl, is_low, is_high = per_token
     return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
+
+
+def one_pass(spec: LossSpec, reduction: str, dtype: torch.dtype, differentiated: bool) -> bool:
+    """Whether forward can know the gradient (see above); dtype is that of the logits."""
+    if differentiated and dtype == torch.float16:
+        return False
+    return reduction == "mean" and spec.importance_sampling_level == "token"
 
 
 def _two_passes(
@@ -102,7 +111,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, inplace: bool, mark_dirty: bool):
         ctx.set_materialize_grads(False)
-        ctx.mark_dirty_used = mark_dirty
+        ctx.mark_dirty_used, ctx.handed_on = mark_dirty, False
         if _direct(logits):
             gradient = logits if inplace else new_gradient(logits)
             outputs = run_grpo(logits, batch, spec, backend, gradient)
@@ -129,8 +138,8 @@ class _OnePass(torch.autograd.Function):
                     "afterwards needs their gradient too; pass inplace=False, or use the logits before the loss only"
                 )
             grad_outputs = grad_outputs[1:]
-        (gradient,) = ctx.saved_tensors
-        return None if grad_outputs[0] is None else scaled(gradient, grad_outputs[0]), None, None, None, None, None
+        (gradient,) = hand_on(ctx, grad_outputs[0])
+        return gradient, None, None, None, None, None
 
 
 class _Score(torch.autograd.Function):
@@ -165,8 +174,18 @@ class _Score(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor (0-d), in place."""
+def hand_on(ctx, factor: Tensor | None) -> list[Tensor | None]:
+    """The saved gradients times the loss's own gradient (0-d), in place; from the second backward on, in new memory."""
+    gradients = ctx.saved_tensors
+    if factor is None:
+        return [None for _ in gradients]
+    if torch.compiler.is_compiling():
+        return [_scaled(gradient, factor) for gradient in gradients]
+    again, ctx.handed_on = ctx.handed_on, True
+    return [gradient * factor if again else _scaled(gradient, factor) for gradient in gradients]
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     # On a CPU outside of a compiled graph the question is free, and a factor of 1 leaves even the version alone, so
     # that backward can run twice. Where the factor is not 1 a second backward raises: the saved gradient has changed.
     if torch.compiler.is_compiling() or gradient.is_cuda or factor.item() != 1:
@@ -190,7 +209,7 @@ def _mark_consumed(owner: Tensor) -> None:
 
 def _refuse_consumed(logits: Tensor) -> None:
     """Raise if this memory still holds the gradient an earlier in-place call wrote (used twice, or recomputed from)."""
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or logits.is_inference()):  # those have no version, and no gradient either
         owner = _owner(logits)
         if owner.__dict__.get(_CONSUMED_AT) == owner._version:
             raise RuntimeError(

@@ -127,7 +127,7 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
         wrong = wrong & mask
     if wrong.any():
         raise ValueError(
-            f"completion_ids must lie in [0, {vocabulary}) wherever the mask is set, got {int(ids[wrong][0])} "
+            f"completion_ids (ids) must lie in [0, {vocabulary}) wherever the mask is set, got {int(ids[wrong][0])} "
             f"({int(wrong.sum())} such position(s))"
         )
 

@@ -148,7 +148,7 @@ def scale_op(gradient: Tensor, factor: Tensor) -> None:
         rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[-1])
         triton_score.scale_unless_one(rows, factor)
     elif factor.item() != 1:
-        gradient.mul_(factor.to(gradient.dtype))
+        gradient.mul_(factor)  # in float32, rounded once: a 0-d tensor does not lend its dtype
 
 
 @scale_op.register_fake

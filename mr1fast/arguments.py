@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -31,16 +32,17 @@ def choice(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
-    wanted = f"> {above}" if above is not None else f">= {at_least}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number {wanted}, got {_describe(value)}")
+    wanted = f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real
+        raise ValueError(f"{name} must be a number{wanted}, got {_describe(value)}")
+    value = float(value)
     if (
         not -math.inf < value < math.inf  # math.isfinite cannot be traced with dynamic=True
         or (above is not None and value <= above)
         or (at_least is not None and value < at_least)
     ):
-        raise ValueError(f"{name} must be a finite number {wanted}, got {value}")
-    return float(value)
+        raise ValueError(f"{name} must be a finite number{wanted}, got {value}")
+    return value
 
 
 def floating(name: str, tensor: Any, dims: str) -> Tensor:
@@ -52,12 +54,28 @@ def floating(name: str, tensor: Any, dims: str) -> Tensor:
     return tensor
 
 
-def logits_shape(logits: Any) -> tuple[int, int]:
-    """(B, L) of logits [B, L, V]."""
+def logits_shape(logits: Any, inplace: bool) -> tuple[int, int]:
+    """(B, L) of logits [B, L, V] that a call may be about to write over."""
     B, L, V = floating("logits", logits, "[B, L, V]").shape
+    layout = f"{list(logits.shape)} with strides {list(logits.stride())}"
     if V == 0 or (logits.numel() and logits.stride(-1) != 1):
-        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got strides {logits.stride()}")
+        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got {layout}")
+    if inplace and not torch.compiler.is_compiling() and _overlaps_itself(logits):
+        raise ValueError(
+            f"logits must not share memory among themselves to be overwritten, got {layout} (an expanded tensor?); "
+            "pass logits.contiguous(), or leave them alone (inplace=False, inplace_backward=False)"
+        )
     return B, L
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements are one; a false alarm only for strides that interleave, which no view of torch's has."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def token_ids(ids: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor:
@@ -95,7 +113,7 @@ def loss_spec(
         epsilon_low=number("epsilon_low", epsilon_low, at_least=0),
         epsilon_high=number("epsilon_high", epsilon_high, at_least=0),
         delta=None if delta is None else number("delta", delta, above=0),
-        use_bias_correction_kl=bool(use_bias_correction_kl),
+        use_bias_correction_kl=flag("use_bias_correction_kl", use_bias_correction_kl),
         sapo_temperature_pos=number("sapo_temperature_pos", sapo_temperature_pos, above=0),
         sapo_temperature_neg=number("sapo_temperature_neg", sapo_temperature_neg, above=0),
         temperature=number("temperature", temperature, above=0),
@@ -115,6 +133,8 @@ def linear_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[in
     """(B, L) of hidden states [B, L, H] that go with a weight [V, H] and a bias [V] or None."""
     B, L, H = floating("hidden", hidden, "[B, L, H]").shape
     V = floating("lm_head_weight", weight, "[V, H]").shape[0]
+    if H == 0:
+        raise ValueError(f"hidden must be [B, L, H] with H >= 1, got {list(hidden.shape)}")
     if weight.shape[1] != H or V == 0:
         raise ValueError(f"lm_head_weight must be [V, H] with H = {H} and V >= 1, got {list(weight.shape)}")
     if bias is not None:
@@ -158,6 +178,7 @@ def loss_batch(
     B, L = shape
     dtype = reference.compute_dtype(like.dtype)
     choice("reduction", reduction, ("mean", "none"))
+    choice("scale_rewards", scale_rewards, SCALE_REWARDS)
     ids = token_ids(completion_ids, shape, like, "completion_ids")
     mask = token_mask(completion_mask, shape, like, "completion_mask")
 
@@ -205,7 +226,7 @@ def loss_batch(
     weight = reference.token_weight(ids, mask, dtype, loss_type, max_completion_length, num_items_in_batch)
 
     entropy_weight = None
-    if entropy_coef := _any_number("entropy_coef", entropy_coef):
+    if entropy_coef := number("entropy_coef", entropy_coef):
         if reduction == "none":
             raise ValueError(f"entropy_coef must be 0 with reduction='none' (the bonus is a mean), got {entropy_coef}")
         tokens = reference.token_count(ids, mask)
@@ -233,16 +254,19 @@ def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def check_groups(B: int, num_generations: int | None, scale_rewards: str) -> None:
+def check_groups(B: int, num_generations: Any, scale_rewards: str) -> None:
     choice("scale_rewards", scale_rewards, SCALE_REWARDS)
-    if not isinstance(num_generations, int) or num_generations < 1 or B % num_generations:
+    wrong_type = not isinstance(num_generations, int) or isinstance(num_generations, bool)
+    if wrong_type or num_generations < 1 or B % num_generations:
         raise ValueError(
             f"num_generations must be an integer >= 1 that divides the number of rewards ({B}), got {num_generations}"
         )
 
 
-def _any_number(name: str, value: Any) -> float:
-    return number(name, value, at_least=-math.inf)
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {_describe(value)}")
+    return value
 
 
 def _shaped(name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], like: Tensor | None) -> Tensor:
@@ -258,4 +282,5 @@ def _shaped(name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], like: Ten
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"

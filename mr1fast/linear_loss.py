@@ -66,8 +66,9 @@ def linear_grpo_loss(
 
     Token-level objectives with reduction="mean" compute the gradients in forward, block of rows by block of rows, and
     backward hands them over (so a call under grad mode pays for them). The others recompute the logits in backward
-    (four GEMMs, see `linear_token_logprobs`). Masked tokens cost nothing; tokens without a gradient (advantage 0, or
-    clipped, at beta 0) cost the first GEMM only.
+    (four GEMMs, see `linear_token_logprobs`), and so does float16, whose loss scale must be in the gradient before it
+    is rounded. Masked tokens cost nothing; tokens without a gradient (advantage 0, or clipped, at beta 0) cost the
+    first GEMM only.
 
     Args:
         hidden: [B, L, H] float32, bfloat16 or float16 (float64 on "torch" only): the last hidden states, so that
@@ -157,7 +158,7 @@ def linear_token_logprobs(
         chunk_bytes=arguments.chunk_bytes(chunk_bytes),
         backend=backend,
     )
-    return (logps, entropies) if entropy else logps
+    return (logps, entropies) if arguments.flag("entropy", entropy) else logps
 
 
 def _gathered(parameter: _Weight) -> _Weight:

@@ -98,7 +98,8 @@ def grpo_loss(
 
     Args:
         logits: [B, L, V] float32, bfloat16 or float16 (float64 on "torch" only), any strides in B and L;
-            `logits[:, t]` predicts `completion_ids[:, t]`. A logit of -inf is a banned token.
+            `logits[:, t]` predicts `completion_ids[:, t]`. A logit of -inf is a banned token. float16 logits are read
+            once more, in backward, so that a loss scale (GradScaler) is in the gradient before it is rounded.
         completion_ids: [B, L] int64; anything at masked positions.
         advantages: [B] or [B, L]; or None, with
         rewards: [B], from which group-relative advantages are computed (see `group_advantages`), together with
@@ -127,13 +128,13 @@ def grpo_loss(
     Beyond a log-ratio (or ref_logp - logp) of 80, exp and its slope stay at e^80: float32's exp ends at 88.7, and a
     factor more would make inf, then NaN gradients (see `kernels/reference.py`).
 
-    Backward may run once; on a CPU again, as long as its incoming gradient is 1.
+    Backward may run once; on a CPU again (retain_graph), if the first time its incoming gradient was 1.
 
     Raises:
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
         RuntimeError: logits that an earlier in-place call has consumed.
     """
-    shape = arguments.logits_shape(logits)
+    shape = arguments.logits_shape(logits, arguments.flag("inplace", inplace))
     spec, batch = arguments.loss_settings(
         logits,
         shape,
@@ -180,14 +181,14 @@ def token_logprobs(
     Both are differentiable, so any objective can stand on top. 0 (and no gradient) where `mask` [B, L] is 0.
     inplace_backward: backward writes the gradient over the logits, which are then consumed.
     """
-    shape = arguments.logits_shape(logits)
+    shape = arguments.logits_shape(logits, arguments.flag("inplace_backward", inplace_backward))
     ids = arguments.token_ids(ids, shape, logits, "ids")
     mask = arguments.token_mask(mask, shape, logits, "mask")
     temperature = arguments.number("temperature", temperature, above=0)
     logps, entropies = op.token_logprobs(
         logits, ids, mask, temperature, inplace_backward=inplace_backward, backend=backend
     )
-    return (logps, entropies) if entropy else logps
+    return (logps, entropies) if arguments.flag("entropy", entropy) else logps
 
 
 def group_advantages(
@@ -200,6 +201,7 @@ def group_advantages(
     left out of mean and std, advantage 0. Raises ValueError if B is not a multiple of num_generations.
     """
     arguments.floating("rewards", rewards, "[B]")
+    arguments.number("eps", eps, at_least=0)
     arguments.check_groups(rewards.shape[0], num_generations, scale_rewards)
     return reference.group_advantages(rewards, num_generations, scale_rewards, eps)
 
@@ -211,19 +213,21 @@ class GRPOLoss(nn.Module):
     >>> criterion(logits, completion_ids, advantages, ref_per_token_logps=ref).loss.backward()
     >>> criterion.kl_schedule.step()  # once per optimizer step
 
-    Its state_dict resumes the schedule. Raises ValueError if both `kl_schedule` and `beta` are given.
+    Its state_dict resumes the schedule. Raises ValueError if `kl_schedule` and `beta` are both given.
     """
 
     def __init__(self, *, kl_schedule: KLSchedule | None = None, **loss_keywords: Any):
         super().__init__()
-        if kl_schedule is not None and "beta" in loss_keywords:
-            raise ValueError("beta must not be given together with kl_schedule, which provides it")
+        if not isinstance(kl_schedule, KLSchedule | None):
+            raise ValueError(f"kl_schedule must be a KLSchedule or None, got {kl_schedule!r}")
+        _check_beta(kl_schedule, loss_keywords)
         self.kl_schedule = kl_schedule
         self.loss_keywords = loss_keywords
 
     def forward(
         self, logits: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **per_batch_tensors: Any
     ) -> GRPOLossOutput:
+        _check_beta(self.kl_schedule, per_batch_tensors)
         keywords = {**self.loss_keywords, **per_batch_tensors}
         if self.kl_schedule is not None:
             keywords["beta"] = self.kl_schedule.value
@@ -238,3 +242,8 @@ class GRPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.loss_keywords.items())
+
+
+def _check_beta(kl_schedule: KLSchedule | None, keywords: dict[str, Any]) -> None:
+    if kl_schedule is not None and "beta" in keywords:
+        raise ValueError("beta must not be given together with kl_schedule, which provides it")

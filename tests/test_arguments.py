@@ -1,9 +1,18 @@
 """Every bad argument raises ValueError that names it, says what came and what is wanted."""
 
+import numpy as np
 import pytest
 import torch
 
-from mr1fast import group_advantages, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from mr1fast import (
+    GRPOLoss,
+    KLSchedule,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    token_logprobs,
+)
 from mr1fast.kernels.testing import available_backends, random_batch
 
 B, L, V = 4, 3, 11
@@ -13,10 +22,14 @@ BAD = [
     ("logits", torch.zeros(B, L, V, dtype=torch.int32), "logits must be .* got int32"),
     ("logits", [[1.0]], r"logits must be .* got \[\[1.0\]\]"),
     ("logits", torch.zeros(B, L, V * 2)[..., ::2], "contiguous"),
+    ("logits", torch.zeros(B, L, 0), r"logits must have .* size >= 1, got \[4, 3, 0\]"),
+    ("logits", torch.zeros(B, L, V).numpy(), "logits must be .* got a ndarray"),
+    ("inplace", "no", "inplace must be True or False, got 'no'"),
+    ("use_bias_correction_kl", 1, "use_bias_correction_kl must be True or False, got 1"),
     ("completion_ids", torch.zeros(B, L + 1).long(), r"completion_ids must be .* \[4, 3\], got int64 \[4, 4\]"),
     ("completion_ids", torch.zeros(B, L), "completion_ids must be an int64"),
-    ("completion_ids", torch.full((B, L), V), r"completion_ids must lie in \[0, 11\)"),
-    ("completion_ids", torch.full((B, L), -100), r"completion_ids must lie in \[0, 11\).*-100"),
+    ("completion_ids", torch.full((B, L), V), r"completion_ids \(ids\) must lie in \[0, 11\)"),
+    ("completion_ids", torch.full((B, L), -100), r"completion_ids \(ids\) must lie in \[0, 11\).*-100"),
     ("advantages", torch.zeros(B + 1), r"advantages must be .* \[4\] or \[4, 3\], got float32 \[5\]"),
     ("advantages", None, "advantages or rewards"),
     ("completion_mask", torch.ones(B), "completion_mask must be"),
@@ -45,6 +58,7 @@ BAD = [
     ("scale_rewards", "grup", "did you mean 'group'"),
     ("num_generations", 3, "num_generations must be .* divides .*4.* got 3"),
     ("num_generations", None, "num_generations"),
+    ("num_generations", True, "num_generations"),
     ("rewards", torch.zeros(B, 1), "rewards must be"),
 ]
 
@@ -62,9 +76,9 @@ def test_grpo_loss(name, value, message):
 def test_ids_out_of_range_on_every_backend(backend):
     batch = random_batch(B, L, V)
     batch["completion_ids"][0, 0] = V
-    with pytest.raises(ValueError, match="ids must lie in"):
+    with pytest.raises(ValueError, match=r"\(ids\) must lie in"):
         grpo_loss(**batch, backend=backend)
-    with pytest.raises(ValueError, match="ids must lie in"):
+    with pytest.raises(ValueError, match=r"\(ids\) must lie in"):
         token_logprobs(batch["logits"], batch["completion_ids"], backend=backend)
 
 
@@ -86,6 +100,7 @@ def test_linear():
         ({"lm_head_weight": torch.zeros(V, 9)}, r"lm_head_weight must be \[V, H\] with H = 8"),
         ({"lm_head_weight": torch.zeros(V)}, "lm_head_weight"),
         ({"hidden": torch.zeros(B, 8)}, "hidden"),
+        ({"hidden": torch.zeros(B, L, 0), "lm_head_weight": torch.zeros(V, 0)}, "hidden must be .* H >= 1"),
         ({"lm_head_bias": torch.zeros(V + 1)}, "lm_head_bias"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -115,3 +130,45 @@ def test_group_advantages():
         group_advantages(torch.zeros(8), 4, scale_rewards="all")
     with pytest.raises(ValueError, match="rewards"):
         group_advantages(torch.zeros(4, 2), 2)
+    with pytest.raises(ValueError, match=r"eps must be .* >= 0, got -1"):
+        group_advantages(torch.zeros(4), 2, eps=-1)
+
+
+def test_scale_rewards_without_rewards():
+    with pytest.raises(ValueError, match="scale_rewards must be one of"):
+        grpo_loss(**random_batch(B, L, V), scale_rewards="foo")
+
+
+@pytest.mark.parametrize(
+    "overlapping",
+    [
+        torch.zeros(1, L, V).expand(B, L, V),
+        torch.zeros(B, 1, V).expand(B, L, V),
+        torch.zeros(200).as_strided((B, L, V), (L * V, V - 1, 1)),
+    ],
+)
+def test_logits_that_share_memory_cannot_be_overwritten(overlapping):
+    batch = random_batch(B, L, V)
+    with pytest.raises(ValueError, match="logits must not share memory among themselves"):
+        grpo_loss(**(batch | {"logits": overlapping}), inplace=True)
+    with pytest.raises(ValueError, match="logits must not share memory among themselves"):
+        token_logprobs(overlapping, batch["completion_ids"], inplace_backward=True)
+    grpo_loss(**(batch | {"logits": overlapping}))
+    whole = torch.zeros(L + 1, B, 2 * V)  # views of torch's that do not overlap
+    grpo_loss(**(batch | {"logits": whole[:L, :, :V].transpose(0, 1)}), inplace=True)
+
+
+def test_module():
+    with pytest.raises(ValueError, match="kl_schedule must be a KLSchedule or None"):
+        GRPOLoss(kl_schedule=0.1)
+    criterion = GRPOLoss(kl_schedule=KLSchedule(10, beta_min=0.0, beta_max=0.1))
+    batch = random_batch(B, L, V)
+    with pytest.raises(ValueError, match="beta must not be given together with kl_schedule"):
+        criterion(**batch, beta=0.1)
+
+
+def test_numbers_may_be_numpys():
+    batch = random_batch(B, L, V)
+    plain = grpo_loss(**batch, beta=0.5, loss_type="dr_grpo", max_completion_length=7)
+    other = grpo_loss(**batch, beta=np.float32(0.5), loss_type="dr_grpo", max_completion_length=np.int64(7))
+    assert torch.equal(plain.loss, other.loss)

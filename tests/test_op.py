@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from mr1fast import grpo_loss, token_logprobs
+from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
 from mr1fast.kernels import registered
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 from mr1fast.kernels.testing import available_backends, random_batch
@@ -172,7 +172,7 @@ def test_logits_used_again_after_a_backward_in_place(view, backend):
         loss = objective(logits)
         token_logprobs(logits, ids, backend=backend)  # until backward they are what they were
         loss.backward()
-        with pytest.raises(RuntimeError, match="already consumed"):
+        with pytest.raises(RuntimeError, match="already consumed"), torch.no_grad():
             grpo_loss(logits, backend=backend, **batch)
         with pytest.raises(RuntimeError, match="already consumed"):
             token_logprobs(whole[:, :4], ids, backend=backend)
@@ -219,18 +219,71 @@ def test_inplace_overwrites_and_allocates_nothing_of_the_logits_size(backend):
 
 
 @pytest.mark.parametrize("backend", EVERY)
-def test_backward_twice(backend):
+@pytest.mark.parametrize("linear", [False, True])
+def test_backward_twice(linear, backend):
     batch = random_batch(3, 4, 40)
-    leaf = batch.pop("logits").requires_grad_()
-    loss = grpo_loss(leaf, backend=backend, beta=0.1, **batch).loss
+    if linear:
+        leaf, weight, batch = head(batch)
+        loss = linear_grpo_loss(leaf, weight, backend=backend, beta=0.1, **batch).loss
+    else:
+        leaf = batch.pop("logits").requires_grad_()
+        loss = grpo_loss(leaf, backend=backend, beta=0.1, **batch).loss
     (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-    once = once.clone()
+    kept = once.clone()
     (twice,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-    assert torch.equal(once, twice)
-    if backend != "torch":
-        torch.autograd.grad(loss * 2, leaf, retain_graph=True)
+    (doubled,) = torch.autograd.grad(loss * 2, leaf, retain_graph=True)
+    assert torch.equal(once, kept), "what was handed out must not change"
+    assert torch.equal(twice, kept)
+    assert torch.equal(doubled, 2 * kept)
+    if linear or backend != "torch":
+        loss = loss + 0
+        other = (linear_grpo_loss(leaf, weight, backend=backend, **batch) if linear else grpo_loss(leaf, **batch)).loss
+        torch.autograd.grad(other * 2, leaf, retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            torch.autograd.grad(loss, leaf)
+            torch.autograd.grad(other, leaf)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float16, 2.0**16), (torch.bfloat16, 1 / 3)])
+def test_a_factor_of_the_loss(dtype, factor, linear, backend):
+    """GradScaler's first loss scale is beyond float16's range, and small gradients below it without the scale."""
+    batch = random_batch(4, 8, 500, dtype=dtype, scale=6.0)
+    batch["old_per_token_logps"] = batch["ref_per_token_logps"] = None
+    if linear:
+        leaf, weight, batch = head(batch, dtype=dtype)
+        logits = (leaf @ weight.T).detach().double()
+    else:
+        leaf = batch.pop("logits").requires_grad_()
+        logits = leaf.detach().double()
+    logits.requires_grad_()
+    (grpo_loss(logits, backend="torch", **batch).loss * factor).backward()
+    exact = logits.grad @ weight.detach().double() if linear else logits.grad
+    compute = linear_grpo_loss if linear else grpo_loss
+    args = (leaf, weight) if linear else (leaf,)
+    (compute(*args, backend=backend, **batch).loss * factor).backward()
+    assert leaf.grad.isfinite().all()
+    assert (leaf.grad[~batch["completion_mask"]] == 0).all()
+    error = (leaf.grad.double() - exact).norm() / exact.norm()
+    assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype], error
+    bias = (leaf.grad.double() * exact).sum() / (exact * exact).sum() - 1
+    assert abs(bias) < 1e-3, bias
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_without_gradient_inplace_leaves_the_logits_alone(backend):
+    batch = random_batch(3, 4, 40)
+    logits = batch.pop("logits")
+    kept = logits.clone()
+    with torch.inference_mode():
+        for _ in range(2):
+            inside = grpo_loss(logits * 1, inplace=True, backend=backend, beta=0.1, **batch)
+            token_logprobs(logits * 1, batch["completion_ids"], inplace_backward=True, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            outside = grpo_loss(logits, inplace=True, backend=backend, beta=0.1, **batch)
+    assert torch.equal(logits, kept)
+    assert torch.equal(inside.loss, outside.loss)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
