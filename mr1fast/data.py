@@ -19,7 +19,7 @@ from typing import Any
 
 from mr1fast.config import UserError, nearest
 from mr1fast.images import BadImage, check_image, load_image
-from mr1fast.rewards import extract_answer
+from mr1fast.rewards import check_solutions, extract_answer
 from mr1fast.tables import ArrowRows, Table, read_tables
 from mr1fast.tasks import SPLITS, TASKS
 from mr1fast.types import Example
@@ -109,8 +109,8 @@ def load_split(source: str | Path, split: str, *, count: int | None = None, seed
     rest: 80 % train, 10 % validation, 10 % test of a permutation by `seed`, rows with the same image staying together.
     Give every split the same `seed`, or they overlap. "all" is every row.
 
-    Raises UserError (a ValueError) for an unknown split, and for a source that is missing, empty or without a readable
-    row in the split.
+    Raises UserError (a ValueError) for an unknown split, for a source that is missing, empty or without a readable row
+    in the split, and where a package is missing that its format or its solutions need.
     """
     if str(source) in TASKS and split in SPLITS:
         return _embedded(str(source), split, count)
@@ -215,6 +215,8 @@ def _local(path: Path, split: str, tables: Sequence[Table], rows: list[Place], c
         raise UserError(f"data {str(path)!r} has no readable row for {split}: {why}")
 
     def load(index: int) -> tuple[Example, list[str]]:
+    check_solutions(record.solution for record in records)
+
         record = records[index]
         image, image_notes = load_image(record.image())
         return Example(image, record.problem, record.solution, record.name), image_notes

@@ -244,12 +244,17 @@ def test_an_option_that_contradicts_the_run_is_not_ignored(tmp_path, capsys):
     checkpoint = run / "vc" / "checkpoint-000001"
     checkpoint.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"seed": 3, "task": "vc"}))
+    Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
+    formula = {"image": "0.png", "problem": "How long?", "solution": r"2\sqrt{3}"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(formula))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     assert main("--resume", run, "--seed", 4) == 2
     assert "--seed was 3 there, and is 4 here" in capsys.readouterr().err
     (run / "config.json").write_text("{")
     assert main("--resume", checkpoint) == 2
     assert "is not the configuration of a run" in capsys.readouterr().err
 
+        ["--data", "."],
 
 def test_local_data(tmp_path, capsys):
     from mr1fast.tasks import TASKS
