@@ -6,12 +6,12 @@ Nothing here imports torch, so that a mistake is answered at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mr1fast.choices import not_one_of
 from mr1fast.kl_weight import SCHEDULES
 
 TASK_NAMES = ("vc", "gr")
@@ -186,15 +186,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)", or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
 def choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+        raise UserError(not_one_of(name, value, known))
 
 
 def _check(option_field: dataclasses.Field, value: Any) -> None:

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mr1fast.config import UserError, nearest
+from mr1fast.choices import nearest
+from mr1fast.config import UserError
 from mr1fast.images import BadImage, check_image, load_image
 from mr1fast.rewards import check_solutions, extract_answer
 from mr1fast.tables import ArrowRows, Table, read_tables

@@ -265,7 +265,7 @@ def too_few_rows(folder):
 
 
 MISTAKES = [
-    (lambda folder: "vcc", r"data 'vcc' does not exist \(did you mean vc\?\)"),
+    (lambda folder: "vcc", r"data 'vcc' does not exist \(did you mean 'vc'\?\)"),
     (lambda folder: folder / "nowhere", "does not exist"),
     (empty_folder, "has no .jsonl, .json, .csv or .parquet file"),
     (only_images, "has images, but no metadata.jsonl or metadata.csv"),
