@@ -6,7 +6,6 @@ of a tensor: that would be a synchronisation on a GPU.
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mr1fast.choices import not_one_of
 from mr1fast.kernels import reference
 from mr1fast.kernels.reference import LOSS_TYPES, SCALE_REWARDS, LossBatch, LossSpec
 
@@ -26,9 +26,7 @@ _SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))  # here: torch.co
 def choice(name: str, value: object, known: Iterable[str]) -> None:
     known = tuple(known)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+        raise ValueError(not_one_of(name, value, known))
 
 
 def number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:

@@ -6,13 +6,13 @@ Nothing here imports torch, so that a mistake is answered at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mr1fast.kl_weight import SCHEDULES
+from mr1fast.choices import not_one_of
+from mr1fast.kl_weight import ALL_SCHEDULES
 
 TASK_NAMES = ("vc", "gr")
 METHODS = ("grpo-d", "grpo", "sft")
@@ -107,7 +107,7 @@ class TrainConfig:
     beta_min: float = option(None, "least KL weight", at_least=0, shown=_of_method("beta_min"))
     beta_max: float = option(None, "greatest KL weight", at_least=0, shown=_of_method("beta_max"))
     kl_schedule: str = option(
-        None, "how the KL weight goes between them", choices=SCHEDULES, shown=_of_method("kl_schedule")
+        None, "how the KL weight goes between them", choices=ALL_SCHEDULES, shown=_of_method("kl_schedule")
     )
     explore_fraction: float = option(
         None,
@@ -115,6 +115,13 @@ class TrainConfig:
         at_least=0,
         below=1,
         shown=_of_method("explore_fraction"),
+    )
+    target_kl: float | None = option(
+        None,
+        "KL divergence from the base that the adaptive schedule steers to",
+        unit="nats per token",
+        above=0,
+        shown="none; needed by --kl-schedule adaptive, and used by it only",
     )
 
     learning_rate: float = option(None, "AdamW's greatest", above=0, shown=_by_case("learning_rate"))
@@ -149,6 +156,8 @@ class TrainConfig:
             for name in names:
                 if method != self.method and getattr(self, name) is not None:
                     raise UserError(f"{flag(name)} belongs to --method {method}, and the method is {self.method}")
+        if (self.target_kl is not None) != (self.kl_schedule == "adaptive"):
+            raise UserError("--target-kl and --kl-schedule adaptive go together; one was given without the other")
         if self.beta_min is not None or self.beta_max is not None:
             bounds = KL_DEFAULTS["grpo-d"] | {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
             if bounds["beta_min"] > bounds["beta_max"]:
@@ -186,15 +195,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)", or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
 def choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+        raise UserError(not_one_of(name, value, known))
 
 
 def _check(option_field: dataclasses.Field, value: Any) -> None:

@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mr1fast.config import UserError, nearest
+from mr1fast.choices import nearest
+from mr1fast.config import UserError
 from mr1fast.images import BadImage, check_image, load_image
-from mr1fast.rewards import extract_answer
+from mr1fast.rewards import check_solutions, extract_answer
 from mr1fast.tables import ArrowRows, Table, read_tables
 from mr1fast.tasks import SPLITS, TASKS
 from mr1fast.types import Example
@@ -101,16 +102,16 @@ def _listed(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
-def load_split(source: str | Path, split: str, *, count: int | None = None, seed: int = 0) -> ImageTextDataset:
+def load_split(source: str | Path, split: str, *, count: int | None = None) -> ImageTextDataset:
     """The split "train", "validation" or "test" of an embedded task or of local data, at most `count` examples.
 
     source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders that
     are named after a split are that split; one that is missing, and all three where nothing is named, are shares of the
-    rest: 80 % train, 10 % validation, 10 % test of a permutation by `seed`, rows with the same image staying together.
-    Give every split the same `seed`, or they overlap. "all" is every row.
+    rest: 80 % train, 10 % validation, 10 % test of one fixed permutation, rows with the same image staying together.
+    "all" is every row.
 
-    Raises UserError (a ValueError) for an unknown split, and for a source that is missing, empty or without a readable
-    row in the split.
+    Raises UserError (a ValueError) for an unknown split, for a source that is missing, empty or without a readable row
+    in the split, and where a package is missing that its format or its solutions need.
     """
     if str(source) in TASKS and split in SPLITS:
         return _embedded(str(source), split, count)
@@ -122,7 +123,7 @@ def load_split(source: str | Path, split: str, *, count: int | None = None, seed
         raise UserError(f"data {str(source)!r} does not exist{hint}")
     tables = read_tables(path)
     _check_columns(path, tables)
-    rows = _rows_of_split(tables, split, seed)
+    rows = _rows_of_split(tables, split)
     return _local(path, split, tables, rows, count)
 
 
@@ -137,7 +138,7 @@ def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
 Place = tuple[int, int]  # table, row
 
 
-def _rows_of_split(tables: Sequence[Table], split: str, seed: int) -> list[Place]:
+def _rows_of_split(tables: Sequence[Table], split: str) -> list[Place]:
     named = {table.split for table in tables} - {None, "train"}
     rest = [(t, r) for t, table in enumerate(tables) if table.split in (None, "train") for r in range(len(table.rows))]
     if split == "all":
@@ -148,7 +149,7 @@ def _rows_of_split(tables: Sequence[Table], split: str, seed: int) -> list[Place
     for t, r in rest:
         groups.setdefault(_image_key(tables[t], r), []).append((t, r))
     keys = list(groups)
-    random.Random(f"split/{seed}").shuffle(keys)
+    random.Random("split/0").shuffle(keys)
     share = max(1, round(len(keys) / 10)) if len(keys) >= 3 else 0
     start = 0
     shares = {}
@@ -214,6 +215,8 @@ def _local(path: Path, split: str, tables: Sequence[Table], rows: list[Place], c
         )
         raise UserError(f"data {str(path)!r} has no readable row for {split}: {why}")
 
+    check_solutions(record.solution for record in records)
+
     def load(index: int) -> tuple[Example, list[str]]:
         record = records[index]
         image, image_notes = load_image(record.image())
@@ -240,7 +243,7 @@ def _record(table: Table, row: int) -> tuple[Record, list[str]]:
     solution = _answer(_text(values.get("solution"), "answer", notes), notes)
     if not problem:
         raise BadRow("no question")
-    return Record(f"{table.name}, row {row + 1}", problem, solution, _image(table, row, values, notes)), notes
+    return Record(f"{table.name}, row {row + 1}", problem, solution, _image(table, row, values)), notes
 
 
 def _text(value: Any, what: str, notes: list[str]) -> str:
@@ -280,7 +283,7 @@ def _image_cell(values: dict[str, Any]) -> Any:
     return image
 
 
-def _image(table: Table, row: int, values: dict[str, Any], notes: list[str]) -> Callable[[], Path | bytes]:
+def _image(table: Table, row: int, values: dict[str, Any]) -> Callable[[], Path | bytes]:
     image = _image_cell(values)
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")

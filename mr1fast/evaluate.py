@@ -50,6 +50,7 @@ def evaluate(
     import torch
 
     from mr1fast.model import encode_prompts
+    from mr1fast.prefix import Prefix, encode_prefix
     from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
     from mr1fast.rollout import decode, end_tokens, generate
 
@@ -58,7 +59,7 @@ def evaluate(
     generator = torch.Generator(model.device).manual_seed(seed)
     eos, training = end_tokens(model), model.training
 
-    def complete(inputs: dict[str, torch.Tensor], num_generations: int, at: float) -> list[str]:
+    def complete(inputs: dict[str, torch.Tensor], prefix: Prefix, num_generations: int, at: float) -> list[str]:
         rollout = generate(
             model,
             inputs,
@@ -66,6 +67,7 @@ def evaluate(
             temperature=at,
             max_new_tokens=max_completion_length,
             generator=generator,
+            prefix=prefix,
         )
         if progress is not None:
             progress.update(len(rollout.completion_ids))
@@ -79,9 +81,11 @@ def evaluate(
         problems = _distinct(dataset)
         while batch := list(itertools.islice(problems, batch_size)):
             examples = [example for _, example in batch]
-            inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, examples).items()}
-            greedy = complete(inputs, 1, 0.0)
-            random = complete(inputs, sampled, temperature) if sampled else []
+            inputs = encode_prompts(processor, examples)
+            with torch.no_grad():
+                prefix = encode_prefix(model, inputs)
+            greedy = complete(inputs, prefix, 1, 0.0)
+            random = complete(inputs, prefix, sampled, temperature) if sampled else []
             for row, ((index, example), completion) in enumerate(zip(batch, greedy)):
                 samples.append(
                     Sample(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 
+from mr1fast.choices import not_one_of
+
 SCHEDULES = ("paper", "linear", "constant", "cosine", "exponential")
+ALL_SCHEDULES = (*SCHEDULES, "adaptive")  # which has state, so that only a KLSchedule can be it
 _STATE = ("step", "value")
 
 
@@ -49,7 +51,8 @@ def kl_weight(
         return beta_min + span * math.expm1(5 * p) / math.expm1(5)
     if schedule == "constant":
         return beta_max
-    raise ValueError(_unknown_schedule(schedule, SCHEDULES))
+    adaptive = "; 'adaptive' needs the state of a KLSchedule" if schedule == "adaptive" else ""
+    raise ValueError(not_one_of("schedule", schedule, SCHEDULES) + adaptive)
 
 
 class KLSchedule:
@@ -80,8 +83,8 @@ class KLSchedule:
         horizon: int = 10000,
     ):
         _check(total_steps, beta_min, beta_max, explore_fraction)
-        if not callable(schedule) and schedule not in (*SCHEDULES, "adaptive"):
-            raise ValueError(_unknown_schedule(schedule, (*SCHEDULES, "adaptive")))
+        if not callable(schedule) and schedule not in ALL_SCHEDULES:
+            raise ValueError(not_one_of("schedule", schedule, ALL_SCHEDULES))
         if schedule == "adaptive" and not (target_kl and target_kl > 0):
             raise ValueError(f"target_kl must be > 0 for schedule='adaptive', got {target_kl}")
         if not horizon > 0:
@@ -139,10 +142,3 @@ def _check(total_steps: int, beta_min: float, beta_max: float, explore_fraction:
         raise ValueError(f"beta_min and beta_max must satisfy 0 <= beta_min <= beta_max, got {beta_min} and {beta_max}")
     if not 0 <= explore_fraction < 1:
         raise ValueError(f"explore_fraction must be in [0, 1), got {explore_fraction}")
-
-
-def _unknown_schedule(name: object, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    adaptive = " 'adaptive' needs the state of a KLSchedule." if name == "adaptive" else ""
-    return f"schedule must be one of {', '.join(known)}, got {name!r}{hint}.{adaptive}"

@@ -24,7 +24,7 @@ from mr1fast.data import ImageTextDataset, load_split
 from mr1fast.evaluate import evaluate
 from mr1fast.metrics import MetricsLog
 from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.run_folder import FinishedError, OpenRun, RunFolder, checkpoint_step, checkpoints, write_config, write_json
+from mr1fast.run_folder import FinishedError, OpenRun, RunFolder, checkpoints, step_of, write_config, write_json
 from mr1fast.stop import Stopped, finishing_steps
 from mr1fast.summary import load_snippet, result_table
 from mr1fast.tasks import TASKS
@@ -51,6 +51,8 @@ def run(opened: OpenRun, started: float) -> None:
     for data in setup.tests:
         if data not in result["before"]:
             result["before"][data] = test(setup, setup.base, data, "before training")
+    for name in todo:  # a task that is rewound to an earlier checkpoint has not finished any more
+        result["after"].pop(name, None)
     try:
         folder.write_result(result)
         for name in todo:
@@ -84,16 +86,16 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
     if checkpoint is not None:
         trainer.load_state_dict(load_state(checkpoint))
     validation = setup.split(name, "validation", config.eval_validation_samples) if config.eval_steps else None
-    log = MetricsLog(setup.folder, name, trainer.finished_steps)
+    log = MetricsLog(setup.folder, name, first_step=0 if checkpoint is None else trainer.finished_steps + 1)
+    if validation is not None and checkpoint is None:
+        log.log(0, setup.validate(model, validation, name))
     bar = tqdm(total=config.max_steps, initial=trainer.finished_steps, desc=f"{config.method} on {name}", unit="step")
     with finishing_steps() as stop, bar:
         while trainer.finished_steps < config.max_steps:
             metrics = trainer.step()
             step, last = trainer.finished_steps, trainer.finished_steps == config.max_steps
             if validation is not None and (step % config.eval_steps == 0 or last):
-                metrics |= {
-                    f"eval/{name}/{key}": value for key, value in setup.evaluate(model, validation, name).items()
-                }
+                metrics |= setup.validate(model, validation, name)
             log.log(step, metrics)
             bar.set_postfix_str(postfix(metrics), refresh=False)
             bar.update()
@@ -193,6 +195,12 @@ class Setup:
         )
         return result.figures()
 
+    def validate(
+        self, model: Qwen2VLForConditionalGeneration, dataset: ImageTextDataset, name: str
+    ) -> dict[str, float]:
+        """The same under the names of metrics.jsonl."""
+        return {f"eval/{name}/{key}": value for key, value in self.evaluate(model, dataset, name).items()}
+
     def description(self) -> str:
         parameters = sum(p.numel() for p in self.base.parameters())
         what = f"{self.config.method} on {', then '.join(self.names)}"
@@ -247,11 +255,16 @@ def new_result(setup: Setup) -> dict[str, Any]:
 def _rewind(task_folder: Path, checkpoint: Path | None) -> Path | None:
     """The checkpoint to go on from. What the run wrote after it is removed, for it will be written again."""
     known = checkpoints(task_folder)
-    if checkpoint is None:
-        return known[-1] if known else None
+    if checkpoint is None and known:
+        checkpoint = known[-1]
+    step = 0 if checkpoint is None else step_of(checkpoint)
     for later in known:
-        if checkpoint_step(later) > checkpoint_step(checkpoint):
+        if step_of(later) > step:
             shutil.rmtree(later)
+    for sample in task_folder.glob("skipped/step-*.json"):
+        if step_of(sample) > step:
+            sample.unlink()
+    shutil.rmtree(task_folder / "model", ignore_errors=True)
     return checkpoint
 
 

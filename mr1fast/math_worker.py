@@ -12,10 +12,26 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 START_SECONDS = 60.0  # importing sympy on a busy machine
 ANSWER_SECONDS = 3.0
+
+
+def is_installed() -> bool:
+    return find_spec("math_verify") is not None
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "math-verify is not installed: answers that are neither plain numbers nor spelt like the solution, such as "
+        "'12 cm', count as wrong; pip install math-verify",
+        stacklevel=2,
+    )
 
 
 class MathWorker:
@@ -27,7 +43,10 @@ class MathWorker:
         atexit.register(self.stop)
 
     def equal(self, solution: str, answer: str) -> bool:
-        """Whether math-verify finds the two LaTeX formulas equal; False where it fails, or takes too long."""
+        """Whether math-verify finds the two LaTeX formulas equal; False if it fails, takes too long or is missing."""
+        if not is_installed():
+            _warn_once()
+            return False
         with self._lock:
             try:
                 process = self._process or self._start()

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mr1fast.run_folder import RunFolder
+from mr1fast.run_folder import RunFolder, write_text
 from mr1fast.types import Batch
 
 
 class MetricsLog:
-    """One row per step. Rows that a resumed run writes again are taken out first."""
+    """One row per step. Those from `first_step` on, which a resumed run writes again, are taken out first."""
 
-    def __init__(self, run: RunFolder, task: str, start_step: int):
+    def __init__(self, run: RunFolder, task: str, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.file, self.task = run.metrics_file, task
@@ -24,12 +24,12 @@ class MetricsLog:
             lines = self.file.read_text(encoding="utf-8").splitlines()
             # A run that was killed may have left half a line.
             rows = [json.loads(line) for line in lines if line.endswith("}")]
-            kept = [row for row in rows if row["task"] != task or row["step"] <= start_step]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(run.tensorboard(task)), purge_step=start_step + 1)
+            kept = [row for row in rows if row["task"] != task or row["step"] < first_step]
+            write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+        self.tensorboard = SummaryWriter(str(run.tensorboard(task)), purge_step=first_step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """`step` counts finished optimizer steps, from 1. JSON has no NaN and no inf: they are null there."""
+        """`step` counts finished optimizer steps. JSON has no NaN and no inf: they are null there."""
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"task": self.task, "step": step, **row}) + "\n")

@@ -71,7 +71,7 @@ def load_model(
         model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return nn.Module.to(model, torch.device(device)).train()
+    return model.to(device).train()  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its `self`
 
 
 def _check_model(path: str | Path) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mr1fast.config import TrainConfig, UserError, flag, nearest
+from mr1fast.choices import nearest
+from mr1fast.config import TrainConfig, UserError, flag
 from mr1fast.program import Parser
 
 FIELDS = {option_field.name: option_field for option_field in dataclasses.fields(TrainConfig)}

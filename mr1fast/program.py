@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mr1fast.config import UserError, nearest
+from mr1fast.choices import nearest
+from mr1fast.config import UserError
 
 
 class Parser(argparse.ArgumentParser):

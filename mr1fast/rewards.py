@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
 
-from mr1fast.math_worker import MathWorker
+from mr1fast import math_worker
+from mr1fast.config import UserError
 
 # R1-V's evaluation of counting: an integer between answer tags, wherever they are, is the answer.
 _INTEGER_ANSWER = re.compile(r"<answer>\s*(\d+)\s*</answer>")
@@ -22,7 +24,7 @@ _QUOTIENT = re.compile(r"([-+]?\d{1,60})\s*/\s*(\d{1,60})")
 # Beyond this an answer is not a formula any more, and parsing it is a waste of the run's time.
 _MAX_FORMULA = 200
 
-_worker = MathWorker()
+_worker = math_worker.MathWorker()
 
 
 def format_reward(completion: str) -> float:
@@ -45,6 +47,18 @@ def accuracy_reward(completion: str, solution: str) -> float:
     answer = extract_answer(completion)
     tagged = extract_answer(solution)
     return 1.0 if answer and _equal(answer, solution.strip() if tagged is None else tagged) else 0.0
+
+
+def check_solutions(solutions: Iterable[str]) -> None:
+    """Raises UserError if one of them, a formula, can only be compared by math-verify, and that is not installed."""
+    if math_worker.is_installed():
+        return
+    for solution in solutions:
+        if parse_number(solution) is None and _may_be_formula(solution):
+            raise UserError(
+                f"the solution {solution!r} is not a plain number and needs the package 'math-verify', "
+                "which is not installed: pip install math-verify"
+            )
 
 
 def parse_number(text: str) -> Fraction | None:

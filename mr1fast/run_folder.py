@@ -2,7 +2,7 @@
 
     runs/2026-01-31-12-00-00/
         config.json            the options, as `--config` reads them
-        metrics.jsonl          one line per step and task
+        metrics.jsonl          one line per step and task; step 0 is before training
         result.json            accuracies before and after
         curves.png, samples.png
         tensorboard/vc/
@@ -128,8 +128,9 @@ def checkpoints(task_folder: Path) -> list[Path]:
     return sorted(task_folder.glob("checkpoint-*"))
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def step_of(path: Path) -> int:
+    """Of checkpoint-000050, and of step-000050.json."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def _find_run(resume: str, output_dir: str | None) -> tuple[RunFolder, Path | None]:
@@ -154,12 +155,16 @@ def _find_run(resume: str, output_dir: str | None) -> tuple[RunFolder, Path | No
     return RunFolder(newest.parent.parent), None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole, so that a reader (or a full disk) never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:

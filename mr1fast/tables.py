@@ -1,7 +1,7 @@
 """Rows of local files: JSON lines, JSON, CSV, Parquet, and folders as `datasets` saves them.
 
 JSON and CSV are read here and not by `datasets`, which gives up a whole file at its first broken line. Parquet and
-saved data sets stay memory-mapped: their images are read when they are needed.
+saved data sets stay memory-mapped: their images are read when they are needed. They alone need `datasets`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow
+from typing import TYPE_CHECKING, Any
 
 from mr1fast.config import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
@@ -142,6 +142,8 @@ class ArrowRows(Sequence):
     """The rows of a `datasets.Dataset`, images as stored."""
 
     def __init__(self, dataset: datasets.Dataset):
+        import datasets
+
         for column, feature in dataset.features.items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -158,6 +160,8 @@ class ArrowRows(Sequence):
 
     def image_digest(self, index: int) -> bytes | None:
         """Of the image file in a row, if there is one, by its length and its ends: there may be gigabytes of them."""
+        import pyarrow
+
         if "image" not in self.dataset.column_names:
             return None
         column = self._arrow[index : index + 1].column("image").chunk(0)
@@ -172,7 +176,16 @@ class ArrowRows(Sequence):
         return hashlib.blake2b(ends + str(len(content)).encode(), digest_size=16).digest()
 
 
+def _import_datasets(source: Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"data {str(source)!r} needs the package 'datasets' ({error}): pip install datasets") from None
+    return datasets
+
+
 def _read_parquet(file: Path) -> Sequence[dict[str, Any] | str]:
+    datasets = _import_datasets(file)
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -186,6 +199,7 @@ def _read_parquet(file: Path) -> Sequence[dict[str, Any] | str]:
 
 
 def _saved_tables(source: Path) -> list[Table]:
+    datasets = _import_datasets(source)
     try:
         saved = datasets.load_from_disk(str(source))
     except Exception as error:

@@ -17,7 +17,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.batch import batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
 from mr1fast.config import TrainConfig
-from mr1fast.kl_weight import kl_weight
+from mr1fast.kl_weight import KLSchedule
 from mr1fast.loss import group_advantages
 from mr1fast.metrics import completion_metrics, mean_metrics, reward_metrics
 from mr1fast.model import encode_prompts
@@ -63,6 +63,7 @@ class Trainer:
         self.config, self.processor, self.dataset = config, processor, dataset
         # eval() for good: policy, sampler and reference are to be the same network, so no dropout.
         self.model, self.reference = model.eval(), reference
+        self.kl_schedule = _kl_schedule(config) if config.method == "grpo-d" else None
         self.optimizer = Optimizer(model, max_grad_norm=config.max_grad_norm)
         self.generator = torch.Generator(model.device).manual_seed(config.seed)
         self.finished_steps = 0
@@ -88,6 +89,9 @@ class Trainer:
             reason = "a reward is not a finite number"
         metrics |= self.sampled.metrics
         self._count(reason)
+        if self.kl_schedule is not None:
+            self.kl_schedule.update(metrics.get("kl", math.nan), n_steps=1)
+            self.kl_schedule.step()
         self.finished_steps += 1
         progress = {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
         return metrics | progress | {"step_time": time.perf_counter() - started}
@@ -178,17 +182,7 @@ class Trainer:
     @property
     def beta(self) -> float:
         """The KL weight of this step."""
-        config = self.config
-        if config.method == "grpo":
-            return config.beta
-        return kl_weight(
-            self.finished_steps,
-            config.max_steps,
-            beta_min=config.beta_min,
-            beta_max=config.beta_max,
-            schedule=config.kl_schedule,
-            explore_fraction=config.explore_fraction,
-        )
+        return self.config.beta if self.kl_schedule is None else self.kl_schedule.value
 
     def update(self, sampled: Sampled) -> dict[str, float]:
         """The optimizer's step on the batch, taken in pieces; none if loss or gradient is not finite."""
@@ -250,6 +244,7 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "kl_schedule": None if self.kl_schedule is None else self.kl_schedule.state_dict(),
             "sampled": None,
         }
         if self.sampled is not None and self.finished_steps % self.config.num_iterations:
@@ -261,6 +256,8 @@ class Trainer:
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        if self.kl_schedule is not None:
+            self.kl_schedule.load_state_dict(state["kl_schedule"])
         if state["sampled"] is not None:
             self.sampled = Sampled(**{**state["sampled"], "batch": _to(state["sampled"]["batch"], self.model.device)})
 
@@ -273,6 +270,18 @@ def sft_target(solution: str) -> str:
 def needs_reference(config: TrainConfig) -> bool:
     """Whether the KL term ever has weight; `config` is that of a task."""
     return bool(config.beta or config.beta_max)
+
+
+def _kl_schedule(config: TrainConfig) -> KLSchedule:
+    return KLSchedule(
+        config.max_steps,
+        beta_min=config.beta_min,
+        beta_max=config.beta_max,
+        schedule=config.kl_schedule,
+        explore_fraction=config.explore_fraction,
+        target_kl=config.target_kl,
+        horizon=max(1, config.max_steps // 10),  # over a run of any length by a factor of up to e^2
+    )
 
 
 @cache

@@ -238,7 +238,7 @@ def test_program_on_local_data(tmp_path, capsys, monkeypatch):
 MISTAKES = [
     ([], "give either --task vc, --task gr or --data PATH"),
     (["--task", "vc", "--data", "x"], "give either --task vc"),
-    (["--task", "vcc"], r"--task must be one of vc, gr, got 'vcc' \(did you mean vc\?\)"),
+    (["--task", "vcc"], r"--task must be one of vc, gr, got 'vcc' \(did you mean 'vc'\?\)"),
     (["--task", "vc", "--split", "all"], "--split must be one of train, validation, test"),
     (["--data", "nowhere"], "--data nowhere does not exist"),
     (["--data", "full/vc"], "data 'full/vc' has no readable row for test: there are no rows"),
@@ -246,7 +246,7 @@ MISTAKES = [
     (["--task", "vc", "--temperature", "nan"], "--temperature must be above 0"),
     (["--task", "vc", "--samples", "0"], "--samples: must be at least 1, got 0"),
     (["--task", "vc", "--samples", "ten"], "--samples: must be a whole number, got 'ten'"),
-    (["--task", "vc", "--smaples", "1"], r"unknown option --smaples \(did you mean --samples\?\)"),
+    (["--task", "vc", "--smaples", "1"], r"unknown option --smaples \(did you mean '--samples'\?\)"),
     (["--task", "vc", "--dtype", "float8"], "invalid choice: 'float8'"),
     (["--task", "vc", "--model", "nowhere/at/all"], "nowhere/at/all"),
     (["--task", "vc", "--model", "."], "no model"),

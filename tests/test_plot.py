@@ -160,7 +160,7 @@ MISTAKES = [
     (["odd"], "no metric that could be drawn"),
     (["good", "--output", "a.txt"], "--output must be a .png, .pdf or .svg file, got 'a.txt'"),
     (["good", "--output", "good/metrics.jsonl/a.png"], "cannot be written"),
-    (["good", "--ouput", "a.png"], "unknown option --ouput (did you mean --output?)"),
+    (["good", "--ouput", "a.png"], "unknown option --ouput (did you mean '--output'?)"),
     ([], "the following arguments are required: RUN"),
 ]
 

@@ -2,11 +2,13 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mr1fast import math_worker
 from mr1fast.math_worker import MathWorker
 from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
@@ -165,6 +167,21 @@ def test_a_bomb_costs_seconds(bomb, monkeypatch):
 def test_a_worker_that_does_not_start_is_no_answer(monkeypatch):
     monkeypatch.setattr("mr1fast.math_worker.START_SECONDS", 0.0)
     assert MathWorker().equal("1", "1") is False
+
+
+def test_without_math_verify_numbers_are_compared_and_one_warning_says_what_is_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    math_worker._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for answer in ("60", "60.0", r"60^\circ", "120/2"):
+            assert accuracy_reward(f"<answer>{answer}</answer>", "60") == 1.0
+        assert accuracy_reward("<answer>61</answer>", "60") == 0.0
+    with pytest.warns(UserWarning, match="math-verify is not installed: .*pip install math-verify"):
+        assert not MathWorker().equal("60", "60 cm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not MathWorker().equal("60", "60 cm")
 
 
 def test_the_worker_ends_with_the_program():

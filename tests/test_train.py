@@ -15,7 +15,9 @@ from PIL import Image
 
 from mr1fast import train
 from mr1fast.config import RECIPES
+from mr1fast.metrics import MetricsLog
 from mr1fast.model import load_model, load_processor
+from mr1fast.run_folder import RunFolder
 from tests.test_config import BAD_ARGUMENTS
 
 SMALL = [
@@ -61,9 +63,9 @@ def test_the_whole_program(tmp_path, monkeypatch):
     assert result["config_of_task"]["gr"]["learning_rate"] == RECIPES["gr"]["learning_rate"]
     assert result["seconds"] > 0
     rows = metrics(run)
-    assert [(row["task"], row["step"]) for row in rows] == [("vc", 1), ("vc", 2), ("gr", 1), ("gr", 2)]
-    assert {"reward", "kl", "beta", "grad_norm", "learning_rate", "step_time"} <= set(rows[0])
-    assert "eval/vc/greedy_accuracy" in rows[1]
+    assert [(row["task"], row["step"]) for row in rows] == [(task, step) for task in ("vc", "gr") for step in range(3)]
+    assert {"reward", "kl", "beta", "grad_norm", "learning_rate", "step_time"} <= set(rows[1])
+    assert ["eval/vc/greedy_accuracy" in row for row in rows[:3]] == [True, False, True]
     assert list((run / "tensorboard" / "vc").glob("events*"))
     for picture in ("curves.png", "samples.png"):
         assert Image.open(run / picture).size[0] > 500
@@ -120,7 +122,7 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
         assert {**a, "step_time": 0} == {**b, "step_time": 0}
 
 
-def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_path, capsys):
+def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     options = ["--task=vc", "--method=sft", "--max-steps=4", "--save-steps=1", "--save-total-limit=3", *SMALL]
     assert main(*options, "--output-dir", run) == 0
@@ -131,7 +133,20 @@ def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_pat
     error = capsys.readouterr().err
     assert "nothing to resume: the run" in error
     assert "to go on" not in error
-    assert main("--resume", run / "vc" / "checkpoint-000002") == 0
+    for step in (2, 3):
+        skipped = run / "vc" / "skipped" / f"step-{step:06d}.json"
+        skipped.parent.mkdir(exist_ok=True)
+        skipped.touch()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mr1fast.trainer.Trainer.step", interrupt)
+        assert main("--resume", run / "vc" / "checkpoint-000002") == 130
+    assert sorted(path.name for path in (run / "vc").iterdir()) == ["checkpoint-000002", "skipped"]
+    assert [path.name for path in (run / "vc" / "skipped").iterdir()] == ["step-000002.json"]
+    assert main("--resume", run) == 0  # it has not finished any more
     again = load_model(run / "vc" / "model").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert [{**row, "step_time": 0} for row in metrics(run)] == [{**row, "step_time": 0} for row in rows]
@@ -191,6 +206,23 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_survives(tmp_path, 
     assert main("--resume", run) == 0
 
 
+def test_a_full_disk_leaves_the_metrics_of_a_resumed_run(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    folder = RunFolder(tmp_path)
+    before = "".join(json.dumps({"task": "vc", "step": step, "loss": 1.0}) + "\n" for step in range(1, 100))
+    folder.metrics_file.write_text(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            MetricsLog(folder, "vc", first_step=80)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert folder.metrics_file.read_text() == before
+    MetricsLog(folder, "vc", first_step=80).close()
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 80))
+
+
 @pytest.mark.parametrize("arguments", ["--task nonsense", "--lerning-rate 1"])
 def test_a_mistake_as_a_subprocess(arguments, tmp_path):
     started = time.monotonic()
@@ -212,12 +244,17 @@ def test_mistakes_leave_nothing_behind(tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     (tmp_path / "file").touch()
+    Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
+    formula = {"image": "0.png", "problem": "How long?", "solution": r"2\sqrt{3}"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(formula))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     mistakes = [arguments.split() for arguments, _ in BAD_ARGUMENTS] + [
         ["--data", "missing"],
         ["--data", "empty"],
         ["--data", "broken.jsonl"],
+        ["--data", "."],
         ["--model", "no-model"],
         ["--model", "./missing"],
         ["--device", "nonsense"],

@@ -57,6 +57,7 @@ SETTINGS = {
     "grpo-d": {"method": "grpo-d", "temperature": 1.5},
     "grpo": {"method": "grpo", "temperature": 1.5, "gradient_accumulation_steps": 2},
     "grpo-d, 2 iterations": {"num_iterations": 2, "gradient_accumulation_steps": 2, "temperature": 1.5},
+    "grpo-d, adaptive": {"kl_schedule": "adaptive", "target_kl": 0.1, "max_steps": 10, "temperature": 1.5},
     "grpo without KL": {"method": "grpo", "beta": 0.0, "num_iterations": 3},
     "sft": {"method": "sft", "gradient_accumulation_steps": 2},
 }
@@ -177,10 +178,21 @@ def test_no_reference_where_the_kl_weight_is_0():
 def test_the_kl_weight_follows_the_schedule(processor):
     trainer = make_trainer(processor, beta_min=0.1, beta_max=0.3, kl_schedule="linear", max_steps=4)
     betas = []
-    for step in range(4):
-        trainer.finished_steps = step
-        betas.append(trainer.beta)
+    for _ in range(4):
+        betas.append(trainer.step()["beta"])
     assert betas == pytest.approx([0.1, 0.15, 0.2, 0.25])
+
+
+def test_the_adaptive_kl_weight_follows_the_measured_kl(processor, monkeypatch):
+    options = {"kl_schedule": "adaptive", "target_kl": 0.1, "beta_min": 0.1, "beta_max": 0.3, "max_steps": 20}
+    trainer = make_trainer(processor, **options)
+    measured, betas = [0.11, math.nan, 0.0, 1.0, 1.0, 1.0], []
+    real = trainer.update
+    for kl in measured:
+        monkeypatch.setattr(trainer, "update", lambda sampled, kl=kl: {**real(sampled), "kl": kl})
+        betas.append(trainer.step()["beta"])
+    # Per step at most 0.2 x 10 / max_steps of the weight; from the middle, and between the bounds.
+    assert betas == pytest.approx([0.2, 0.21, 0.21, 0.189, 0.2079, 0.22869])
 
 
 def test_sft_learns_its_target(processor):
