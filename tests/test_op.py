@@ -266,8 +266,8 @@ def test_a_factor_of_the_loss(dtype, factor, linear, backend):
     assert (leaf.grad[~batch["completion_mask"]] == 0).all()
     error = (leaf.grad.double() - exact).norm() / exact.norm()
     assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype], error
-    bias = (leaf.grad.double() * exact).sum() / (exact * exact).sum() - 1
-    assert abs(bias) < 1e-3, bias
+    bias = (leaf.grad.double() / exact - 1)[exact.abs() > 1e-3 * exact.abs().max()].median()
+    assert abs(bias) < 5e-4, "a factor rounded before the product is off by up to 2e-3 everywhere"
 
 
 @pytest.mark.parametrize("backend", EVERY)
