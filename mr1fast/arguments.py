@@ -6,8 +6,6 @@ of a tensor: that would be a synchronisation on a GPU.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.choices import not_one_of
+from mr1fast.checks import described, flag, not_one_of, number
 from mr1fast.kernels import reference
 from mr1fast.kernels.reference import LOSS_TYPES, SCALE_REWARDS, LossBatch, LossSpec
 
@@ -29,25 +27,11 @@ def choice(name: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(not_one_of(name, value, known))
 
 
-def number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
-    wanted = f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real
-        raise ValueError(f"{name} must be a number{wanted}, got {_describe(value)}")
-    value = float(value)
-    if (
-        not -math.inf < value < math.inf  # math.isfinite cannot be traced with dynamic=True
-        or (above is not None and value <= above)
-        or (at_least is not None and value < at_least)
-    ):
-        raise ValueError(f"{name} must be a finite number{wanted}, got {value}")
-    return value
-
-
 def floating(name: str, tensor: Any, dims: str) -> Tensor:
     """A floating-point tensor whose number of dimensions is that of e.g. "[B, L, V]"."""
     if not isinstance(tensor, Tensor) or tensor.dim() != dims.count(",") + 1 or tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"{name} must be a float32, bfloat16, float16 or float64 tensor {dims}, got {_describe(tensor)}"
+            f"{name} must be a float32, bfloat16, float16 or float64 tensor {dims}, got {described(tensor)}"
         )
     return tensor
 
@@ -79,7 +63,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 def token_ids(ids: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor:
     """ids [B, L] as int64 on the device of `like`."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be an int64 tensor [B, L] = {list(shape)}, got {_describe(ids)}")
+        raise ValueError(f"{name} must be an int64 tensor [B, L] = {list(shape)}, got {described(ids)}")
     ids = _shaped(name, ids, [shape], like)
     return ids if ids.dtype == torch.int64 else ids.long()
 
@@ -261,24 +245,11 @@ def check_groups(B: int, num_generations: Any, scale_rewards: str) -> None:
         )
 
 
-def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {_describe(value)}")
-    return value
-
-
 def _shaped(name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], like: Tensor | None) -> Tensor:
     """`tensor` has one of the shapes, and lies where `like` lies."""
     if not isinstance(tensor, Tensor) or tensor.shape not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name} must be a tensor of shape {wanted}, got {_describe(tensor)}")
+        raise ValueError(f"{name} must be a tensor of shape {wanted}, got {described(tensor)}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the logits, got {tensor.device}")
     return tensor
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"a {type(value).__name__}"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mr1fast.choices import not_one_of
+from mr1fast.checks import not_one_of
 from mr1fast.kl_weight import ALL_SCHEDULES
 
 TASK_NAMES = ("vc", "gr")

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mr1fast.choices import nearest
+from mr1fast.checks import nearest
 from mr1fast.config import UserError
 from mr1fast.images import BadImage, check_image, load_image
 from mr1fast.rewards import check_solutions, extract_answer

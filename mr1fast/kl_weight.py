@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from mr1fast.choices import not_one_of
+from mr1fast.checks import described, not_one_of, number
 
 SCHEDULES = ("paper", "linear", "constant", "cosine", "exponential")
 ALL_SCHEDULES = (*SCHEDULES, "adaptive")  # which has state, so that only a KLSchedule can be it
@@ -34,8 +34,7 @@ def kl_weight(
     beta, explore_fraction outside [0, 1), or an unknown schedule.
     """
     _check(total_steps, beta_min, beta_max, explore_fraction)
-    if step < 0:
-        raise ValueError(f"step must be >= 0 (optimizer steps completed), got {step}")
+    number("step (optimizer steps completed)", step, at_least=0)
     p = min(step / total_steps, 1.0)
     span = beta_max - beta_min
     if schedule == "paper":
@@ -50,7 +49,7 @@ def kl_weight(
     if schedule == "exponential":
         return beta_min + span * math.expm1(5 * p) / math.expm1(5)
     if schedule == "constant":
-        return beta_max
+        return float(beta_max)
     adaptive = "; 'adaptive' needs the state of a KLSchedule" if schedule == "adaptive" else ""
     raise ValueError(not_one_of("schedule", schedule, SCHEDULES) + adaptive)
 
@@ -85,10 +84,9 @@ class KLSchedule:
         _check(total_steps, beta_min, beta_max, explore_fraction)
         if not callable(schedule) and schedule not in ALL_SCHEDULES:
             raise ValueError(not_one_of("schedule", schedule, ALL_SCHEDULES))
-        if schedule == "adaptive" and not (target_kl and target_kl > 0):
-            raise ValueError(f"target_kl must be > 0 for schedule='adaptive', got {target_kl}")
-        if not horizon > 0:
-            raise ValueError(f"horizon must be > 0, got {horizon}")
+        if schedule == "adaptive" or target_kl is not None:
+            number("target_kl (which schedule='adaptive' needs)", target_kl, above=0)
+        number("horizon", horizon, above=0)
         self.total_steps = total_steps
         self.beta_min, self.beta_max = beta_min, beta_max
         self.schedule = schedule
@@ -101,7 +99,7 @@ class KLSchedule:
     def value(self) -> float:
         """The weight of the next update."""
         if callable(self.schedule):
-            return float(self.schedule(self.steps_done, self.total_steps))
+            return number("schedule's result", self.schedule(self.steps_done, self.total_steps), at_least=0)
         if self.schedule == "adaptive":
             return self._adaptive_value
         return kl_weight(
@@ -120,25 +118,31 @@ class KLSchedule:
 
     def update(self, current_kl: float, n_steps: int) -> None:
         """Tell the measured mean KL per token (nats) and how many steps it stands for (verl's controller interface)."""
+        number("n_steps", n_steps, at_least=0)
+        try:
+            current_kl = float(current_kl)  # a 0-d tensor, too
+        except (TypeError, ValueError):
+            raise ValueError(f"current_kl must be a number, got {described(current_kl)}") from None
         if self.target_kl and self.schedule == "adaptive" and math.isfinite(current_kl):
             error = min(max(current_kl / self.target_kl - 1, -0.2), 0.2)
-            value = self._adaptive_value * (1 + error * n_steps / self.horizon)
-            self._adaptive_value = min(max(value, self.beta_min), self.beta_max)
+            self._adaptive_value = self._within_bounds(self._adaptive_value * (1 + error * n_steps / self.horizon))
+
+    def _within_bounds(self, value: float) -> float:
+        return float(min(max(value, self.beta_min), self.beta_max))
 
     def state_dict(self) -> dict[str, float]:
         return {"step": self.steps_done, "value": self._adaptive_value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        if missing := [key for key in _STATE if key not in state]:
-            raise ValueError(f"state must hold {list(_STATE)}, but {missing} is missing; it has {sorted(state)}")
-        self.steps_done = int(state["step"])
-        self._adaptive_value = float(state["value"])
+        if not isinstance(state, dict) or any(key not in state for key in _STATE):
+            raise ValueError(f"state must be a dict with {' and '.join(_STATE)}, got {described(state)}")
+        self.steps_done = int(number("state['step']", state["step"], at_least=0))
+        self._adaptive_value = self._within_bounds(number("state['value']", state["value"]))
 
 
 def _check(total_steps: int, beta_min: float, beta_max: float, explore_fraction: float) -> None:
-    if not total_steps >= 1:
-        raise ValueError(f"total_steps must be >= 1, got {total_steps}")
-    if not 0 <= beta_min <= beta_max < math.inf:
-        raise ValueError(f"beta_min and beta_max must satisfy 0 <= beta_min <= beta_max, got {beta_min} and {beta_max}")
-    if not 0 <= explore_fraction < 1:
+    number("total_steps", total_steps, at_least=1)
+    if number("beta_min", beta_min, at_least=0) > number("beta_max", beta_max, at_least=0):
+        raise ValueError(f"beta_min must be <= beta_max, got {beta_min} and {beta_max}")
+    if not number("explore_fraction", explore_fraction, at_least=0) < 1:
         raise ValueError(f"explore_fraction must be in [0, 1), got {explore_fraction}")

@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mr1fast import arguments
+from mr1fast import arguments, checks
 from mr1fast.kernels import linear_op
 from mr1fast.loss import GRPOLossOutput
 
@@ -154,11 +154,11 @@ def linear_token_logprobs(
         lm_head_bias,
         arguments.token_ids(ids, shape, hidden, "ids"),
         arguments.token_mask(mask, shape, hidden, "mask"),
-        arguments.number("temperature", temperature, above=0),
+        checks.number("temperature", temperature, above=0),
         chunk_bytes=arguments.chunk_bytes(chunk_bytes),
         backend=backend,
     )
-    return (logps, entropies) if arguments.flag("entropy", entropy) else logps
+    return (logps, entropies) if checks.flag("entropy", entropy) else logps
 
 
 def _gathered(parameter: _Weight) -> _Weight:

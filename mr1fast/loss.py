@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mr1fast import arguments
+from mr1fast import arguments, checks
 from mr1fast.kernels import op, reference
 from mr1fast.kl_weight import KLSchedule
 
@@ -134,7 +134,7 @@ def grpo_loss(
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
         RuntimeError: logits that an earlier in-place call has consumed.
     """
-    shape = arguments.logits_shape(logits, arguments.flag("inplace", inplace))
+    shape = arguments.logits_shape(logits, checks.flag("inplace", inplace))
     spec, batch = arguments.loss_settings(
         logits,
         shape,
@@ -181,14 +181,14 @@ def token_logprobs(
     Both are differentiable, so any objective can stand on top. 0 (and no gradient) where `mask` [B, L] is 0.
     inplace_backward: backward writes the gradient over the logits, which are then consumed.
     """
-    shape = arguments.logits_shape(logits, arguments.flag("inplace_backward", inplace_backward))
+    shape = arguments.logits_shape(logits, checks.flag("inplace_backward", inplace_backward))
     ids = arguments.token_ids(ids, shape, logits, "ids")
     mask = arguments.token_mask(mask, shape, logits, "mask")
-    temperature = arguments.number("temperature", temperature, above=0)
+    temperature = checks.number("temperature", temperature, above=0)
     logps, entropies = op.token_logprobs(
         logits, ids, mask, temperature, inplace_backward=inplace_backward, backend=backend
     )
-    return (logps, entropies) if arguments.flag("entropy", entropy) else logps
+    return (logps, entropies) if checks.flag("entropy", entropy) else logps
 
 
 def group_advantages(
@@ -201,7 +201,7 @@ def group_advantages(
     left out of mean and std, advantage 0. Raises ValueError if B is not a multiple of num_generations.
     """
     arguments.floating("rewards", rewards, "[B]")
-    arguments.number("eps", eps, at_least=0)
+    checks.number("eps", eps, at_least=0)
     arguments.check_groups(rewards.shape[0], num_generations, scale_rewards)
     return reference.group_advantages(rewards, num_generations, scale_rewards, eps)
 

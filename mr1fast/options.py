@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mr1fast.choices import nearest
+from mr1fast.checks import nearest
 from mr1fast.config import TrainConfig, UserError, flag
 from mr1fast.program import Parser
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mr1fast.choices import nearest
+from mr1fast.checks import nearest
 from mr1fast.config import UserError
 
 

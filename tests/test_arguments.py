@@ -23,7 +23,7 @@ BAD = [
     ("logits", [[1.0]], r"logits must be .* got \[\[1.0\]\]"),
     ("logits", torch.zeros(B, L, V * 2)[..., ::2], "contiguous"),
     ("logits", torch.zeros(B, L, 0), r"logits must have .* size >= 1, got \[4, 3, 0\]"),
-    ("logits", torch.zeros(B, L, V).numpy(), "logits must be .* got a ndarray"),
+    ("logits", torch.zeros(B, L, V).numpy(), r"logits must be .* got ndarray float32 \[4, 3, 11\]"),
     ("inplace", "no", "inplace must be True or False, got 'no'"),
     ("use_bias_correction_kl", 1, "use_bias_correction_kl must be True or False, got 1"),
     ("completion_ids", torch.zeros(B, L + 1).long(), r"completion_ids must be .* \[4, 3\], got int64 \[4, 4\]"),

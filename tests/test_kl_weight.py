@@ -59,8 +59,14 @@ def test_other_schedules(schedule, form):
     ("change", "message"),
     [
         ({"total_steps": 0}, "total_steps"),
+        ({"total_steps": torch.tensor(10)}, "total_steps"),
+        ({"total_steps": math.inf}, "total_steps"),
         ({"step": -1}, "step"),
+        ({"step": math.nan}, "step"),
+        ({"step": "1"}, "step .* must be a number >= 0, got '1'"),
         ({"beta_min": 0.2}, "beta_min"),
+        ({"beta_min": "1e-6"}, "beta_min must be a number >= 0, got '1e-6'"),
+        ({"explore_fraction": None}, "explore_fraction"),
         ({"beta_min": -0.1}, "beta_min"),
         ({"beta_max": float("nan")}, "beta_max"),
         ({"explore_fraction": 1.0}, "explore_fraction"),
@@ -88,14 +94,17 @@ def test_schedule_object_counts_and_resumes():
     half.update(1.0, 3)  # moves the adaptive schedule only
     resumed.load_state_dict(half.state_dict())
     assert resumed.value == values[4]
-    with pytest.raises(ValueError, match="step"):
-        resumed.load_state_dict({"value": 1.0})
+    for state in ({"value": 1.0}, None, {"step": -3, "value": 0.1}, {"step": "a", "value": 0.1}):
+        with pytest.raises(ValueError, match="state"):
+            resumed.load_state_dict(state)
 
 
 def test_callable_schedule():
     schedule = KLSchedule(10, beta_min=0, beta_max=1, schedule=lambda step, total: step / total / 2)
     schedule.step()
     assert schedule.value == 0.05
+    with pytest.raises(ValueError, match="schedule's result must be a number >= 0, got None"):
+        print(KLSchedule(10, beta_min=0, beta_max=1, schedule=lambda step, total: None).value)
 
 
 def test_adaptive_schedule():
@@ -114,8 +123,14 @@ def test_adaptive_schedule():
     resumed = KLSchedule(10, beta_min=0.01, beta_max=0.05, schedule="adaptive", target_kl=0.1, horizon=10)
     resumed.load_state_dict(schedule.state_dict())
     assert resumed.value == 0.01
-    with pytest.raises(ValueError, match="target_kl"):
-        KLSchedule(10, beta_min=0.01, beta_max=0.05, schedule="adaptive")
+    resumed.load_state_dict({"step": 3, "value": 99.0})
+    assert resumed.value == 0.05
+    for bad in (("x", 1), (0.1, "1"), (0.1, math.nan)):
+        with pytest.raises(ValueError, match=r"current_kl|n_steps"):
+            schedule.update(*bad)
+    for bad in ({}, {"target_kl": "x"}, {"target_kl": 0.1, "horizon": None}):
+        with pytest.raises(ValueError, match=r"target_kl|horizon"):
+            KLSchedule(10, beta_min=0.01, beta_max=0.05, schedule="adaptive", **bad)
 
 
 def test_module_takes_beta_from_the_schedule_and_resumes():

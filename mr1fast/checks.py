@@ -1,0 +1,50 @@
+"""Checks of single values, and what a user is told about a wrong one. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+
+def number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
+    """A finite number within the bound as a float, or ValueError. numpy's numbers are numbers, bools are not."""
+    wanted = f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number{wanted}, got {described(value)}")
+    value = float(value)
+    if (
+        not -math.inf < value < math.inf  # math.isfinite cannot be traced with dynamic=True
+        or (above is not None and value <= above)
+        or (at_least is not None and value < at_least)
+    ):
+        raise ValueError(f"{name} must be a finite number{wanted}, got {value}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {described(value)}")
+    return value
+
+
+def described(value: Any) -> str:
+    """dtype and shape of a tensor or an array; else the value itself, if it is short."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        kind = "" if type(value).__name__ == "Tensor" else f"{type(value).__name__} "
+        return f"{kind}{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """ " (did you mean 'X'?)", or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def not_one_of(name: str, value: object, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
