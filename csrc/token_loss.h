@@ -73,8 +73,8 @@ template <typename F>
 MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
   const F zero = F{}, limit = zero + kExpLimit;
   const auto dead = in.logp == -INFINITY;  // the sampled token was banned: no derivative exists, so none is taken
-  F log_ratio = zero;
-  if (in.has_old) log_ratio = (dead & (in.old_logp == -INFINITY)) ? zero : in.logp - in.old_logp;
+  const F old_logp = in.has_old ? in.old_logp : in.logp;  // on-policy the ratio is 1, or NaN for all to see
+  const F log_ratio = (dead & (old_logp == -INFINITY)) ? zero : in.logp - old_logp;
   const F ratio = exp_of(log_ratio > limit ? limit : log_ratio);
   const F a = in.advantage;
 

@@ -18,6 +18,12 @@ FAMILIES = {"cispo": "cispo", "sapo": "sapo"}
 
 
 @triton.jit
+def _smaller(a, b):
+    """The smaller one, or NaN if `a` is: tl.minimum would hide it."""
+    return tl.where(a > b, b, a)
+
+
+@triton.jit
 def token_objective(
     logp,
     old_logp,
@@ -42,14 +48,14 @@ def token_objective(
     """
     dead = logp == NEG_INF
     live_logp = tl.where(dead, 0.0, logp)
-    ratio = 1.0
+    log_ratio = live_logp - live_logp  # on-policy the ratio is 1, or NaN for all to see
     if old_logp is not None:
         # A ban by the old policy alone gives +inf here, and a saturated ratio; by both, inf - inf, is on-policy.
         log_ratio = tl.where(dead & (old_logp == NEG_INF), 0.0, logp - old_logp)
-        ratio = tl.exp(tl.minimum(log_ratio, EXP_LIMIT))
+    ratio = tl.exp(_smaller(log_ratio, EXP_LIMIT))
 
     if OBJECTIVE == "cispo":
-        weight = tl.minimum(ratio, ratio_high) * advantage
+        weight = _smaller(ratio, ratio_high) * advantage
         loss = -weight * live_logp
         slope = -weight
         is_low = dead != dead
@@ -62,12 +68,13 @@ def token_objective(
         is_low = dead != dead
         is_high = is_low
     else:
-        bounded = tl.minimum(ratio, delta)
-        clipped = tl.minimum(tl.maximum(ratio, ratio_low), ratio_high)
-        loss = -tl.minimum(bounded * advantage, clipped * advantage)
+        bounded = _smaller(ratio, delta)
+        clipped = _smaller(tl.where(ratio < ratio_low, ratio_low, ratio), ratio_high)
+        loss = -_smaller(bounded * advantage, clipped * advantage)
         # d ratio / d logp is the ratio itself; whichever side won passes it on unless a bound holds that side fast.
-        free = tl.where(bounded * advantage <= clipped * advantage, ratio <= delta, ratio == clipped)
-        slope = tl.where(free, -advantage * ratio, 0.0)
+        outside = (ratio < ratio_low) | (ratio > ratio_high)
+        held = tl.where(bounded * advantage > clipped * advantage, outside, ratio > delta)
+        slope = tl.where(held, 0.0, -advantage * ratio)
         is_low = (bounded < ratio_low) & (advantage < 0)
         is_high = (bounded > ratio_high) & (advantage > 0)
     if is_ratio is not None:
@@ -77,7 +84,7 @@ def token_objective(
     kl = 0.0
     if ref_logp is not None:
         d = tl.where(dead, 0.0, ref_logp - live_logp)
-        exp_d = tl.exp(tl.minimum(d, EXP_LIMIT))
+        exp_d = tl.exp(_smaller(d, EXP_LIMIT))
         kl = exp_d - d - 1
         kl_slope = 1 - exp_d
         if BIAS_CORRECTED_KL:
