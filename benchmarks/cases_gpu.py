@@ -5,9 +5,12 @@ Without a device every case is reported as not measured.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import Call, Case, Scene
 from benchmarks.cases_loss import (
@@ -24,21 +27,65 @@ from benchmarks.cases_loss import (
     read_modify_write,
     trl_functions,
 )
-from mr1fast.kernels import dispatch
+from mr1fast import token_logprobs
+from mr1fast.kernels import cuda, dispatch
 
 SHAPES = ((8, 1024, 151936), (16, 1024, 32000), (64, 1024, 256))  # B, L, V
 QUICK_SHAPES = ((2, 64, 4096),)
 
 
+def two_phase(x: Inputs) -> Call:
+    """Our cuda backend without clusters, in place: what unaligned rows take, and older devices."""
+    if reason := cuda.why_not(x.logits):
+        raise RuntimeError(reason)
+    call, clusters = ours(x, "cuda", True), cuda.RowsCall
+
+    def run() -> None:
+        with mock.patch.object(cuda, "RowsCall", partial(clusters, two_phase=1)):
+            call.run()
+
+    return Call(run, call.reset)
+
+
+def ours_scoring(x: Inputs, backend: str) -> Call:
+    @torch.no_grad()
+    def run() -> None:
+        token_logprobs(x.logits, x.ids, entropy=True, backend=backend)
+
+    return Call(run, x.restore)
+
+
+def trl_scoring(x: Inputs) -> Call:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    @torch.no_grad()
+    def run() -> None:
+        selective_log_softmax_and_entropy(x.logits, x.ids)
+
+    return Call(run, x.restore)
+
+
+def liger_scoring(x: Inputs) -> Call:
+    """Less than the others do: it has no entropies."""
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    longer = _with_another_position(x.source)
+    return Call(lambda: fused_selective_log_softmax(longer, x.ids, temperature=1.0, mask=x.mask))
+
+
+def _with_another_position(logits: Tensor) -> Tensor:
+    """[B, L + 1, V]: what Liger wants, though it ignores the last position."""
+    return torch.cat((logits, torch.zeros_like(logits[:, :1])), 1)
+
+
 def liger_triton(x: Inputs, inplace: bool) -> Call:
-    """Liger's triton_grpo_loss. It wants [B, L + 1, V] and ignores the last position: prepared once, not timed."""
+    """Liger's triton_grpo_loss."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    B, L, V = x.logits.shape
-    longer = torch.zeros(B, L + 1, V, dtype=x.logits.dtype, device=x.logits.device)
+    longer = _with_another_position(x.source)
 
     def restore() -> None:
-        longer[:, :L].copy_(x.source)
+        longer[:, :-1].copy_(x.source)
 
     def run() -> None:
         logits = longer.detach().requires_grad_()
@@ -68,10 +115,10 @@ def backends() -> list[str]:
 
 
 def gpu_cases(nbytes: int) -> tuple[Case, ...]:
-    reference = f"mr1fast {backends()[0]}, in place"
+    in_place, scoring = (f"mr1fast {backends()[0]}, {kind}" for kind in ("in place", "scoring"))
 
-    def case(name: str, prepare: Any, passes: int, limit: str | None) -> Case:
-        return Case(name, prepare, passes * nbytes, limit=limit, against=reference)
+    def case(name: str, prepare: Any, passes: int, limit: str | None, against: str = in_place) -> Case:
+        return Case(name, prepare, passes * nbytes, limit=limit, against=against)
 
     mine = [
         kind
@@ -80,10 +127,14 @@ def gpu_cases(nbytes: int) -> tuple[Case, ...]:
             case(f"mr1fast {name}, in place", lambda x, n=name: ours(x, n, True), 2, "read-modify-write"),
             case(f"mr1fast {name}, new buffer", lambda x, n=name: ours(x, n, False), 2, "memcpy"),
             case(f"mr1fast {name}, forward only", lambda x, n=name: ours_forward_only(x, n), 1, "read"),
+            case(f"mr1fast {name}, scoring", lambda x, n=name: ours_scoring(x, n), 1, "read", scoring),
         )
     ]
     return (
         *mine,
+        case("mr1fast cuda two-phase, in place", two_phase, 2, "read-modify-write"),
+        case("TRL kernels, scoring", trl_scoring, 1, "read", scoring),
+        case("Liger triton, scoring", liger_scoring, 1, "read", scoring),
         case("TRL kernels", trl_functions, 2, "memcpy"),
         case("Liger triton, in place", lambda x: liger_triton(x, True), 2, "read-modify-write"),
         case("Liger triton, new buffer", lambda x: liger_triton(x, False), 2, "memcpy"),

@@ -142,7 +142,7 @@ def eager(x: Inputs) -> Call:
 
 
 def compiled(x: Inputs) -> Call:
-    loss = torch.compile(eager_loss)
+    loss = torch.compile(eager_loss, dynamic=False)
     return Call(lambda: loss(x.leaf(), x).backward(), x.restore)
 
 

@@ -55,6 +55,8 @@ def measure(tree: Path, args: argparse.Namespace) -> dict[Key, float]:
         path = Path(folder) / "out.csv"
         command = [sys.executable, "-m", "benchmarks.run", *args.groups, "--filter", f"mr1fast {args.filter}"]
         command += ["--csv", str(path), "--seconds", str(args.seconds), *(["--quick"] if args.quick else [])]
+        command += ["--device", args.device] if args.device else []
+        command += ["--processor-time"] if args.processor_time else []
         _run(command, tree)
         with path.open() as file:
             return {

@@ -62,13 +62,12 @@ def specialisation_key(launch: Launch) -> str:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch; loads and stores map a width in bytes to how often it stands in the PTX."""
+    """What the compiler made of a launch; `loads` maps a width in bytes to how often it stands in the PTX."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     loads: dict[int, int]
-    stores: dict[int, int]
     tile_bytes: int  # of the row tiles one thread loads, each load of the source counted once
     int64_offsets: bool  # whether whatever leads to a row, or to a token's value, is 64 bits wide
 
@@ -94,8 +93,7 @@ def compile_offline(launch: Launch, arch: int) -> Compiled:
         registers=int(_found(r"Used (\d+) registers", said)),
         spill_bytes=int(_found(r"(\d+) bytes spill stores", said)) + int(_found(r"(\d+) bytes spill loads", said)),
         shared_bytes=kernel.metadata.shared,
-        loads=_widths("ld", ptx),
-        stores=_widths("st", ptx),
+        loads=_load_widths(ptx),
         tile_bytes=_tile_bytes(kernel.asm["ttir"], 32 * options.num_warps),
         int64_offsets=set(re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (\w+)", kernel.asm["ttir"])) == {"i64"},
     )
@@ -107,15 +105,14 @@ def _found(pattern: str, text: str) -> str:
     return match[1]
 
 
-def _widths(instruction: str, ptx: str) -> dict[int, int]:
-    """Widths in bytes of the global loads ("ld", cp.async included) or stores ("st"), with their numbers."""
+def _load_widths(ptx: str) -> dict[int, int]:
+    """Widths in bytes of the global loads (cp.async included), with their numbers."""
     widths: dict[int, int] = {}
     found = [
         int(vector or 1) * int(bits) // 8
-        for vector, bits in re.findall(rf"\b{instruction}\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[bfsu](\d+)\b", ptx)
+        for vector, bits in re.findall(r"\bld\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[bfsu](\d+)\b", ptx)
     ]
-    if instruction == "ld":
-        found += [int(width, 16) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* [^;]*?, 0x(\w+)", ptx)]
+    found += [int(width, 16) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* [^;]*?, 0x(\w+)", ptx)]
     for width in sorted(found, reverse=True):
         widths[width] = widths.get(width, 0) + 1
     return widths

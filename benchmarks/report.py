@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -96,7 +97,9 @@ def device_name() -> str:
 
 
 def commit(where: Path = Path(__file__).parent) -> str:
-    """The short commit, with "+" if the tree differs from it; "" outside of a repository."""
+    """The short commit, with "+" if the tree differs from it; "" outside of a repository, and without git."""
+    if shutil.which("git") is None:
+        return ""
     run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=where, capture_output=True, text=True)
     return run.stdout.strip()
 

@@ -48,6 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.groups) - set(cases.GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(cases.GROUPS)}")
+    if args.base and (args.csv or args.plot or args.list):
+        parser.error("--base only prints its comparison: it does not go with --csv, --plot or --list")
     if args.processor_time:
         torch.set_num_threads(1)  # waiting threads spin, which counts as work
         timing.now = time.process_time
@@ -72,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{scene.title}: {'; '.join(case.name for case in chosen)}")
         return 0
 
+    about = report.environment()
     table: list[report.Row] = []
     with tqdm(total=len(selected), unit="scene", file=sys.stderr, leave=False, miniters=0) as bar:
         for scene, chosen in selected:
@@ -83,12 +86,11 @@ def main(argv: list[str] | None = None) -> int:
 
             measured = timing.measure(scene, chosen, 0.05 if args.quick else args.seconds, on_call)
             table += report.rows(scene, measured)
+            if args.csv:  # after every scene: a run that is cut off keeps what it has
+                report.write_csv(args.csv, table, about)
             bar.update()
     report.print_table(table)
-    about = report.environment()
     print(f"\n{about['device']}; torch {about['torch']}; commit {about['commit']}")
-    if args.csv:
-        report.write_csv(args.csv, table, about)
     if args.plot:
         report.plot(args.plot, table, about)
     return 0

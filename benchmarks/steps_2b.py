@@ -2,8 +2,9 @@
 
 Images of the paper's size (401,408 pixels, 512 tokens), groups of 8. Prints and, with --csv, writes seconds, tokens and
 peak memory of each step, and how a step's time divides into sampling and all else. Random weights hardly ever end a
-completion, so that each is as long as --length allows: an upper bound of a real step. `--tiny` takes the embedded
-model's shape instead and runs anywhere, to see that it works.
+completion, so that each is as long as --length allows. Nor do they earn a reward, and rows without an advantage are
+left out of backward: the advantages are drawn at random instead, so that every row takes part. Both make it an upper
+bound of a real step. `--tiny` takes the embedded model's shape instead and runs anywhere, to see that it works.
 """
 
 from __future__ import annotations
@@ -116,11 +117,16 @@ def main() -> int:
             torch.cuda.reset_peak_memory_stats()
         before = trainer.num_tokens
         started = time.perf_counter()
-        trainer.sampled = trainer.sample()
+        sampled = trainer.sample()
         sampling = time.perf_counter() - started
+        assert sampled.batch.advantages is not None
+        advantages = torch.randn_like(sampled.batch.advantages)
+        trainer.sampled = dataclasses.replace(sampled, batch=dataclasses.replace(sampled.batch, advantages=advantages))
         metrics = trainer.update(trainer.sampled)
         if gpu:
             torch.cuda.synchronize()
+        if not metrics["grad_norm"] > 0:
+            raise SystemExit(f"not a step: the norm of its gradient is {metrics['grad_norm']}")
         row = {
             "step": step + 1,
             "seconds": round(time.perf_counter() - started, 3),

@@ -23,6 +23,7 @@ SCENES = {
 
 @lru_cache(maxsize=1)  # one scene's inputs at a time: they are large
 def inputs_of(title):
+    torch.compiler.reset()  # as in timing.measure
     return SCENES[title].inputs()
 
 

@@ -64,12 +64,17 @@ def measure(
 ) -> list[Measurement]:
     """All cases in both modes; about `budget` seconds of timed calls for each case and mode, and at most 25 calls.
 
-    on_call is told the name of the case before each call. A case that raises is reported in its note.
+    on_call is told the name of the case before each call. A case that raises is reported in its note, with the times
+    that it had until then.
     """
     if reason := scene.why_not():
         return [Measurement(case, "", note=f"not measured: {reason}") for case in cases]
     clock = _gpu_clock if scene.device == "cuda" else _cpu_clock
-    inputs = scene.inputs()
+    torch.compiler.reset()  # what an earlier scene compiled would be compiled again for any shape, which is slower
+    try:
+        inputs = scene.inputs()
+    except Exception as error:
+        return [Measurement(case, "", note=f"not measured, no inputs: {_said(error)}") for case in cases]
     prepared: list[tuple[Measurement, Call, int]] = []
     failed = []
     for case in cases:
@@ -79,7 +84,7 @@ def measure(
             with memory_pages("fresh"):
                 first, peak = _warm_up(call, scene.device, clock)
         except Exception as error:
-            failed.append(Measurement(case, "", note=f"not measured: {type(error).__name__}: {error}"))
+            failed.append(Measurement(case, "", note=f"not measured: {_said(error)}"))
             continue
         repeats = 1 if first > SLOW else max(3, min(25, int(budget / first)))
         prepared.append((Measurement(case, "warm", peak_extra=peak), call, repeats))
@@ -91,10 +96,17 @@ def measure(
             turns = [turn for turn in prepared if turn[0].pages == pages]
             for round_ in range(max((repeats for *_, repeats in turns), default=0)):
                 for measurement, call, repeats in turns:
-                    if round_ < repeats:
+                    if round_ < repeats and not measurement.note:
                         on_call(measurement.case.name)
-                        measurement.seconds.append(clock(call))
+                        try:
+                            measurement.seconds.append(clock(call))
+                        except Exception as error:
+                            measurement.note = f"broke off in round {round_ + 1}: {_said(error)}"
     return [measurement for measurement, *_ in prepared] + failed
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _warm_up(call: Call, device: str, clock: Callable[[Call], float]) -> tuple[float, float | None]:
