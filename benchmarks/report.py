@@ -141,23 +141,31 @@ OURS, PEER, LIMIT = "#1b6ca8", "#b8b8b8", "#d9a441"
 
 
 def plot(path: Path, table: list[Row], about: Row) -> None:
-    """Each scene's cases as bars of their time ratio, on a logarithmic axis; what was not measured says so."""
+    """Each scene's cases as bars of their time ratio, on a logarithmic axis; what was not measured says so.
+
+    Left out: scenes of which nothing was measured, where others were; and what is compared with another case than the
+    rest of its scene, whose bars would not share the axis.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    table = [row for row in table if row["pages"] != "fresh"]
-    scenes = list(dict.fromkeys((row["group"], row["shape"], row["dtype"]) for row in table))
-    by_scene = [[row for row in table if (row["group"], row["shape"], row["dtype"]) == scene] for scene in scenes]
+    by_scene: dict[tuple[str, ...], list[Row]] = {}
+    for row in table:
+        rows_so_far = by_scene.setdefault((row["group"], row["shape"], row["dtype"]), [])
+        if row["pages"] != "fresh" and row["against"] in ("", (rows_so_far or [row])[0]["against"]):
+            rows_so_far.append(row)
+    by_scene = {scene: chosen for scene, chosen in by_scene.items() if _measured(chosen)} or by_scene
+    table, scenes = [row for chosen in by_scene.values() for row in chosen], list(by_scene)
     columns = min(2, len(scenes))
     lines = -(-len(scenes) // columns)
-    height = 0.7 + 0.27 * max((len(rows) for rows in by_scene if _measured(rows)), default=1)
+    height = 0.7 + 0.27 * max((len(chosen) for chosen in by_scene.values() if _measured(chosen)), default=1)
     figure, axes = plt.subplots(
         lines, columns, figsize=(6.4 * columns, height * lines + 1.2), sharex=True, squeeze=False, layout="constrained"
     )
-    for ax, scene, chosen in zip(axes.flat, scenes, by_scene):
+    for ax, (scene, chosen) in zip(axes.flat, by_scene.items()):
         ax.set_title(", ".join(scene))
         if _measured(chosen):
             _bars(ax, chosen[::-1])
@@ -169,9 +177,10 @@ def plot(path: Path, table: list[Row], about: Row) -> None:
     shortest, longest = (f((row["ratio"] or 1 for row in table), default=1) for f in (min, max))
     for ax in axes.flat:
         ax.set(xscale="log", xlim=(shortest / 2, 12 * longest))
-    for ax in axes[-1]:
+    for ax in axes.flat[max(len(scenes) - columns, 0) : len(scenes)]:  # with nothing beneath
+        ax.tick_params(labelbottom=True)
         ax.set_xlabel("time relative to mr1fast on the same input\n(shorter is faster)", fontsize=9)
-    if any(map(_measured, by_scene)):
+    if any(map(_measured, by_scene.values())):
         kinds = {"mr1fast": OURS, "others": PEER, "limit of this machine": LIMIT}
         handles = [Patch(color=colour, label=name) for name, colour in kinds.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
