@@ -87,6 +87,8 @@ def check(settings, backend, blocks, dtype, *, V=V, bias=True, master_weights=Fa
     for name, tensor, actual, wanted, other in zip(names, head, gradients, exact_gradients, peer_gradients):
         assert actual.dtype == tensor.dtype
         assert_within_budget(f"gradient of {name}", actual, wanted, other, FLOOR[dtype])
+    if master_weights and blocks > 1:
+        assert not torch.equal(gradients[1], gradients[1].to(dtype).float()), "a sum over blocks is not rounded"
     for name in FIELDS:
         actual, wanted, other = getattr(output, name), getattr(exact, name), getattr(peer, name)
         assert not actual.requires_grad
