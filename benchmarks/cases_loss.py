@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from benchmarks.cases import Call, Case, Scene
 from mr1fast import arguments, grpo_loss, linear_grpo_loss
 from mr1fast.kernels import reference
 from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.testing import model_output
 
 SHAPES = ((4, 128, 151936), (8, 256, 32000), (64, 256, 256))  # B, L, V; the first V is Qwen2-VL's
 QUICK_SHAPES = ((2, 4, 1024), (4, 8, 256))
@@ -46,26 +46,10 @@ class Inputs:
         self.logits.copy_(self.source)
 
     def leaf(self) -> Tensor:
-        """The logits as a model hands them over: the output of a Function, whose gradient goes on into the model."""
-        return _ModelOutput.apply(_trigger(), self.logits)
+        return model_output(self.logits)
 
     def keywords(self) -> dict[str, Any]:
         return {"old_per_token_logps": self.old_logps, "ref_per_token_logps": self.ref_logps, "beta": BETA}
-
-
-class _ModelOutput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, trigger: Tensor, logits: Tensor) -> Tensor:
-        return logits.data
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-@cache
-def _trigger() -> Tensor:
-    return torch.zeros((), requires_grad=True)
 
 
 def make_inputs(B: int, L: int, V: int, dtype: torch.dtype, device: str) -> Inputs:

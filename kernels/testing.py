@@ -9,11 +9,25 @@ from torch import Tensor
 
 from mr1fast.kernels import dispatch
 
+# Of gradients relative to their largest element: one rounding of the dtype.
+GRADIENT_FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
 
 def available_backends(device: str = "cpu") -> list[str]:
     """The backends that can run on float32 logits there."""
     logits = torch.zeros(1, 1, 8, device=device)
     return ["torch", *(backend.name for backend in dispatch.BACKENDS if backend.why_not(logits) is None)]
+
+
+def every_backend() -> list[str]:
+    """The backends that can run on this machine, each on its `device_of`."""
+    names = available_backends("cpu") + (available_backends("cuda") if torch.cuda.is_available() else [])
+    return list(dict.fromkeys(names))
+
+
+def device_of(backend: str) -> str:
+    """Where a backend is tested: on the GPU if it runs there only. Triton runs on the CPU if it is interpreted."""
+    return "cpu" if backend in ("auto", *available_backends("cpu")) else "cuda"
 
 
 def random_batch(
@@ -53,15 +67,40 @@ def random_batch(
     }
 
 
+class _ModelOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, trigger: Tensor, logits: Tensor) -> Tensor:
+        return logits.data
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def model_output(logits: Tensor) -> Tensor:
+    """The logits as a model hands them over: the output of a Function, whose gradient goes on into the model.
+
+    A leaf's gradient would be kept, and copied for that where it is the leaf itself.
+    """
+    return _ModelOutput.apply(torch.zeros((), requires_grad=True), logits)
+
+
 def assert_within_budget(name: str, actual: Tensor, exact: Tensor, torch_same_dtype: Tensor, floor: float) -> None:
-    """|actual - float64| <= 2 |torch in the same dtype - float64| + floor * (1 + |float64|), in the maximum norm."""
-    exact = exact.double()
+    """|actual - float64| <= 2 |torch in the same dtype - float64| + floor * (1 + |float64|), in the maximum norm.
+
+    Where float64 is infinite or NaN the other must be the same.
+    """
+    actual, exact, torch_same_dtype = actual.double(), exact.double(), torch_same_dtype.double()
+    assert actual.shape == exact.shape == torch_same_dtype.shape, f"{name}: shapes differ"
     finite = exact.isfinite()
-    assert torch.equal(actual.double()[~finite].nan_to_num(), exact[~finite].nan_to_num()), f"{name}: inf or NaN differ"
+    torch.testing.assert_close(
+        actual[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{name}: {text}"
+    )
     if not finite.any():
         return
     exact = exact[finite]
-    error = (actual.double()[finite] - exact).abs().max().item()
-    peer = (torch_same_dtype.double()[finite] - exact).abs().max().item()
+    error = (actual[finite] - exact).abs().max().item()
+    peer = (torch_same_dtype[finite] - exact).abs().max().item()
     budget = 2 * peer + floor * (1 + exact.abs().max().item())
+    assert budget < float("inf"), f"{name}: torch in the same dtype is off by {peer}, which allows anything"
     assert error <= budget, f"{name}: off by {error:.3g}, budget {budget:.3g} (torch in the same dtype: {peer:.3g})"

@@ -3,7 +3,10 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Otherwise matrix products refuse to run where memory is poisoned. Must be set before the first of them.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # Without a GPU the Triton kernels run in Triton's interpreter. Must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -15,6 +18,19 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(restore_threads):
+    """Models as small as those here are slower with more."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -41,13 +41,6 @@ def python(code, **environment):
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def restore_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("settings", [{}, {"entropy_coef": 0.1}, {"inplace": True}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype, settings, restore_threads):

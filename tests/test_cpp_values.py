@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_cpp import DTYPES, loss_and_gradient, python
 
-from mr1fast.kernels.testing import assert_within_budget, random_batch
+from mr1fast.kernels.testing import GRADIENT_FLOOR, assert_within_budget, random_batch
 
 # What this machine can be asked for; x86-64-v3 and above have AVX2.
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}.get(
@@ -24,7 +24,7 @@ def check_against_float64(batch, **settings):
     for name, a, e, p in zip(("loss", "logps", "entropies", "kl"), actual, exact, peer):
         assert_within_budget(name, a, e, p, 5e-6)
     scale = exact[-1].abs().max()
-    floor = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[batch["logits"].dtype]
+    floor = GRADIENT_FLOOR[batch["logits"].dtype]
     assert_within_budget("gradient", actual[-1] / scale, exact[-1] / scale, peer[-1] / scale, floor)
 
 

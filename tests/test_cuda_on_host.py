@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loss import OPTIONS, check, run
+from loss_cases import OPTIONS, check, cuda_path, run
 
 from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
-from mr1fast.kernels import cuda, dispatch
+from mr1fast.kernels import cuda, dispatch, reference
 from mr1fast.kernels.testing import random_batch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulation uses glibc's fibers")
@@ -44,7 +44,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def on_host(library, monkeypatch):
-    """backend="cuda" on CPU tensors; call it to describe the machine: on_host(clusters, shared_per_processor, seed)."""
+    """backend="cuda" on CPU tensors; call it to describe the machine (shared memory in bytes)."""
     backends = tuple(
         replace(backend, why_not=lambda logits: None) if backend.name == "cuda" else backend
         for backend in dispatch.BACKENDS
@@ -52,38 +52,32 @@ def on_host(library, monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", backends)
     monkeypatch.setattr(cuda, "_library", lambda logits: library)
 
-    def machine(clusters, shared_per_processor=SMALL, seed=0):
-        library.mr1_host_machine(clusters, BLOCK, shared_per_processor, seed)
+    def machine(clusters, shared_per_processor=SMALL, seed=0, *, shared_per_block=BLOCK, shared_reserved=0):
+        library.mr1_host_machine(clusters, shared_per_block, shared_per_processor, shared_reserved, seed)
 
     machine(CLUSTERS)
     return machine
 
 
-def path_of(library, logits):
-    """Which kernel the one pass takes for these logits, in place."""
-    call = cuda._Call(logits, torch.zeros(logits.shape[:2], dtype=torch.int64), None, 1.0, logits)
-    return library.mr1_grpo_path(call.c).decode()
-
-
-def test_paths(library, on_host):
+def test_paths(on_host):
     """Aligned rows go to the smallest cluster that holds them; all else is two-phase."""
-    assert "two-phase" in path_of(library, torch.zeros(2, 3, 8))  # short
-    assert "cluster of 1," in path_of(library, torch.zeros(2, 3, 128))
-    assert "cluster of 2," in path_of(library, torch.zeros(2, 3, 384))
-    assert "cluster of 8," in path_of(library, torch.zeros(2, 3, 1600))
-    assert "two-phase" in path_of(library, torch.zeros(2, 3, 130))  # 8 bytes beyond the last 16
-    assert "two-phase" in path_of(library, torch.zeros(2, 3, 132)[..., 1:129])
-    assert "cluster" in path_of(library, torch.zeros(2, 3, 132)[..., 4:])
-    assert "two-phase" in path_of(library, torch.zeros(2, 3, 10**6))  # too long for eight blocks, even one at a time
+    assert "two-phase" in cuda_path(torch.zeros(2, 3, 8))  # short
+    assert "cluster of 1," in cuda_path(torch.zeros(2, 3, 128))
+    assert "cluster of 2," in cuda_path(torch.zeros(2, 3, 384))
+    assert "cluster of 8," in cuda_path(torch.zeros(2, 3, 1600))
+    assert "two-phase" in cuda_path(torch.zeros(2, 3, 130))  # 8 bytes beyond the last 16
+    assert "two-phase" in cuda_path(torch.zeros(2, 3, 132)[..., 1:129])
+    assert "cluster" in cuda_path(torch.zeros(2, 3, 132)[..., 4:])
+    assert "two-phase" in cuda_path(torch.zeros(2, 3, 10**6))  # too long for eight blocks, even one at a time
     on_host(NO_CLUSTERS)
-    assert "two-phase" in path_of(library, torch.zeros(2, 3, 384))
+    assert "two-phase" in cuda_path(torch.zeros(2, 3, 384))
 
 
-def test_paths_on_a_h100(library):
-    library.mr1_host_machine(1, 232448, 233472, 0)  # what the driver reports, but for the 1 KB a block costs besides
+def test_paths_on_a_h100(on_host):
+    on_host(CLUSTERS, 233472, shared_per_block=232448, shared_reserved=1024)  # what the driver reports
     big = torch.empty(1, 1, 151936, dtype=torch.bfloat16)
-    assert "cluster of 4," in path_of(library, big)
-    assert "cluster of 8," in path_of(library, big.float())
+    assert "cluster of 4," in cuda_path(big)
+    assert "cluster of 8," in cuda_path(big.float())
 
 
 @pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
@@ -207,7 +201,7 @@ def test_the_emulation_finds_a_missing_barrier(where, on_host, tmp_path):
     shim = (HERE / "cuda_on_host.cpp").read_text()
     (tmp_path / "shim.cpp").write_text(shim.replace("../csrc/grpo_cuda.cu", "grpo_cuda.cu"))
     broken = compiled(tmp_path / "shim.cpp", tmp_path / "broken.so")
-    broken.mr1_host_machine(CLUSTERS, BLOCK, SMALL, 1)
+    broken.mr1_host_machine(CLUSTERS, BLOCK, SMALL, 0, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_library", lambda logits: broken)
         try:
@@ -232,11 +226,22 @@ def test_from_hidden_states(clusters, on_host):
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
 
 
-def test_an_id_out_of_range_is_refused(on_host):
-    batch = random_batch(2, 3, 64)
-    batch["completion_ids"][0, 0] = 64
-    with pytest.raises(ValueError, match="completion_ids"):
-        grpo_loss(**batch, backend="cuda")
+@pytest.mark.parametrize("bad", [-1, 400])
+@pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
+def test_the_kernels_refuse_an_id_out_of_range(clusters, bad, on_host, monkeypatch):
+    """On a GPU nobody has looked at the ids before them."""
+    on_host(clusters)
+    monkeypatch.setattr(reference, "check_ids", lambda *arguments: None)
+    batch = random_batch(3, 4, 400)
+    batch["completion_ids"][-1, -1] = bad
+    run(grpo_loss, batch["logits"], batch, backend="cuda")  # masked there: nobody minds
+    batch["completion_mask"][-1, -1] = True
+    for level in ("token", "sequence"):
+        with pytest.raises(RuntimeError, match="completion_ids out of range"):
+            run(grpo_loss, batch["logits"], batch, backend="cuda", importance_sampling_level=level)
+    scored = [torch.ones(3, 4) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="mr1_score_backward: completion_ids out of range"):
+        cuda.score_backward(batch["logits"], batch["completion_ids"], None, *scored, None, 1.0, batch["logits"])
 
 
 def test_the_call_is_laid_out_as_in_c(library):

@@ -68,7 +68,7 @@ IMAGES = {
     "16-bit png": (encoded(sixteen_bits()), ((100,) * 3, (200,) * 3), [DEEP]),
     "16-bit tiff": (encoded(sixteen_bits(), "TIFF"), ((100,) * 3, (200,) * 3), [DEEP]),
     "float tiff": (
-        encoded(Image.fromarray(np.linspace(0, 1, 800, dtype=np.float32).reshape(20, 40)), "TIFF"),
+        encoded(ramp(), "TIFF"),
         None,
         [DEEP],
     ),

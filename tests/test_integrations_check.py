@@ -9,13 +9,7 @@ from mr1fast.integrations import check, liger
 from mr1fast.integrations import trl as integration
 from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_qwen2_vl_steps_equal_trls_for_every_loss_type(tmp_path, monkeypatch):

@@ -19,13 +19,7 @@ from mr1fast.integrations import trl as integration
 from mr1fast.integrations import trl_head
 from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer, patch_trl, unpatch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

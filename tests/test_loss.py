@@ -4,51 +4,20 @@ from itertools import product
 
 import pytest
 import torch
+from loss_cases import FLAGS, OPTIONS, PER_TOKEN, check, on, run, without_logits
 from oracle import group_relative, oracle
 
 from mr1fast import group_advantages, grpo_loss, token_logprobs
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.kernels.testing import assert_within_budget, available_backends, random_batch
+from mr1fast.kernels.testing import GRADIENT_FLOOR, assert_within_budget, device_of, every_backend, random_batch
 
-BACKENDS = available_backends()
-FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # gradients: one rounding of the dtype
-PER_TOKEN = ("per_token_logps", "entropies", "kl")
-FLAGS = ("is_low_clipped", "is_high_clipped")
-
-# Each option stands for one way in which the call can differ from the plain on-policy one.
-OPTIONS = {
-    "on_policy": lambda batch: {"old_per_token_logps": None, "ref_per_token_logps": None, "beta": 0.0},
-    "old_and_ref": lambda batch: {"beta": 0.1},
-    "beta_tensor": lambda batch: {"beta": torch.tensor(0.04), "temperature": 0.7},
-    "beta_zero_with_ref": lambda batch: {"beta": 0.0},
-    "no_mask": lambda batch: {"beta": 0.1, "completion_mask": None},
-    "delta": lambda batch: {"beta": 0.1, "delta": 1.3, "epsilon_high": 0.28},
-    "small_delta": lambda batch: {"beta": 0.1, "delta": 0.9},
-    "bias_correction": lambda batch: {"beta": 0.1, "use_bias_correction_kl": True, "delta": 1.3},
-    "is_ratio_per_token": lambda batch: {"beta": 0.1, "importance_sampling_ratio": batch["old_per_token_logps"].exp()},
-    "is_ratio_per_completion": lambda batch: {
-        "beta": 0.1,
-        "importance_sampling_ratio": torch.rand(len(batch["logits"]), 1),
-    },
-    "entropy": lambda batch: {"beta": 0.1, "entropy_coef": 0.3, "temperature": 1.3},
-    "entropy_cost": lambda batch: {"beta": 0.1, "entropy_coef": -0.3},
-    "rewards": lambda batch: {"beta": 0.1, "advantages": None, "num_generations": 3, "rewards": REWARDS},
-    "rewards_batch": lambda batch: {
-        "advantages": None,
-        "num_generations": 3,
-        "rewards": REWARDS,
-        "scale_rewards": "batch",
-    },
-    "rewards_none": lambda batch: {
-        "advantages": None,
-        "num_generations": 2,
-        "rewards": REWARDS,
-        "scale_rewards": "none",
-    },
-    "token_advantages": lambda batch: {"beta": 0.1, "advantages": torch.randn(batch["logits"].shape[:2])},
-    "num_items": lambda batch: {"beta": 0.1, "num_items_in_batch": torch.tensor(29)},
-}
-REWARDS = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0, 0.0])
+BACKENDS = every_backend()
+# Triton's interpreter truncates float32 to bfloat16 instead of rounding.
+IN_16_BITS = [
+    (dtype, backend)
+    for dtype, backend in product((torch.bfloat16, torch.float16), BACKENDS)
+    if (dtype, backend, device_of(backend)) != (torch.bfloat16, "triton", "cpu")
+]
 
 
 def combinations(options, in_full=()):
@@ -65,49 +34,6 @@ def combinations(options, in_full=()):
     ]
 
 
-def run(function, logits, batch, device="cpu", **settings):
-    """(outputs as a dict, gradient), both on the CPU, of `function` on a leaf copy of the logits on that device."""
-    keywords = {name: value for name, value in batch.items() if name != "logits"} | settings
-    keywords = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in keywords.items()
-    }
-    logits = logits.detach().clone().to(device).requires_grad_()
-    ids, advantages = keywords.pop("completion_ids"), keywords.pop("advantages")
-    if function is not grpo_loss:
-        keywords.pop("backend", None)
-    output = function(logits, ids, advantages, **keywords)
-    output = output if isinstance(output, dict) else vars(output)
-    output["loss"].sum().backward()
-    moved = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in output.items()}
-    return moved, logits.grad.cpu()
-
-
-def check(batch, backend, device="cpu", **settings):
-    """Hold the backend on that device to the error budget; the oracle and torch in the same dtype run on the CPU."""
-    logits = batch["logits"]
-    exact, exact_gradient = run(oracle, logits.double(), batch, **settings)
-    peer, peer_gradient = run(grpo_loss, logits, batch, backend="torch", **settings)
-    actual, gradient = run(grpo_loss, logits, batch, device, backend=backend, **settings)
-    assert gradient.dtype == logits.dtype
-    assert actual["loss"].dtype == torch.float32
-    assert_within_budget("loss", actual["loss"], exact["loss"], peer["loss"], 2e-6)
-    for name in PER_TOKEN:
-        if exact[name] is None:
-            assert actual[name] is None
-        else:
-            assert actual[name].dtype == torch.float32
-            assert not actual[name].requires_grad
-            assert_within_budget(name, actual[name], exact[name], peer[name], 5e-6)
-    for name in FLAGS:
-        assert torch.equal(actual[name], exact[name]), name
-    scale = exact_gradient.abs().max().clamp(min=1e-30)
-    assert_within_budget(
-        "gradient", gradient / scale, exact_gradient / scale, peer_gradient / scale, FLOOR[logits.dtype]
-    )
-    if batch["completion_mask"] is not None and settings.get("completion_mask", True) is not None:
-        assert (gradient[~batch["completion_mask"]] == 0).all()
-
-
 @pytest.mark.parametrize(
     ("option", "loss_type", "level", "backend"), combinations(OPTIONS, in_full=("old_and_ref", "num_items"))
 )
@@ -119,13 +45,10 @@ def test_float32(option, loss_type, level, backend, poisoned_memory):
     check(batch, backend, **(settings | OPTIONS[option](batch)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "backend"), IN_16_BITS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_16_bits(loss_type, level, dtype, backend, poisoned_memory):
-    if backend == "triton" and not torch.cuda.is_available() and dtype == torch.bfloat16:
-        dtype = torch.float16  # the interpreter truncates float32 to bfloat16 instead of rounding
     batch = random_batch(4, 6, 130, dtype=dtype, seed=3)
     check(batch, backend, loss_type=loss_type, importance_sampling_level=level, max_completion_length=7, beta=0.1)
 
@@ -153,13 +76,13 @@ def test_reduction_none(loss_type, backend):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_strided_logits_need_no_copy(backend, inplace):
     batch = random_batch(3, 6, 40)
-    whole = torch.cat([batch["logits"], torch.randn(3, 1, 40)], 1).clone()
+    leaf = torch.cat([batch["logits"], torch.randn(3, 1, 40)], 1).requires_grad_()
     exact, exact_gradient = run(oracle, batch["logits"].double(), batch, beta=0.1)
-    leaf = whole.clone().requires_grad_()
-    shifted = (leaf * 1)[:, :-1]
-    output = grpo_loss(shifted, beta=0.1, inplace=inplace, backend=backend, **without_logits(batch))
+    device = device_of(backend)
+    shifted = (leaf.to(device) * 1)[:, :-1]
+    output = grpo_loss(shifted, beta=0.1, inplace=inplace, backend=backend, **on(device, without_logits(batch)))
     output.loss.backward()
-    torch.testing.assert_close(output.loss.double(), exact["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.loss.cpu().double(), exact["loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(leaf.grad[:, :-1].double(), exact_gradient, rtol=1e-4, atol=1e-7)
     assert (leaf.grad[:, -1] == 0).all()
 
@@ -256,7 +179,7 @@ def test_zero_coefficient_gives_exactly_zero_gradient(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_gradient_the_logits_stay(backend):
-    batch = random_batch(3, 4, 50)
+    batch = random_batch(3, 4, 50, device=device_of(backend))
     before = batch["logits"].clone()
     for grad_enabled in (True, False):
         with torch.set_grad_enabled(grad_enabled):
@@ -271,8 +194,9 @@ def test_without_gradient_the_logits_stay(backend):
 def test_incoming_gradient_scales(factor, inplace, backend):
     batch = random_batch(3, 4, 50)
     _, expected = run(grpo_loss, batch["logits"], batch, backend="torch", beta=0.1)
-    logits = batch["logits"].clone().requires_grad_()
-    output = grpo_loss(logits * 1, beta=0.1, inplace=inplace, backend=backend, **without_logits(batch))
+    device, logits = device_of(backend), batch["logits"].requires_grad_()
+    logits_there = logits.to(device) * 1
+    output = grpo_loss(logits_there, beta=0.1, inplace=inplace, backend=backend, **on(device, without_logits(batch)))
     (output.loss * factor).backward()
     torch.testing.assert_close(logits.grad, expected * factor, rtol=1e-4, atol=1e-7)
 
@@ -282,18 +206,20 @@ def test_incoming_gradient_scales(factor, inplace, backend):
 @pytest.mark.parametrize("inplace_backward", [False, True])
 def test_token_logprobs(dtype, inplace_backward, backend, poisoned_memory):
     batch = random_batch(3, 5, 70, dtype=dtype)
-    ids, mask = batch["completion_ids"], batch["completion_mask"]
     results = []
     for source, name in ((batch["logits"].double(), "torch"), (batch["logits"], "torch"), (batch["logits"], backend)):
         leaf = source.clone().requires_grad_()
+        there = on(device_of(name), batch)
+        settings = {"mask": there["completion_mask"], "temperature": 0.8, "backend": name}
         logps, entropies = token_logprobs(
-            leaf * 1, ids, mask=mask, temperature=0.8, entropy=True, inplace_backward=inplace_backward, backend=name
-        )
+            leaf.to(device_of(name)) * 1, there["completion_ids"], entropy=True, inplace_backward=inplace_backward,
+            **settings,
+        )  # fmt: skip
         (logps.sin() * entropies.cos()).sum().backward()
-        results.append((logps.detach(), entropies.detach(), leaf.grad))
+        results.append((logps.detach().cpu(), entropies.detach().cpu(), leaf.grad))
     for name, exact, peer, actual in zip(("logps", "entropies", "gradient"), *results):
-        assert_within_budget(name, actual, exact, peer, FLOOR[dtype] if name == "gradient" else 5e-6)
-    assert torch.equal(token_logprobs(batch["logits"], ids, mask=mask, temperature=0.8, backend=backend), results[2][0])
+        assert_within_budget(name, actual, exact, peer, GRADIENT_FLOOR[dtype] if name == "gradient" else 5e-6)
+    assert torch.equal(token_logprobs(there["logits"], there["completion_ids"], **settings), logps)
 
 
 def test_float64_runs_on_torch_only():
@@ -315,7 +241,3 @@ def test_group_advantages(num_generations, scale_rewards):
     expected = torch.tensor(group_relative(rewards, num_generations, scale_rewards))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     assert (actual[rewards.isnan()] == 0).all()
-
-
-def without_logits(batch):
-    return {name: value for name, value in batch.items() if name != "logits"}

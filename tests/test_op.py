@@ -294,19 +294,3 @@ def test_token_logprobs_inplace_backward_runs_once(backend):
     logps.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logps.sum().backward()
-
-
-@pytest.mark.parametrize("backend", KERNELS)
-def test_thread_count_does_not_change_a_bit(backend):
-    batch = random_batch(5, 7, 1003)
-    results = []
-    for threads in (1, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        leaf = batch["logits"].clone().requires_grad_()
-        output = grpo_loss(**(batch | {"logits": leaf}), beta=0.1, backend=backend)
-        output.loss.backward()
-        torch.set_num_threads(before)
-        results.append((output.loss.detach(), output.entropies, leaf.grad))
-    for first, second in zip(*results):
-        assert torch.equal(first, second)

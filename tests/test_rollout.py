@@ -152,7 +152,7 @@ def test_decode_keeps_tags_that_are_special():
     assert decode(Tokenizer(), rollout, torch.tensor([EOS])) == ["<think> 3", "1 2 3 4"]
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("pieces", [2, 4])
 def test_pieces_add_up_to_the_gradient_of_the_batch(pieces):
     model, inputs = tiny_model(), tiny_inputs()
     batch = make_batch(model, inputs)

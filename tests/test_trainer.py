@@ -12,6 +12,7 @@ from mr1fast.tasks import TASKS
 from mr1fast.trainer import Trainer, needs_reference, sft_target
 from mr1fast.types import Example
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
     "task": "vc",
     "max_steps": 6,
@@ -39,7 +40,6 @@ def processor():
 
 
 def make_trainer(processor, folder=None, **options) -> Trainer:
-    torch.set_num_threads(1)
     config = TrainConfig(**{**SMALL, **options}).for_task("vc")
     reference = load_model().eval().requires_grad_(False) if needs_reference(config) else None
     model = load_model() if folder is None else load_model(folder)

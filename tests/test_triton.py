@@ -10,9 +10,12 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 from benchmarks import tune
 from mr1fast import grpo_loss
 from mr1fast.kernels import triton_table
-from mr1fast.kernels.testing import random_batch
+from mr1fast.kernels.testing import device_of, random_batch
 from mr1fast.kernels.triton_rows import rows_aligned, tile_settings
+from mr1fast.kernels.triton_score import scale_unless_one
 from mr1fast.kernels.triton_table import TABLE
+
+DEVICE = device_of("triton")
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -43,8 +46,8 @@ def test_rows_are_aligned_by_address_and_strides():
 @pytest.mark.parametrize("V", [64, 4096 + 24])
 def test_a_view_of_longer_rows(V, first):
     """Views that are 16-byte aligned and views that are not take different widths to the same numbers."""
-    batch = random_batch(2, 3, V)
-    whole = torch.zeros(2, 3, V + 4)
+    batch = random_batch(2, 3, V, device=DEVICE)
+    whole = torch.zeros(2, 3, V + 4, device=DEVICE)
     view = whole[..., first : first + V]
     view.copy_(batch["logits"])
     gradients = []
@@ -54,6 +57,18 @@ def test_a_view_of_longer_rows(V, first):
         grpo_loss(**(batch | {"logits": leaf}), beta=0.1, backend=backend).loss.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 0.25, -3.0])
+@pytest.mark.parametrize("V", [11, 64, 4096 + 24])
+def test_scaling_of_a_gradient(V, factor, dtype):
+    """Called here, since `op.scaled` takes this kernel for tensors on a GPU only."""
+    whole = torch.randn(2, 3, V + 8, device=DEVICE).to(dtype)
+    expected = whole.clone()
+    expected[..., 8:] *= factor
+    scale_unless_one(whole[..., 8:], torch.tensor(factor, device=DEVICE))
+    assert torch.equal(whole, expected)
 
 
 def test_candidates_of_the_tuner_are_launchable():

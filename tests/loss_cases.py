@@ -1,0 +1,101 @@
+"""The ways in which grpo_loss can be called, and how a backend is held to the float64 oracle in each of them."""
+
+import torch
+from oracle import oracle
+
+from mr1fast import grpo_loss
+from mr1fast.kernels import cuda
+from mr1fast.kernels.testing import GRADIENT_FLOOR, assert_within_budget, device_of
+
+PER_TOKEN = ("per_token_logps", "entropies", "kl")
+FLAGS = ("is_low_clipped", "is_high_clipped")
+
+# Each option stands for one way in which the call can differ from the plain on-policy one.
+OPTIONS = {
+    "on_policy": lambda batch: {"old_per_token_logps": None, "ref_per_token_logps": None, "beta": 0.0},
+    "old_and_ref": lambda batch: {"beta": 0.1},
+    "beta_tensor": lambda batch: {"beta": torch.tensor(0.04), "temperature": 0.7},
+    "beta_zero_with_ref": lambda batch: {"beta": 0.0},
+    "no_mask": lambda batch: {"beta": 0.1, "completion_mask": None},
+    "delta": lambda batch: {"beta": 0.1, "delta": 1.3, "epsilon_high": 0.28},
+    "small_delta": lambda batch: {"beta": 0.1, "delta": 0.9},
+    "bias_correction": lambda batch: {"beta": 0.1, "use_bias_correction_kl": True, "delta": 1.3},
+    "is_ratio_per_token": lambda batch: {"beta": 0.1, "importance_sampling_ratio": batch["old_per_token_logps"].exp()},
+    "is_ratio_per_completion": lambda batch: {
+        "beta": 0.1,
+        "importance_sampling_ratio": torch.rand(len(batch["logits"]), 1),
+    },
+    "entropy": lambda batch: {"beta": 0.1, "entropy_coef": 0.3, "temperature": 1.3},
+    "entropy_cost": lambda batch: {"beta": 0.1, "entropy_coef": -0.3},
+    "rewards": lambda batch: {"beta": 0.1, "advantages": None, "num_generations": 3, "rewards": REWARDS},
+    "rewards_batch": lambda batch: {
+        "advantages": None,
+        "num_generations": 3,
+        "rewards": REWARDS,
+        "scale_rewards": "batch",
+    },
+    "rewards_none": lambda batch: {
+        "advantages": None,
+        "num_generations": 2,
+        "rewards": REWARDS,
+        "scale_rewards": "none",
+    },
+    "token_advantages": lambda batch: {"beta": 0.1, "advantages": torch.randn(batch["logits"].shape[:2])},
+    "num_items": lambda batch: {"beta": 0.1, "num_items_in_batch": torch.tensor(29)},
+}
+REWARDS = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0, 0.0])
+
+
+def without_logits(batch):
+    return {name: value for name, value in batch.items() if name != "logits"}
+
+
+def on(device, batch):
+    """A dict with its tensors on that device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def run(function, logits, batch, *, backend=None, **settings):
+    """(outputs as a dict, gradient), both on the CPU, of `function` on a leaf copy of the logits.
+
+    Without a backend it runs on the CPU and is not told of any, as suits the oracle.
+    """
+    device = "cpu" if backend is None else device_of(backend)
+    keywords = on(device, without_logits(batch) | settings | ({} if backend is None else {"backend": backend}))
+    logits = logits.detach().clone().to(device).requires_grad_()
+    ids, advantages = keywords.pop("completion_ids"), keywords.pop("advantages")
+    output = function(logits, ids, advantages, **keywords)
+    output = output if isinstance(output, dict) else vars(output)
+    output["loss"].sum().backward()
+    return on("cpu", output), logits.grad.cpu()
+
+
+def cuda_path(logits):
+    """The kernel that backend="cuda" takes for the one pass on these logits, in place."""
+    call = cuda._Call(logits, torch.zeros(logits.shape[:2], dtype=torch.int64), None, 1.0, logits)
+    return cuda._library(logits).mr1_grpo_path(call.c).decode()
+
+
+def check(batch, backend, **settings):
+    """Hold the backend to the error budget; the oracle and torch in the same dtype run on the CPU."""
+    logits = batch["logits"]
+    exact, exact_gradient = run(oracle, logits.double(), batch, **settings)
+    peer, peer_gradient = run(grpo_loss, logits, batch, backend="torch", **settings)
+    actual, gradient = run(grpo_loss, logits, batch, backend=backend, **settings)
+    assert gradient.dtype == logits.dtype
+    assert actual["loss"].dtype == torch.float32
+    assert_within_budget("loss", actual["loss"], exact["loss"], peer["loss"], 2e-6)
+    for name in PER_TOKEN:
+        if exact[name] is None:
+            assert actual[name] is None
+        else:
+            assert actual[name].dtype == torch.float32
+            assert not actual[name].requires_grad
+            assert_within_budget(name, actual[name], exact[name], peer[name], 5e-6)
+    for name in FLAGS:
+        assert torch.equal(actual[name], exact[name]), name
+    scale = exact_gradient.abs().max().clamp(min=1e-30)
+    floor = GRADIENT_FLOOR[logits.dtype]
+    assert_within_budget("gradient", gradient / scale, exact_gradient / scale, peer_gradient / scale, floor)
+    if batch["completion_mask"] is not None and settings.get("completion_mask", True) is not None:
+        assert (gradient[~batch["completion_mask"]] == 0).all()
