@@ -22,7 +22,8 @@ class Backend:
     grpo_forward(logits, batch, spec, grad)
         -> (loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)
         The one pass. `grad` is None, or a tensor like the logits (or the logits themselves) that receives
-        dloss/dlogits. coef [B, L] is token_weight * dloss/dlogp; kl None without ref_logps.
+        dloss/dlogits (which op.py asks for in float32 and bfloat16 only). coef [B, L] is token_weight * dloss/dlogp;
+        kl None without ref_logps.
     score_forward(logits, ids, mask, temperature) -> (logps, entropies, lse), float32 [B, L]
     score_backward(logits, ids, mask, lse, entropies, grad_logps, grad_entropies, temperature, grad) -> None
         Writes the gradient into `grad`, which may be the logits; grad_entropies may be None.

@@ -171,6 +171,26 @@ def test_huge_logits(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("name", ["logits", "old_per_token_logps", "ref_per_token_logps", "advantages"])
+def test_nan_is_never_hidden(name, with_old, loss_type, backend):
+    """At one token (advantages: one completion): the loss is NaN, and so is that token's gradient, and no other."""
+    batch = random_batch(3, 4, 50) | {"completion_mask": None}
+    batch["logits"] = batch["logits"].clone()
+    batch[name].view(-1)[0] = torch.nan
+    if not with_old and name != "old_per_token_logps":
+        batch["old_per_token_logps"] = None
+    output, gradient = run(
+        grpo_loss, batch["logits"], batch, backend=backend, loss_type=loss_type, beta=0.1, max_completion_length=4
+    )
+    assert output["loss"].isnan()
+    wrong = gradient.isnan().any(-1)
+    assert wrong[0, : 4 if name == "advantages" else 1].all()
+    assert wrong.sum() == (4 if name == "advantages" else 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_coefficient_gives_exactly_zero_gradient(backend):
     batch = random_batch(3, 4, 50) | {"advantages": torch.zeros(3)}
     _, gradient = run(grpo_loss, batch["logits"], batch, backend=backend, beta=0.0)
