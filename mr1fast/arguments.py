@@ -39,15 +39,18 @@ def floating(name: str, tensor: Any, dims: str) -> Tensor:
 def logits_shape(logits: Any, inplace: bool) -> tuple[int, int]:
     """(B, L) of logits [B, L, V] that a call may be about to write over."""
     B, L, V = floating("logits", logits, "[B, L, V]").shape
-    layout = f"{list(logits.shape)} with strides {list(logits.stride())}"
     if V == 0 or (logits.numel() and logits.stride(-1) != 1):
-        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got {layout}")
+        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got {_layout(logits)}")
     if inplace and not torch.compiler.is_compiling() and _overlaps_itself(logits):
         raise ValueError(
-            f"logits must not share memory among themselves to be overwritten, got {layout} (an expanded tensor?); "
+            f"logits must not share memory among themselves to be overwritten, got {_layout(logits)} (expanded?); "
             "pass logits.contiguous(), or leave them alone (inplace=False, inplace_backward=False)"
         )
     return B, L
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} with strides {list(tensor.stride())}"
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

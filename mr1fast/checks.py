@@ -8,11 +8,13 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+_NUMBERS = (int, float, numbers.Real)  # numpy's numbers are Real; the question is faster in this order
+
 
 def number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
     """A finite number within the bound as a float, or ValueError. numpy's numbers are numbers, bools are not."""
     wanted = f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise ValueError(f"{name} must be a number{wanted}, got {described(value)}")
     value = float(value)
     if (
