@@ -143,6 +143,6 @@ class KLSchedule:
 def _check(total_steps: int, beta_min: float, beta_max: float, explore_fraction: float) -> None:
     number("total_steps", total_steps, at_least=1)
     if number("beta_min", beta_min, at_least=0) > number("beta_max", beta_max, at_least=0):
-        raise ValueError(f"beta_min must be <= beta_max, got {beta_min} and {beta_max}")
+        raise ValueError(f"beta_min and beta_max must satisfy beta_min <= beta_max, got {beta_min} and {beta_max}")
     if not number("explore_fraction", explore_fraction, at_least=0) < 1:
         raise ValueError(f"explore_fraction must be in [0, 1), got {explore_fraction}")
