@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: train test check compile-check compile-check-old format setup clean
+.PHONY: help train test check asan compile-check compile-check-old format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,7 +65,7 @@ asan: $(READY)
 	cd build/asan && MR1FAST_SANITIZE=1 $(abspath $(BIN)/python) setup.py -q build_ext --inplace
 	cd build/asan && LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	    $(abspath $(BIN)/python) -m pytest -q -p no:cacheprovider -k "cpp and not install" \
-	    tests/test_cpp.py tests/test_cpp_values.py tests/test_loss.py
+	    tests/test_cpp.py tests/test_cpp_values.py tests/test_loss.py tests/test_linear.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -60,7 +60,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "mr1fast._C",
-            sources=["csrc/bindings.cpp", "csrc/grpo_cpu.cpp", "csrc/row_kernels.cpp"],
+            sources=[f"csrc/{name}.cpp" for name in ("bindings", "grpo_cpu", "head_gemms", "row_kernels")],
             depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
             include_dirs=include_paths(),
             library_dirs=library_paths(),

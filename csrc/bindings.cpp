@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "grpo_cpu.h"
+#include "head_gemms.h"
 
 namespace {
 
@@ -218,12 +219,16 @@ TORCH_LIBRARY(mr1fast_native, m) {
   m.def(
       "score_backward(Tensor logits, Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, "
       "Tensor? grad_entropies, float temperature, Tensor(a!) grad) -> ()");
+  m.def("head_logits(Tensor rows, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("head_weight_gradient(Tensor dlogits, Tensor rows, Tensor(a!) total, bool add) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mr1fast_native, CPU, m) {
   m.impl("grpo_forward", &grpo_forward);
   m.impl("score_forward", &score_forward);
   m.impl("score_backward", &score_backward);
+  m.impl("head_logits", &mr1fast::head_logits);
+  m.impl("head_weight_gradient", &mr1fast::head_weight_gradient);
 }
 
 // `import mr1fast._C` loads the library, and with it the ops above; the module itself is empty.

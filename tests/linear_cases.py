@@ -87,7 +87,7 @@ def check(settings, backend, blocks, dtype, *, V=V, bias=True, master_weights=Fa
     for name, tensor, actual, wanted, other in zip(names, head, gradients, exact_gradients, peer_gradients):
         assert actual.dtype == tensor.dtype
         assert_within_budget(f"gradient of {name}", actual, wanted, other, FLOOR[dtype])
-    if master_weights and blocks > 1:
+    if master_weights and (blocks > 1 or device_of(backend) == "cuda"):  # a CPU's GEMM rounds its output
         assert not torch.equal(gradients[1], gradients[1].to(dtype).float()), "a sum over blocks is not rounded"
     for name in FIELDS:
         actual, wanted, other = getattr(output, name), getattr(exact, name), getattr(peer, name)
