@@ -145,7 +145,7 @@ def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: 
 
 def draw_pictures(setup: Setup) -> None:
     """curves.png, and samples.png of every model that the run has so far. A run is not lost for a picture."""
-    from mr1fast.plot import draw_curves  # matplotlib takes its time
+    from mr1fast.curves import draw_curves  # matplotlib takes its time
     from mr1fast.samples import before_and_after, draw_samples
 
     folder, shown, titles = setup.folder, [], []
@@ -217,11 +217,10 @@ class Setup:
         if self.config.data is not None:
             splits = [split for one in (self.train, self.validation, self.tests) for split in one.values()]
             lines += [split_sizes(splits), *(split.summary() for split in splits if split.skipped or split.notes)]
-        for name in self.names:
-            config = self.config.for_task(name)
-            if config.warmup_steps >= config.max_steps:
-                warmup = f"--warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}"
-                lines.append(f"warning: {warmup}: on {name} the learning rate stays below --learning-rate")
+        steps, warmup = [self.config.for_task(name).max_steps for name in self.names], self.config.warmup_steps
+        if warmup >= min(steps):
+            what = f"--warmup-steps {warmup} is not below --max-steps {min(steps)}"
+            lines.append(f"warning: {what}: the learning rate never comes to --learning-rate")
         return "\n".join(lines)
 
 
