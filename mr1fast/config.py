@@ -117,7 +117,7 @@ class TrainConfig:
         "share of the steps in which the paper's schedule explores",
         at_least=0,
         below=1,
-        shown=_of_method("explore_fraction") + " and --kl-schedule paper",
+        shown=f"{KL_DEFAULTS['grpo-d']['explore_fraction']}; --method grpo-d with --kl-schedule paper only",
     )
     target_kl: float | None = option(
         None,

@@ -239,8 +239,16 @@ def _draw_panel(axis: Axes, panel: Panel, series: Sequence[Series]) -> None:
     if panel is PANELS[0] and any(one.test_accuracy("before") is not None for one in series):
         handles.append(Line2D([], [], label="greedy, test split", **_TEST_MARK, color="0.3"))
     if handles:  # between title and axes: a curve may go anywhere inside
-        at = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": len(handles)}
-        axis.legend(handles=handles, fontsize=8.5, frameon=False, columnspacing=1.2, handlelength=1.8, **at)
+        axis.legend(
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.98),
+            ncols=len(handles),
+            fontsize=8.5,
+            frameon=False,
+            columnspacing=1.2,
+            handlelength=1.8,
+        )
 
 
 _TEST_MARK: dict[str, Any] = {"ls": "", "marker": "D", "markersize": 6, "markerfacecolor": "white"}

@@ -75,7 +75,7 @@ def run(opened: OpenRun, started: float) -> None:
     print(f"\n{result_table(result)}\n")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}")
-    print(f"to load it (docs/training.md goes on from there):\n\n{load_snippet(str(folder.model(setup.names[0])))}\n")
+    print(f"to load one (docs/training.md goes on from there):\n\n{load_snippet(str(folder.model(setup.names[0])))}\n")
     print(f"pictures: {folder.curves} and {folder.samples}")
 
 
