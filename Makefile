@@ -19,6 +19,7 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 setup: $(READY)
+	@echo "==> to use it in this shell: source $(BIN)/activate"
 
 # torch comes first: the extension is built against it, and an isolated build would download a second one.
 $(READY): $(SOURCES)

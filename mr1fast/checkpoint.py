@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.config import UserError
 from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.run_folder import checkpoints
+from mr1fast.run_folder import ResumeError, checkpoints, step_of
 
 STATE = "trainer_state.pt"
 
@@ -54,8 +55,26 @@ def save_checkpoint(
     return saved
 
 
+def load_checkpoint(
+    checkpoint: Path, load_model: Callable[[Path], Qwen2VLForConditionalGeneration]
+) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
+    """The model and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
+    try:
+        return load_model(checkpoint), load_state(checkpoint)
+    except ValueError as error:
+        earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
+        if earlier:
+            advice = f"to go on from the checkpoint before it: --resume {earlier[-1]}"
+        else:
+            advice = f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} does without it"
+        raise ResumeError(f"{error}; {advice}") from error
+
+
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 from mr1fast.checks import not_one_of
 from mr1fast.kl_weight import ALL_SCHEDULES
 
+GREATEST = 2**63 - 1  # what torch takes as a whole number
 TASK_NAMES = ("vc", "gr")
 METHODS = ("grpo-d", "grpo", "sft")
 
@@ -105,7 +106,9 @@ class TrainConfig:
 
     beta: float = option(None, "constant KL weight", at_least=0, shown=_of_method("beta"))
     beta_min: float = option(None, "least KL weight", at_least=0, shown=_of_method("beta_min"))
-    beta_max: float = option(None, "greatest KL weight", at_least=0, shown=_of_method("beta_max"))
+    beta_max: float = option(
+        None, "greatest KL weight; with constant, the weight", at_least=0, shown=_of_method("beta_max")
+    )
     kl_schedule: str = option(
         None, "how the KL weight goes between them", choices=ALL_SCHEDULES, shown=_of_method("kl_schedule")
     )
@@ -114,7 +117,7 @@ class TrainConfig:
         "share of the steps in which the paper's schedule explores",
         at_least=0,
         below=1,
-        shown=_of_method("explore_fraction"),
+        shown=f"{KL_DEFAULTS['grpo-d']['explore_fraction']}; --method grpo-d with --kl-schedule paper only",
     )
     target_kl: float | None = option(
         None,
@@ -145,7 +148,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for option_field in dataclasses.fields(self):
-            _check(option_field, getattr(self, option_field.name))
+            check_value(option_field, getattr(self, option_field.name), flag(option_field.name))
         if self.data is not None and self.task is not None:
             raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
         for name in self.tasks:
@@ -156,6 +159,10 @@ class TrainConfig:
             for name in names:
                 if method != self.method and getattr(self, name) is not None:
                     raise UserError(f"{flag(name)} belongs to --method {method}, and the method is {self.method}")
+        if self.explore_fraction is not None and self.kl_schedule not in (None, "paper"):
+            raise UserError(
+                f"--explore-fraction belongs to --kl-schedule paper, and the schedule is {self.kl_schedule}"
+            )
         if (self.target_kl is not None) != (self.kl_schedule == "adaptive"):
             raise UserError("--target-kl and --kl-schedule adaptive go together; one was given without the other")
         if self.beta_min is not None or self.beta_max is not None:
@@ -187,6 +194,8 @@ class TrainConfig:
         """This configuration with the defaults of a task (or of "data") filled in."""
         recipe = RECIPES["model" if self.model is not None else name if name in RECIPES else "vc"]
         defaults = {**recipe, **KL_DEFAULTS[self.method]}
+        if self.kl_schedule not in (None, "paper"):
+            defaults.pop("explore_fraction", None)
         filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
         return dataclasses.replace(self, **filled)
 
@@ -200,17 +209,22 @@ def choice(name: str, value: str, known: Sequence[str]) -> None:
         raise UserError(not_one_of(name, value, known))
 
 
-def _check(option_field: dataclasses.Field, value: Any) -> None:
-    limits, name = option_field.metadata, flag(option_field.name)
+def check_value(option_field: dataclasses.Field, value: Any, name: str) -> None:
+    """Raises UserError, in which the option is called `name`, for a value that is out of its range."""
+    limits = option_field.metadata
     if value is None:
         return
     if limits["choices"] is not None:
         choice(name, value, limits["choices"])
+    if isinstance(value, int) and value > GREATEST:
+        raise UserError(f"{name} must be at most {GREATEST}, got {value}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value}")
     for limit, words, holds in (
         ("at_least", "at least", lambda bound: value >= bound),
         ("above", "above", lambda bound: value > bound),
         ("below", "below", lambda bound: value < bound),
     ):
         bound = limits[limit]
-        if bound is not None and not (math.isfinite(value) and holds(bound)):
+        if bound is not None and not holds(bound):
             raise UserError(f"{name} must be {words} {bound:g}, got {value}")

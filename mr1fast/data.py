@@ -6,9 +6,7 @@ and the images' headers up front, the rest when an image is decoded.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from mr1fast.checks import nearest
 from mr1fast.config import UserError
 from mr1fast.images import BadImage, check_image, load_image
 from mr1fast.rewards import check_solutions, extract_answer
+from mr1fast.splits import Place, all_rows, cut_from, image_cell, rows_of_split
 from mr1fast.tables import ArrowRows, Table, read_tables
 from mr1fast.tasks import SPLITS, TASKS
 from mr1fast.types import Example
@@ -51,12 +50,16 @@ class ImageTextDataset:
     """A sequence of `Example`s.
 
     name: "vc", "gr", or the folder's or file's name. skipped, notes: what was left out, and what was put right, as
-    reason -> number of rows; both may still grow while images are decoded.
+    reason -> number of rows; both may still grow while images are decoded. cut_from: whose share the split is, "" if it
+    is there by name.
     """
 
-    def __init__(self, name: str, split: str, length: int, load: Callable[[int], tuple[Example, list[str]]]):
+    def __init__(
+        self, name: str, split: str, length: int, load: Callable[[int], tuple[Example, list[str]]], cut_from: str = ""
+    ):
         self.name = name
         self.split = split
+        self.cut_from = cut_from
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self._length = length
@@ -98,6 +101,12 @@ class ImageTextDataset:
         return "; ".join(parts)
 
 
+def split_sizes(splits: Sequence[ImageTextDataset]) -> str:
+    """One line, such as "shapes: train 27, validation 3 (cut from train), test 10"."""
+    parts = [f"{one.split} {len(one)}" + (f" (cut from {one.cut_from})" if one.cut_from else "") for one in splits]
+    return f"{splits[0].name}: {', '.join(parts)}"
+
+
 def _listed(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
@@ -123,55 +132,13 @@ def load_split(source: str | Path, split: str, *, count: int | None = None) -> I
         raise UserError(f"data {str(source)!r} does not exist{hint}")
     tables = read_tables(path)
     _check_columns(path, tables)
-    rows = _rows_of_split(tables, split)
-    return _local(path, split, tables, rows, count)
+    return _local(path, split, tables, count)
 
 
 def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
     task = TASKS[name]
     length = count if count is not None else task.split_size(split) or ENDLESS
     return ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
-
-
-# ---- local data: which rows belong to a split ----------------------------------------------------------------------
-
-Place = tuple[int, int]  # table, row
-
-
-def _rows_of_split(tables: Sequence[Table], split: str) -> list[Place]:
-    named = {table.split for table in tables} - {None, "train"}
-    rest = [(t, r) for t, table in enumerate(tables) if table.split in (None, "train") for r in range(len(table.rows))]
-    if split == "all":
-        return [(t, r) for t, table in enumerate(tables) for r in range(len(table.rows))]
-    if split in named:
-        return [(t, r) for t, table in enumerate(tables) if table.split == split for r in range(len(table.rows))]
-    groups: dict[Any, list[Place]] = {}
-    for t, r in rest:
-        groups.setdefault(_image_key(tables[t], r), []).append((t, r))
-    keys = list(groups)
-    random.Random("split/0").shuffle(keys)
-    share = max(1, round(len(keys) / 10)) if len(keys) >= 3 else 0
-    start = 0
-    shares = {}
-    for name in ("test", "validation"):
-        stop = start + (0 if name in named else share)
-        shares[name] = keys[start:stop]
-        start = stop
-    shares["train"] = keys[start:]
-    return [place for key in shares[split] for place in groups[key]]
-
-
-def _image_key(table: Table, row: int) -> Any:
-    """The same for rows that show the same image, without opening any file."""
-    if isinstance(table.rows, ArrowRows) and (digest := table.rows.image_digest(row)):
-        return digest
-    values = table.rows[row]
-    image = _image_cell(values) if isinstance(values, dict) else None
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return hashlib.blake2b(image, digest_size=16).digest()
-    return (str(table.folder), image) if isinstance(image, str) and image else (id(table), row)
 
 
 # ---- local data: from rows to records -------------------------------------------------------------------------------
@@ -194,7 +161,29 @@ def _check_columns(path: Path, tables: Sequence[Table]) -> None:
             raise UserError(f"data {str(path)!r} has no column {column!r}; its columns are {names}")
 
 
-def _local(path: Path, split: str, tables: Sequence[Table], rows: list[Place], count: int | None) -> ImageTextDataset:
+def _local(path: Path, split: str, tables: Sequence[Table], count: int | None) -> ImageTextDataset:
+    records, skipped, notes = _checked(tables, rows_of_split(tables, split), count)
+    if not records:
+        raise UserError(f"data {str(path)!r} has no readable row for {split}: {_why_none(tables, skipped)}")
+
+    check_solutions(record.solution for record in records)
+
+    def load(index: int) -> tuple[Example, list[str]]:
+        record = records[index]
+        image, image_notes = load_image(record.image())
+        return Example(image, record.problem, record.solution, record.name), image_notes
+
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    dataset = ImageTextDataset(name, split, len(records), load, cut_from(tables, split))
+    dataset.skipped.update(skipped)
+    dataset.notes.update(notes)
+    return dataset
+
+
+def _checked(
+    tables: Sequence[Table], rows: Sequence[Place], count: int | None = None
+) -> tuple[list[Record], Counter[str], Counter[str]]:
+    """At most `count` good rows; what was left out, and what was put right."""
     records: list[Record] = []
     skipped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
@@ -209,25 +198,19 @@ def _local(path: Path, split: str, tables: Sequence[Table], rows: list[Place], c
             continue
         records.append(record)
         notes.update(row_notes)
-    if not records:
-        why = (
-            _listed(skipped) or "there are too few rows for it" if any(t.rows for t in tables) else "there are no rows"
-        )
-        raise UserError(f"data {str(path)!r} has no readable row for {split}: {why}")
+    return records, skipped, notes
 
-    check_solutions(record.solution for record in records)
 
-    def load(index: int) -> tuple[Example, list[str]]:
-        record = records[index]
-        image, image_notes = load_image(record.image())
-        return Example(image, record.problem, record.solution, record.name), image_notes
-
-    dataset = ImageTextDataset(
-        path.resolve().stem if path.is_file() else path.resolve().name, split, len(records), load
-    )
-    dataset.skipped.update(skipped)
-    dataset.notes.update(notes)
-    return dataset
+def _why_none(tables: Sequence[Table], skipped: Counter[str]) -> str:
+    """Why a split has no good row, `skipped` being its bad ones."""
+    if skipped:
+        return _listed(skipped)
+    records, skipped, _ = _checked(tables, all_rows(tables))
+    if records:
+        splits = {table.split for table in tables}
+        of_others = f"all rows are of {', '.join(sorted(map(str, splits)))}"
+        return "there are too few rows for it" if splits & {None, "train"} else of_others
+    return _listed(skipped) or "there are no rows"
 
 
 def _record(table: Table, row: int) -> tuple[Record, list[str]]:
@@ -274,17 +257,8 @@ def _answer(text: str, notes: list[str]) -> str:
     return answer
 
 
-def _image_cell(values: dict[str, Any]) -> Any:
-    image = values.get("image")
-    if image is None:
-        image = values.get("file_name")  # an image folder's metadata
-    if isinstance(image, list) and len(image) == 1:
-        return image[0]
-    return image
-
-
 def _image(table: Table, row: int, values: dict[str, Any]) -> Callable[[], Path | bytes]:
-    image = _image_cell(values)
+    image = image_cell(values)
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -303,5 +277,5 @@ def _image(table: Table, row: int, values: dict[str, Any]) -> Callable[[], Path 
 def _embedded_bytes(table: Table, row: int) -> bytes:
     values = table.rows[row]
     assert isinstance(values, dict)
-    image = _image_cell(values)
+    image = image_cell(values)
     return image["bytes"] if isinstance(image, dict) else image

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mr1fast.config import RECIPES, TASK_NAMES, UserError, choice
 from mr1fast.eval_result import EvalResult, Sample, wilson_interval
 from mr1fast.program import Parser, at_least, exit_code
-from mr1fast.run_folder import RUNS, new_folder, write_json
+from mr1fast.run_folder import RUNS, new_folder, versions, write_json
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLForConditionalGeneration
@@ -39,15 +39,18 @@ def evaluate(
     sampled: int = 1,
     temperature: float = 1.0,
     batch_size: int | None = None,
-    progress: Any = None,
+    progress: str | None = None,
     seed: int = 0,
+    samples: list[Sample] | None = None,
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
-    max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: a tqdm bar or
-    None. Depends on `seed` and no global random state, and leaves the model in the mode it was in.
+    max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: what a progress
+    bar is called, None for no bar. samples: an empty list that holds what there is if the evaluation is interrupted.
+    Depends on `seed` and no global random state, and leaves the model in the mode it was in.
     """
     import torch
+    from tqdm import tqdm
 
     from mr1fast.model import encode_prompts
     from mr1fast.prefix import Prefix, encode_prefix
@@ -58,6 +61,8 @@ def evaluate(
         batch_size = 64 if _is_tiny(model) else 8
     generator = torch.Generator(model.device).manual_seed(seed)
     eos, training = end_tokens(model), model.training
+    total = len(dataset) * (1 + sampled)
+    bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)
 
     def complete(inputs: dict[str, torch.Tensor], prefix: Prefix, num_generations: int, at: float) -> list[str]:
         rollout = generate(
@@ -69,13 +74,10 @@ def evaluate(
             generator=generator,
             prefix=prefix,
         )
-        if progress is not None:
-            progress.update(len(rollout.completion_ids))
+        bar.update(len(rollout.completion_ids))
         return decode(processor.tokenizer, rollout, eos)
 
-    if progress is not None:
-        progress.reset(total=len(dataset) * (1 + sampled))
-    samples: list[Sample] = []
+    samples = [] if samples is None else samples
     model.eval()
     try:
         problems = _distinct(dataset)
@@ -104,6 +106,7 @@ def evaluate(
                     )
                 )
     finally:
+        bar.close()
         model.train(training)
     return EvalResult.of(samples)
 
@@ -142,7 +145,8 @@ def build_parser() -> Parser:
         "--samples",
         metavar="N",
         type=at_least(1),
-        help=f"problems [default: {DEFAULT_SAMPLES} of a task, all of --data]",
+        help="problems; vc's are drawn without end, gr's test split has 200, which then come again in other drawings "
+        f"[default: {DEFAULT_SAMPLES} of a task, all of --data]",
     )
     add(
         "--sampled",
@@ -176,7 +180,8 @@ def _check(options: argparse.Namespace) -> None:
         choice("--task", options.task, TASK_NAMES)
     choice("--split", options.split, ("train", "validation", "test", *(["all"] if options.data else [])))
     if not (math.isfinite(options.temperature) and options.temperature > 0):
-        raise UserError(f"--temperature must be above 0, got {options.temperature:g}; greedy decoding is always done")
+        rule = "must be a finite number above 0"
+        raise UserError(f"--temperature {rule}, got {options.temperature:g}; greedy decoding is always done")
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
     if options.data is not None and not Path(options.data).exists():
@@ -189,11 +194,11 @@ def run(arguments: Sequence[str] | None) -> None:
     _check(options)
     import torch
     import transformers
-    from tqdm import tqdm
 
     from mr1fast import model as models
     from mr1fast.data import load_split
     from mr1fast.report import result_text, write_report
+    from mr1fast.tasks import TASKS
 
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
@@ -212,8 +217,10 @@ def run(arguments: Sequence[str] | None) -> None:
     recipe = RECIPES["vc" if _is_tiny(model) else "model"]
     longest = options.max_completion_length or recipe["max_completion_length"]
     folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
-    with tqdm(desc=f"{dataset.name}, {options.split} split", unit="completion", leave=False) as bar:
-        result = evaluate(
+    samples: list[Sample] = []
+    stopped = False
+    try:
+        evaluate(
             model,
             processor,
             dataset,
@@ -221,10 +228,16 @@ def run(arguments: Sequence[str] | None) -> None:
             sampled=options.sampled,
             temperature=options.temperature,
             batch_size=options.batch_size,
-            progress=bar,
+            progress=f"{dataset.name}, {options.split} split",
             seed=options.seed,
+            samples=samples,
         )
-    settings = {
+    except KeyboardInterrupt:
+        if not samples:
+            raise
+        stopped = True
+    result = EvalResult.of(samples)
+    settings: dict[str, Any] = {
         "model": str(path),
         "data": dataset.name,
         "split": options.split,
@@ -236,12 +249,18 @@ def run(arguments: Sequence[str] | None) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(time.time() - started, 1),
     }
+    if stopped:
+        settings["stopped"] = f"after {result.n} of {len(dataset)} problems"
     write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
     page = write_report(folder / "report.html", result, settings, dataset)
     print(result_text(result, settings))
     if dataset.skipped or dataset.notes:
         print(f"\n{dataset.summary()}")
+    if options.task and (there := TASKS[options.task].split_size(options.split)) and result.n > there:
+        print(f"\n{options.task} has {there} problems in this split; the others were the same in another drawing")
     print(f"\nthe mistakes with their images: {page}\nthe figures:                    {folder / 'evaluation.json'}")
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def as_json(result: EvalResult, settings: dict[str, Any], summary: str) -> dict[str, Any]:
@@ -251,6 +270,7 @@ def as_json(result: EvalResult, settings: dict[str, Any], summary: str) -> dict[
         "greedy_accuracy_95_percent_interval": wilson_interval(result.greedy_accuracy, result.n),
         "by_answer": {answer: {"right": right, "n": n} for answer, (right, n) in result.by_answer().items()},
         "settings": settings,
+        "versions": versions(),
         "data": summary,
         "samples": [asdict(sample) for sample in result.samples],
     }

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,13 @@ from tqdm import tqdm
 from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast import model as models
-from mr1fast.checkpoint import load_state, save_checkpoint, save_model
+from mr1fast.checkpoint import load_checkpoint, save_checkpoint, save_model
 from mr1fast.config import TASK_NAMES, TrainConfig, UserError
-from mr1fast.data import ImageTextDataset, load_split
+from mr1fast.data import ImageTextDataset, load_split, split_sizes
 from mr1fast.evaluate import evaluate
 from mr1fast.metrics import MetricsLog
 from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.run_folder import FinishedError, OpenRun, RunFolder, checkpoints, step_of, write_config, write_json
+from mr1fast.run_folder import OpenRun, ResumeError, RunFolder, checkpoints, step_of, versions, write_config, write_json
 from mr1fast.stop import Stopped, finishing_steps
 from mr1fast.summary import load_snippet, result_table
 from mr1fast.tasks import TASKS
@@ -43,7 +44,8 @@ def run(opened: OpenRun, started: float) -> None:
     result = folder.read_result() or new_result(setup)
     todo = [name for name in setup.names if name not in result["after"] or opened.names_checkpoint_of(name)]
     if not todo:
-        raise FinishedError(f"nothing to resume: the run {folder.path} has finished")
+        longer = f"to train longer, start a new run from --model {folder.model(setup.names[0])}"
+        raise ResumeError(f"nothing to resume: the run {folder.path} has finished; {longer}")
     write_config(folder, setup.config)
     print(setup.description(), flush=True)
 
@@ -51,12 +53,13 @@ def run(opened: OpenRun, started: float) -> None:
     for data in setup.tests:
         if data not in result["before"]:
             result["before"][data] = test(setup, setup.base, data, "before training")
-    for name in todo:  # a task that is rewound to an earlier checkpoint has not finished any more
-        result["after"].pop(name, None)
     try:
         folder.write_result(result)
         for name in todo:
-            model = train_task(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
+            model, state = starting_point(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
+            result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
+            folder.write_result(result)
+            train_task(setup, name, model, state)
             save_model(model, setup.processor, folder.model(name))
             figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
             result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
@@ -71,23 +74,32 @@ def run(opened: OpenRun, started: float) -> None:
 
     print(f"\n{result_table(result)}\n")
     for name in setup.names:
-        print(f"the model trained on {name} is in {folder.model(name)}; to load it:\n")
-        print(load_snippet(str(folder.model(name))) + "\n")
+        print(f"the model trained on {name} is in {folder.model(name)}")
+    print(f"to load one (docs/training.md goes on from there):\n\n{load_snippet(str(folder.model(setup.names[0])))}\n")
     print(f"pictures: {folder.curves} and {folder.samples}")
 
 
-def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForConditionalGeneration:
-    """The model trained on one task, from the base or from its newest (or the given) checkpoint."""
+def starting_point(
+    setup: Setup, name: str, checkpoint: Path | None
+) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any] | None]:
+    """The base, or the model and the state of the task's newest (or the given) checkpoint."""
+    known = checkpoints(setup.folder.task(name))
+    if checkpoint is None and not known:
+        return setup.load(setup.base_path), None
+    return load_checkpoint(checkpoint or known[-1], setup.load)
+
+
+def train_task(setup: Setup, name: str, model: Qwen2VLForConditionalGeneration, state: dict[str, Any] | None) -> None:
+    """Train the model on one task, from the beginning or from the state of a checkpoint."""
     config, folder = setup.config.for_task(name), setup.folder.task(name)
-    checkpoint = _rewind(folder, checkpoint)
-    model = setup.load(setup.base_path if checkpoint is None else checkpoint)
-    dataset = setup.train_split(config, name)
+    dataset, validation = setup.train[name], setup.validation.get(name)
+    said = dataset.summary()
     trainer = Trainer(config, model, setup.base if needs_reference(config) else None, setup.processor, dataset)
-    if checkpoint is not None:
-        trainer.load_state_dict(load_state(checkpoint))
-    validation = setup.split(name, "validation", config.eval_validation_samples) if config.eval_steps else None
-    log = MetricsLog(setup.folder, name, first_step=0 if checkpoint is None else trainer.finished_steps + 1)
-    if validation is not None and checkpoint is None:
+    if state is not None:
+        trainer.load_state_dict(state)
+    _remove_after(folder, trainer.finished_steps)
+    log = MetricsLog(setup.folder, name, first_step=0 if state is None else trainer.finished_steps + 1)
+    if validation is not None and state is None:
         log.log(0, setup.validate(model, validation, name))
     bar = tqdm(total=config.max_steps, initial=trainer.finished_steps, desc=f"{config.method} on {name}", unit="step")
     with finishing_steps() as stop, bar:
@@ -111,9 +123,8 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
                 draw_pictures(setup)
                 raise Stopped(stop.signal_number)
     log.close()
-    if config.data is not None:
+    if dataset.summary() != said:  # images that turned out to be broken
         print(dataset.summary())
-    return model
 
 
 def postfix(metrics: dict[str, float]) -> str:
@@ -129,14 +140,12 @@ def postfix(metrics: dict[str, float]) -> str:
 
 def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: str) -> dict[str, float]:
     """The figures of result.json, on the test split."""
-    dataset = setup.tests[data]
-    with tqdm(desc=f"test on {data}, {what}", unit="completion", leave=False) as bar:
-        return setup.evaluate(model, dataset, data, progress=bar)
+    return setup.evaluate(model, setup.tests[data], data, progress=f"test on {data}, {what}")
 
 
 def draw_pictures(setup: Setup) -> None:
     """curves.png, and samples.png of every model that the run has so far. A run is not lost for a picture."""
-    from mr1fast.plot import draw_curves  # matplotlib takes its time
+    from mr1fast.curves import draw_curves  # matplotlib takes its time
     from mr1fast.samples import before_and_after, draw_samples
 
     folder, shown, titles = setup.folder, [], []
@@ -170,18 +179,16 @@ class Setup:
     processor: Qwen2VLTextImageProcessor
     load: Any  # path -> a model for this device
     names: list[str]  # of the tasks, or of the data set
-    tests: dict[str, ImageTextDataset]
-
-    def split(self, name: str, split: str, count: int | None) -> ImageTextDataset:
-        return load_split(self.config.data or name, split, count=count)
-
-    def train_split(self, config: TrainConfig, name: str) -> ImageTextDataset:
-        """All rows of local data; of an embedded task, which is endless, as many as the run can use."""
-        batches = -(-config.max_steps // config.num_iterations)
-        return self.split(name, "train", None if config.data is not None else batches * config.prompts_per_step)
+    train: dict[str, ImageTextDataset]
+    validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
+    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
 
     def evaluate(
-        self, model: Qwen2VLForConditionalGeneration, dataset: ImageTextDataset, name: str, progress: Any = None
+        self,
+        model: Qwen2VLForConditionalGeneration,
+        dataset: ImageTextDataset,
+        name: str,
+        progress: str | None = None,
     ):
         config = self.config.for_task(name)
         result = evaluate(
@@ -206,7 +213,15 @@ class Setup:
         what = f"{self.config.method} on {', then '.join(self.names)}"
         threads, dtype = torch.get_num_threads(), str(self.base.dtype).removeprefix("torch.")
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
-        return f"{what}: {self.base_path}, {parameters:,} parameters, {where}\nfiles go to {self.folder.path}"
+        lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}", f"files go to {self.folder.path}"]
+        if self.config.data is not None:
+            splits = [split for one in (self.train, self.validation, self.tests) for split in one.values()]
+            lines += [split_sizes(splits), *(split.summary() for split in splits if split.skipped or split.notes)]
+        steps, warmup = [self.config.for_task(name).max_steps for name in self.names], self.config.warmup_steps
+        if warmup >= min(steps):
+            what = f"--warmup-steps {warmup} is not below --max-steps {min(steps)}"
+            lines.append(f"warning: {what}: the learning rate never comes to --learning-rate")
+        return "\n".join(lines)
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -226,6 +241,10 @@ def prepare(opened: OpenRun) -> Setup:
     sources = [config.data] if config.data is not None else TASK_NAMES
     tests = [load_split(source, "test", count=config.eval_samples) for source in sources]
     names = list(config.tasks) or [tests[0].name]
+
+    def splits(split: str, count: Callable[[TrainConfig], int | None]) -> dict[str, ImageTextDataset]:
+        return {name: load_split(config.data or name, split, count=count(config.for_task(name))) for name in names}
+
     return Setup(
         config=config,
         folder=opened.folder,
@@ -234,8 +253,15 @@ def prepare(opened: OpenRun) -> Setup:
         processor=models.load_processor(base_path, max_pixels=config.max_pixels),
         load=load,
         names=names,
+        train=splits("train", _train_rows),
+        validation=splits("validation", lambda task: task.eval_validation_samples) if config.eval_steps else {},
         tests={dataset.name: dataset for dataset in tests},
     )
+
+
+def _train_rows(config: TrainConfig) -> int | None:
+    """All rows of local data; of an embedded task, which is endless, as many as the run can use."""
+    return None if config.data is not None else -(-config.max_steps // config.num_iterations) * config.prompts_per_step
 
 
 def new_result(setup: Setup) -> dict[str, Any]:
@@ -247,25 +273,21 @@ def new_result(setup: Setup) -> dict[str, Any]:
         "seconds": 0.0,
         "steps": {},
         "seed": config.seed,
+        "versions": versions(),
         "config": dataclasses.asdict(config),
         "config_of_task": {name: dataclasses.asdict(config.for_task(name)) for name in setup.names},
     }
 
 
-def _rewind(task_folder: Path, checkpoint: Path | None) -> Path | None:
-    """The checkpoint to go on from. What the run wrote after it is removed, for it will be written again."""
-    known = checkpoints(task_folder)
-    if checkpoint is None and known:
-        checkpoint = known[-1]
-    step = 0 if checkpoint is None else step_of(checkpoint)
-    for later in known:
+def _remove_after(task_folder: Path, step: int) -> None:
+    """What a resumed run wrote after this step, and will write again."""
+    for later in checkpoints(task_folder):
         if step_of(later) > step:
             shutil.rmtree(later)
     for sample in task_folder.glob("skipped/step-*.json"):
         if step_of(sample) > step:
             sample.unlink()
     shutil.rmtree(task_folder / "model", ignore_errors=True)
-    return checkpoint
 
 
 def _gave_up(reason: str, folder: Path) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mr1fast.checkpoint import save_model
 from mr1fast.data import load_split
 from mr1fast.evaluate import evaluate
 from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, encode_prompts
 from mr1fast.processor import Qwen2VLTextImageProcessor
+from mr1fast.program import Parser, at_least, exit_code
+from mr1fast.run_folder import new_folder
 from mr1fast.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
 from mr1fast.types import Example
 
@@ -258,13 +262,19 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) ->
     optimizer.zero_grad()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def run(arguments: Sequence[str] | None) -> None:
+    """Raises UserError."""
+    parser = Parser(
         prog="python -m mr1fast.make_embedded", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=EMBEDDED, metavar="DIR", help=f"default: {EMBEDDED}")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--output", type=Path, default=EMBEDDED, metavar="DIR", help=f"a new or empty folder; default: {EMBEDDED}"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="default: 0")
+    options = parser.parse(arguments)
+    folder = options.output.resolve()
+    if folder != EMBEDDED.resolve():  # that one is replaced
+        new_folder(str(folder), default=folder)
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # a model of this size is slower on more
 
@@ -273,10 +283,13 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
     text = learn_text(model, processor)
     base, reached = learn_images(model, processor, text)
-    base.save_pretrained(options.output)
-    processor.save_pretrained(options.output)
-    print(f"validation: {json.dumps(reached)}\nsaved to {options.output}")
+    save_model(base, processor, folder)
+    print(f"validation: {json.dumps(reached)}\nsaved to {folder}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return exit_code(run, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

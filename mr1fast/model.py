@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
@@ -69,8 +70,9 @@ def load_model(
     _check_model(path)
     try:
         model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        nowhere = "" if Path(path).exists() else ", and there is no such folder"
+        raise ValueError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}{nowhere}") from error
     return model.to(device).train()  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its `self`
 
 
@@ -79,24 +81,42 @@ def _check_model(path: str | Path) -> None:
     if not folder.exists():
         if isinstance(path, Path) or path.startswith((".", "/")) or path.count("/") != 1:
             raise ValueError(f"model folder {str(path)!r} does not exist")
+        if folder.parent.exists():
+            why = f"it is not looked up on the hub, because there is a folder {str(folder.parent)!r}"
+            raise ValueError(f"model folder {path!r} does not exist; {why}")
         return  # a hub name
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
         raise ValueError(f"{str(path)!r} holds no model: a Hugging Face config.json is wanted there") from None
+    except ValueError:
+        raise ValueError(f"{str(path)!r} holds no model: its config.json is not valid JSON") from None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != "qwen2_vl":
         raise ValueError(f"{str(path)!r} holds a model of type {model_type!r}; 'qwen2_vl' is wanted")
 
 
 def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None) -> Qwen2VLTextImageProcessor:
-    """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing."""
+    """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
+
+    Raises ValueError where one of them is missing, or for fewer pixels than an image token has.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        # transformers would make an empty tokenizer.
+        raise ValueError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {str(path)!r} has no usable tokenizer and image processor: {reason}") from error
+    if processor.chat_template is None:
+        raise ValueError(f"model {str(path)!r} has no chat template: chat_template.jinja is missing")
     processor.tokenizer.padding_side = "left"
     if max_pixels is not None:
+        side = processor.image_processor.patch_size * processor.image_processor.merge_size
+        if max_pixels < side * side:
+            raise ValueError(f"max_pixels must be at least {side * side}, which make an image token, got {max_pixels}")
         size = processor.image_processor.size
         processor.image_processor.size = {
             "shortest_edge": min(size["shortest_edge"], max_pixels),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mr1fast.checks import nearest
-from mr1fast.config import TrainConfig, UserError, flag
+from mr1fast.config import TrainConfig, UserError, check_value, flag
 from mr1fast.program import Parser
 
 FIELDS = {option_field.name: option_field for option_field in dataclasses.fields(TrainConfig)}
@@ -29,14 +29,16 @@ def field_type(name: str) -> type:
 
 
 def convert(name: str, value: Any, source: str) -> Any:
-    """A value of the command line or of a YAML file in the option's type; both come through here as text."""
+    """A value of the command line or of a YAML file in the option's type and range; both come through here as text."""
     wanted = field_type(name)
     try:
         if isinstance(value, bool | list | dict):
             raise ValueError
-        return wanted(str(value))
+        converted = wanted(str(value))
     except ValueError:
         raise UserError(f"{source} must be {_TYPE_NAMES[wanted]}, got {value!r}") from None
+    check_value(FIELDS[name], converted, source)
+    return converted
 
 
 def build_parser() -> Parser:
@@ -46,7 +48,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with any of these options; flags go before it")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file with any of these options; flags override it")
     parser.add_argument(
         "--resume",
         metavar="DIR",
@@ -90,18 +92,22 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--config {path} is not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path} is not valid YAML: {reason}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise UserError(f"--config {path} is not valid YAML{where}: {reason}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold lines of the form 'option: value'")
+    _check_keys(path, node)
     given = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -110,3 +116,13 @@ def read_yaml(path: str) -> dict[str, Any]:
         if value is not None:
             given[name] = convert(name, value, f"{path}: {key}")
     return given
+
+
+def _check_keys(path: str, node: Any) -> None:
+    """An option that is there twice, which YAML's loader takes for its last value."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"{path}: option {name!r} is in line {lines[name]} and again in line {line}")
+        lines[name] = line

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mr1fast.checks import nearest
-from mr1fast.config import UserError
+from mr1fast.config import GREATEST, UserError
+
+ACTIVATE = "source .venv/bin/activate"
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,15 +39,24 @@ def at_least(bound: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if number < bound:
             raise argparse.ArgumentTypeError(f"must be at least {bound}, got {number}")
+        if number > GREATEST:
+            raise argparse.ArgumentTypeError(f"must be at most {GREATEST}, got {number}")
         return number
 
     return whole_number
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    return f"the package {error.name!r} is not installed for {sys.executable}; run 'make setup', then '{ACTIVATE}'"
 
 
 def exit_code(program: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
     """Run a program: 0, 2 for a mistake of the user's (a ValueError, printed), 130 after Ctrl-C."""
     try:
         program(arguments)
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

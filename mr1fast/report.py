@@ -36,7 +36,8 @@ def result_text(result: EvalResult, settings: dict[str, Any]) -> str:
 
 
 def heading(result: EvalResult, settings: dict[str, Any]) -> str:
-    return f"{settings['data']}, {settings['split']} split, {result.n} problems"
+    stopped = f" (stopped {settings['stopped']})" if "stopped" in settings else ""
+    return f"{settings['data']}, {settings['split']} split, {result.n} problems{stopped}"
 
 
 def percent(fraction: float) -> str:

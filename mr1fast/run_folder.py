@@ -18,19 +18,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mr1fast import __version__
 from mr1fast.config import TrainConfig, UserError, flag
 from mr1fast.options import Request
 
 RUNS = Path("runs")
 
 
-class FinishedError(UserError):
-    """There is nothing left to do in a run."""
+class ResumeError(UserError):
+    """A run that is finished, or that does not go on like this: the usual advice to resume it does not follow."""
 
 
 class RunFolder:
@@ -75,7 +78,13 @@ def open_run(request: Request) -> OpenRun:
         if request.config.data is not None and not Path(request.config.data).exists():
             raise UserError(f"--data {request.config.data} does not exist")
         return OpenRun(
-            RunFolder(new_folder(request.config.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"))),
+            RunFolder(
+                new_folder(
+                    request.config.output_dir,
+                    default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"),
+                    advice=", or go on with --resume",
+                )
+            ),
             request.config,
             None,
         )
@@ -86,14 +95,20 @@ def open_run(request: Request) -> OpenRun:
         raise UserError(f"{folder.config_file} is not the configuration of a run; nothing to resume") from None
     for name, value in request.given.items():
         if name != "output_dir" and value != getattr(config, name):
+            own = "the default" if getattr(config, name) is None else getattr(config, name)
             raise UserError(
-                f"--resume goes on with the run's own options: {flag(name)} was {getattr(config, name)} there, "
-                f"and is {value} here"
+                f"--resume goes on with the run's own options: {flag(name)} was {own} there, and is {value} here"
+                + (_how_to_train_longer(folder) if name == "max_steps" else "")
             )
     return OpenRun(folder, config, checkpoint)
 
 
-def new_folder(output_dir: str | None, *, default: Path) -> Path:
+def _how_to_train_longer(folder: RunFolder) -> str:
+    models = sorted(folder.path.glob("*/model"))
+    return f"; to train longer, start a new run from --model {models[0]}" if models else ""
+
+
+def new_folder(output_dir: str | None, *, default: Path, advice: str = "") -> Path:
     """`output_dir`, which must be new or empty, or an unused folder like `default`; made. Raises UserError."""
     path = Path(output_dir) if output_dir is not None else default
     try:
@@ -101,7 +116,7 @@ def new_folder(output_dir: str | None, *, default: Path) -> Path:
             path = _unused(path)
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
-            raise UserError(f"output folder {path} is not empty; choose another --output-dir, or go on with --resume")
+            raise UserError(f"output folder {path} is not empty; choose another one{advice}")
         probe = path / ".probe"
         probe.touch()
         probe.unlink()
@@ -153,6 +168,12 @@ def _find_run(resume: str, output_dir: str | None) -> tuple[RunFolder, Path | No
     if newest is None:
         raise UserError(f"nothing to resume: there is no checkpoint under {root}")
     return RunFolder(newest.parent.parent), None
+
+
+def versions() -> dict[str, str]:
+    """What computed the figures of result.json and evaluation.json."""
+    packages = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"mr1fast": __version__, **packages, "python": platform.python_version()}
 
 
 def write_text(path: Path, text: str) -> None:

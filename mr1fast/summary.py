@@ -16,6 +16,8 @@ def result_table(result: dict[str, Any]) -> str:
     """`result` is that of result.json."""
     lines = [f"{'':34}{'before':>9}{'after':>9}{'change':>9}"]
     for data, before in result["before"].items():
+        if data not in result["cross_task"]:  # not trained on: its line follows
+            continue
         after = result["after"][data]
         lines.append(f"{data}, test split, {before['n']} problems")
         for name, title in FIGURES.items():

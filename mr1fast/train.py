@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from mr1fast.config import UserError
 from mr1fast.options import parse_arguments
-from mr1fast.run_folder import FinishedError, OpenRun, open_run
+from mr1fast.program import missing_package
+from mr1fast.run_folder import OpenRun, ResumeError, open_run
 from mr1fast.stop import Stopped, stop_on_sigterm
 
 
@@ -31,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except OutOfMemoryError:
                 advice = "try a larger --gradient-accumulation-steps, or fewer --num-generations or --max-pixels"
                 return _fail(f"error: the GPU's memory is too small; {advice}", 1, opened)
-    except FinishedError as error:
+    except ResumeError as error:
         return _fail(f"error: {error}", 2, None)
+    except ModuleNotFoundError as error:
+        return _fail(f"error: {missing_package(error)}", 2, opened)
     except (UserError, OSError) as error:  # OSError: most often a full disk
         return _fail(f"error: {error}", 2, opened)
     except Stopped as stopped:

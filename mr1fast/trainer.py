@@ -278,7 +278,7 @@ def _kl_schedule(config: TrainConfig) -> KLSchedule:
         beta_min=config.beta_min,
         beta_max=config.beta_max,
         schedule=config.kl_schedule,
-        explore_fraction=config.explore_fraction,
+        explore_fraction=config.explore_fraction or 0.0,  # None with other schedules than the paper's
         target_kl=config.target_kl,
         horizon=max(1, config.max_steps // 10),  # over a run of any length by a factor of up to e^2
     )

@@ -34,6 +34,13 @@ def test_defaults_by_method_and_model():
     assert config("--data", "folder").for_task("data").prompts_per_step == RECIPES["vc"]["prompts_per_step"]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_only_the_papers_schedule_has_an_explore_fraction(schedule):
+    filled = config("--kl-schedule", schedule).for_task("vc")
+    assert (filled.kl_schedule, filled.explore_fraction, filled.beta_max) == (schedule, None, 0.04)
+    assert filled.for_task("vc") == filled
+
+
 def test_what_is_set_is_not_filled_in():
     filled = config("--learning-rate", "1e-3", "--beta-max", "0.1").for_task("gr")
     assert (filled.learning_rate, filled.beta_max, filled.prompts_per_step) == (1e-3, 0.1, 32)
@@ -76,11 +83,12 @@ BAD_ARGUMENTS = [
     ("--beta .1", "--beta belongs to --method grpo, and the method is grpo-d"),
     ("--method sft --beta-max .1", "--beta-max belongs to --method grpo-d"),
     ("--learning-rate -1", "--learning-rate must be above 0, got -1.0"),
-    ("--learning-rate nan", "--learning-rate must be above 0, got nan"),
-    ("--learning-rate inf", "--learning-rate must be above 0, got inf"),
+    ("--learning-rate nan", "--learning-rate must be a finite number, got nan"),
+    ("--learning-rate inf", "--learning-rate must be a finite number, got inf"),
     ("--learning-rate fast", "--learning-rate must be a number, got 'fast'"),
     ("--temperature 0", "--temperature must be above 0"),
     ("--explore-fraction 1", "--explore-fraction must be below 1"),
+    ("--kl-schedule linear --explore-fraction 0.5", "--explore-fraction belongs to --kl-schedule paper"),
     ("--kl-schedule papr", "--kl-schedule must be one of paper, linear"),
     ("--kl-schedule papr", "(did you mean 'paper'?)"),
     ("--kl-schedule adaptive", "--target-kl and --kl-schedule adaptive go together"),
@@ -92,6 +100,8 @@ BAD_ARGUMENTS = [
     ("nonsense", "unknown argument nonsense"),
     ("--seed", "expected one argument"),
     ("--seed -1", "--seed must be at least 0"),
+    ("--seed 99999999999999999999", "--seed must be at most 9223372036854775807"),
+    (f"--seed {10**400}", "--seed must be at most 9223372036854775807"),
     ("--gradient-accumulation-steps 3", "must divide --prompts-per-step, got 3 and 16"),
     ("--num-iterations 2 --method sft", "--num-iterations"),
     ("--accuracy-weight 0 --format-weight 0", "nothing would be rewarded"),
@@ -115,10 +125,15 @@ def test_one_sentence_for_each_mistake(arguments, message, tmp_path, monkeypatch
         ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
         ("seed: true", "seed must be a whole number, got True"),
         ("task: [vc, gr]", "task must be text, got ['vc', 'gr']"),
-        ("method: grpo-e", "--method must be one of grpo-d, grpo, sft"),
-        ("kl-schedule: quick", "--kl-schedule must be one of"),
-        ("num_generations: 1", "--num-generations must be at least 2"),
-        ("a: [", "is not valid YAML"),
+        ("method: grpo-e", "run.yaml: method must be one of grpo-d, grpo, sft"),
+        ("kl-schedule: quick", "run.yaml: kl-schedule must be one of"),
+        ("num_generations: 1", "run.yaml: num_generations must be at least 2"),
+        ("seed: 1\nmax_steps: [", "run.yaml is not valid YAML in line 2: expected the node content"),
+        ("seed: 1: 2", "run.yaml is not valid YAML in line 1: mapping values are not allowed here"),
+        ("seed: \0", "run.yaml is not valid YAML: special characters are not allowed"),
+        ("seed: 2026-99-01", "run.yaml is not valid YAML: month must be in 1..12"),
+        ("seed: 1\nseed: 2", "run.yaml: option 'seed' is in line 1 and again in line 2"),
+        ("max_steps: 1\nseed: 2\nmax-steps: 3", "option 'max_steps' is in line 1 and again in line 3"),
         ("- a\n- b", "must hold lines of the form"),
         ("3", "must hold lines of the form"),
     ],

@@ -26,7 +26,8 @@ from data_files import (
 )
 from PIL import Image
 
-from mr1fast.data import ENDLESS, load_split
+from mr1fast.config import UserError
+from mr1fast.data import ENDLESS, load_split, split_sizes
 from mr1fast.tasks import TASKS
 
 
@@ -106,6 +107,36 @@ def test_names_decide_the_split(tmp_path, layout, expected):
     parts = [solutions(load_split(tmp_path, split)) for split in ("train", "validation", "test")]
     assert tuple(map(len, parts)) == expected
     assert len(set(chain(*parts))) == number
+
+
+def test_a_line_says_where_the_splits_come_from(folder):
+    write_jsonl(folder / "part" / "train.jsonl", [row(f"../{n}") for n in range(20)])
+    write_jsonl(folder / "part" / "test.jsonl", [row(f"../{n}") for n in range(20, 30)])
+    as_jsonl(folder, [row(n) for n in range(30)])
+    named, unnamed = (
+        split_sizes([load_split(source, split) for split in ("train", "validation", "test")])
+        for source in (folder / "part", folder / "data.jsonl")
+    )
+    assert named == "part: train 18, validation 2 (cut from train), test 10"
+    rest = "(cut from the unnamed rows)"
+    assert unnamed == f"data: train 24, validation 3 {rest}, test 3 {rest}"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 30])
+def test_data_without_a_readable_row_says_why(folder, rows):
+    file = as_jsonl(folder, [row("gone") for _ in range(rows)])
+    for split in ("train", "validation", "test"):
+        with pytest.raises(UserError, match=f"no readable row for {split}: {rows} x image file not found"):
+            load_split(file, split)
+    file = as_jsonl(folder, [row(1), row(2)])
+    with pytest.raises(UserError, match="no readable row for test: there are too few rows for it"):
+        load_split(file, "test")
+
+
+def test_a_folder_with_a_test_split_alone(folder):
+    write_jsonl(folder / "test.jsonl", [row(n) for n in range(30)])
+    with pytest.raises(UserError, match="no readable row for train: all rows are of test"):
+        load_split(folder, "train")
 
 
 def test_saved_splits(folder):

@@ -72,28 +72,18 @@ def test_figures_are_means_of_rewards(result, dataset):
     assert 0 < result.greedy_accuracy < 1, "the embedded model is neither hopeless nor perfect"
 
 
-class Bar:
-    total = done = 0
-
-    def reset(self, total):
-        self.total = total
-
-    def update(self, number):
-        self.done += number
-
-
-def test_depends_on_the_seed_alone_and_leaves_no_trace(model, processor, dataset, result):
+def test_depends_on_the_seed_alone_and_leaves_no_trace(model, processor, dataset, result, capsys):
     for training in (True, False):
         model.train(training)
         torch.manual_seed(7)
-        state, bar = torch.get_rng_state(), Bar()
+        state = torch.get_rng_state()
         again = evaluate(
-            model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8, progress=bar, seed=0
+            model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8, progress="bar", seed=0
         )
         assert again == result
         assert torch.equal(torch.get_rng_state(), state)
         assert model.training is training
-        assert bar.total == bar.done == 80
+        assert capsys.readouterr().err.startswith("\rbar:   0%|          | 0/80 ")
     other = evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
     assert [s.completion for s in other.samples] == [s.completion for s in result.samples]
     assert other.samples != result.samples
@@ -229,10 +219,44 @@ def test_program_on_local_data(tmp_path, capsys, monkeypatch):
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert figures["n"] == len(figures["samples"]) == 6
     assert figures["settings"]["sampled"] == 2
+    assert figures["versions"]["torch"] == torch.__version__
     low, high = figures["greedy_accuracy_95_percent_interval"]
     assert low <= figures["greedy_accuracy"] <= high
     assert sum(row["n"] for row in figures["by_answer"].values()) == 6
     assert "shapes, test split, 6 problems" in Page((tmp_path / "out" / "report.html").read_text()).text
+
+
+def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
+    from mr1fast import rollout
+
+    calls, generate = [], rollout.generate
+
+    def interrupted(*arguments, **keywords):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(*arguments, **keywords)
+
+    monkeypatch.setattr(rollout, "generate", interrupted)
+    threads = torch.get_num_threads()
+    arguments = ["--task", "vc", "--samples", "9", "--batch-size", "3", "--output-dir", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    torch.set_num_threads(threads)
+    output = capsys.readouterr()
+    assert "vc, test split, 3 problems (stopped after 3 of 9 problems)" in output.out
+    assert "stopped by Ctrl-C" in output.err
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert figures["n"] == len(figures["samples"]) == 3
+    assert figures["settings"]["stopped"] == "after 3 of 9 problems"
+    assert "(stopped after 3 of 9 problems)" in Page((tmp_path / "out" / "report.html").read_text()).text
+
+
+def test_more_problems_than_there_are(tmp_path, capsys):
+    arguments = ["--task", "gr", "--split", "validation", "--samples", "81", "--sampled", "0"]
+    threads = torch.get_num_threads()
+    assert main([*arguments, "--max-completion-length", "1", "--output-dir", str(tmp_path / "out")]) == 0
+    torch.set_num_threads(threads)
+    assert "gr has 80 problems in this split; the others were the same in another drawing" in capsys.readouterr().out
 
 
 MISTAKES = [
@@ -242,8 +266,10 @@ MISTAKES = [
     (["--task", "vc", "--split", "all"], "--split must be one of train, validation, test"),
     (["--data", "nowhere"], "--data nowhere does not exist"),
     (["--data", "full/vc"], "data 'full/vc' has no readable row for test: there are no rows"),
-    (["--task", "vc", "--temperature", "0"], "--temperature must be above 0, got 0"),
-    (["--task", "vc", "--temperature", "nan"], "--temperature must be above 0"),
+    (["--task", "vc", "--temperature", "0"], "--temperature must be a finite number above 0, got 0"),
+    (["--task", "vc", "--temperature", "nan"], "--temperature must be a finite number above 0"),
+    (["--task", "vc", "--seed", "9" * 20], "--seed: must be at most 9223372036854775807"),
+    (["--task", "vc", "--max-pixels", "1"], "max_pixels must be at least 196"),
     (["--task", "vc", "--samples", "0"], "--samples: must be at least 1, got 0"),
     (["--task", "vc", "--samples", "ten"], "--samples: must be a whole number, got 'ten'"),
     (["--task", "vc", "--smaples", "1"], r"unknown option --smaples \(did you mean '--samples'\?\)"),
@@ -252,7 +278,7 @@ MISTAKES = [
     (["--task", "vc", "--model", "."], "no model"),
     (["--task", "vc", "--model", "full"], "--model full is a run; give one of its models, such as full/vc/model"),
     (["--task", "vc", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
-    (["--task", "vc", "--output-dir", "full"], "output folder full is not empty"),
+    (["--task", "vc", "--output-dir", "full"], "output folder full is not empty; choose another one\\n$"),
 ]
 
 

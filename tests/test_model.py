@@ -1,6 +1,7 @@
 """The embedded model and the loading of any other: real classes, real files, errors in one sentence."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,6 +92,8 @@ def test_max_pixels_bounds_the_image():
     inputs = encode_prompts(small, [Example(image, "How many?", "1", "x")])
     _, height, width = inputs["image_grid_thw"][0].tolist()
     assert height * width * 49 <= 28 * 28
+    with pytest.raises(ValueError, match="max_pixels must be at least 196"):
+        load_processor(max_pixels=195)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,8 @@ def test_max_pixels_bounds_the_image():
     [
         (lambda folder: folder / "missing", "does not exist"),
         (lambda folder: folder, "holds no model"),
-        (lambda folder: (folder / "config.json").write_text("{") and folder, "holds no model"),
+        (lambda folder: (folder / "config.json").write_text("{") and folder, "config.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]") and folder, "model of type None"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder, "'llama'"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,
@@ -112,10 +116,40 @@ def test_a_folder_without_a_model_is_named(make, says, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    with pytest.raises(ValueError, match="no usable tokenizer"):
-        load_processor(tmp_path)
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("model.safetensors", "cannot be loaded: .*header"),
+        ("tokenizer.json", "no usable tokenizer: tokenizer.json is missing"),
+        ("processor_config.json", "no usable tokenizer and image processor"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_a_folder_without_one_of_its_files_is_named(file, says, tmp_path):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "copy")
+    if file == "model.safetensors":
+        (folder / file).write_bytes((folder / file).read_bytes()[:100_000])
+    else:
+        (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"copy.*{says}"):
+        (load_model if file == "model.safetensors" else load_processor)(folder)
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("looked up"))
+    with pytest.raises(ValueError, match="model folder 'runs/missing' does not exist"):
+        load_model("runs/missing")
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no connection\nat all")
+
+    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"'no/model' cannot be loaded: no connection, and there is no such folder$"):
+        load_model("no/model")
 
 
 def test_choices(embedded):

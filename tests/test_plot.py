@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mr1fast import plot
+from mr1fast import curves
 from mr1fast.config import TrainConfig
+from mr1fast.curves import PANELS, _labels, draw_curves, read_run, smoothed
 from mr1fast.data import load_split
 from mr1fast.eval_result import Sample
 from mr1fast.loop import draw_pictures
 from mr1fast.model import load_model, load_processor
-from mr1fast.plot import PANELS, _labels, draw_curves, main, read_run, smoothed
+from mr1fast.plot import main
 from mr1fast.run_folder import RunFolder
 from mr1fast.samples import Shown, before_and_after, clipped, draw_samples
 from mr1fast.types import Example
@@ -47,16 +48,17 @@ def write_run(folder, rows, result=None):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Collects, for each panel that is drawn, its title and its lines as (x, y)."""
+    """Collects, for each panel that is drawn, its title and its lines as (x, y), its limits and where it is dashed."""
     panels = {}
-    draw = plot._draw_panel
+    draw = curves._draw_panel
 
     def spy(axis, panel, series):
         draw(axis, panel, series)
         panels[panel.title] = [np.asarray(line.get_xydata()) for line in axis.lines]
         panels[panel.title + "/limits"] = axis.get_ylim()
+        panels[panel.title + "/dashed"] = [line.is_dashed() for line in axis.lines]
 
-    monkeypatch.setattr(plot, "_draw_panel", spy)
+    monkeypatch.setattr(curves, "_draw_panel", spy)
     return panels
 
 
@@ -74,12 +76,12 @@ def test_a_whole_run(tmp_path, drawn):
     run = write_run(tmp_path / "run", rows, result)
     assert draw_curves([run], run / "curves.png") == run / "curves.png"
     assert not_blank(run / "curves.png")
-    assert [panel.title for panel in PANELS] == [title for title in drawn if "/" not in title]
+    assert [title for title in drawn if "/" not in title] == [p.title for p in PANELS if p.title != "SFT loss"]
     greedy = drawn[PANELS[0].title]
     assert [points.tolist() for points in greedy if len(points) == 1] == [[[0, 40]], [[20, 90]], [[0, 30]]]
     assert sum(points.tolist() == [[5, 50], [10, 50], [15, 50], [20, 50]] for points in greedy) == 2
     assert drawn[PANELS[0].title + "/limits"] == (0, 103)
-    accuracy = drawn["Answers while training"][0]
+    accuracy = drawn["Accuracy and format while training"][0]
     np.testing.assert_allclose(accuracy, [[step, 40 + step] for step in range(1, 21)])
     assert _labels(read_run(run)) == [
         "grpo-d, visual counting: 40.0 % right on the test split before training, 90.0 % after",
@@ -87,12 +89,13 @@ def test_a_whole_run(tmp_path, drawn):
     ]
 
 
-def test_runs_over_each_other(tmp_path, monkeypatch):
+def test_runs_over_each_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / name, [row(step) for step in range(1, 9)]) for name in ("one", "two", "there/one")]
     assert _labels([s for run in runs[:2] for s in read_run(run)]) == ["one", "two"]
     assert len(set(_labels([s for run in runs for s in read_run(run)]))) == 3
     assert main([str(run) for run in runs]) == 0
+    assert capsys.readouterr().out == "curves: curves.png\n"
     assert not_blank(tmp_path / "curves.png")
     assert main([str(runs[0])]) == 0
     assert not_blank(runs[0] / "curves.png")
@@ -100,10 +103,26 @@ def test_runs_over_each_other(tmp_path, monkeypatch):
     assert b"<svg" in (tmp_path / "new" / "a.svg").read_bytes()
 
 
+def test_lines_that_coincide_are_both_seen(tmp_path, drawn):
+    run = write_run(tmp_path / "run", [row(step, task) for task in ("vc", "gr", "other") for step in (1, 2, 3)])
+    draw_curves([run], tmp_path / "a.png")
+    assert drawn["KL weight β/dashed"] == [False, True, True]
+    assert len({curves._dashes(style, index) for style in "-:" for index in range(3)}) == 6
+
+
+def test_sft_has_a_loss_of_its_own(tmp_path, drawn):
+    config = {"config": {"method": "sft"}}
+    sft = write_run(tmp_path / "sft", [{"task": "vc", "step": step, "loss": 2.0} for step in (1, 2)], config)
+    grpo = write_run(tmp_path / "grpo", [row(step) for step in (1, 2)])
+    draw_curves([sft, grpo], tmp_path / "a.png")
+    assert drawn["SFT loss"][-1].tolist() == [[1, 2], [2, 2]]
+    np.testing.assert_allclose(drawn["GRPO loss"][-1], [[1, -0.1], [2, -0.1]])
+
+
 def test_only_panels_with_data_are_drawn(tmp_path, drawn):
     run = write_run(tmp_path / "sft", [{"task": "vc", "step": step, "loss": 1 / step} for step in (1, 2)])
     draw_curves([run], tmp_path / "a.png")
-    assert [title for title in drawn if "/" not in title] == ["Loss"]
+    assert [title for title in drawn if "/" not in title] == ["GRPO loss"]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 3000])
@@ -131,14 +150,14 @@ def test_what_a_broken_run_leaves_behind(tmp_path, drawn):
     (run / "result.json").write_text("{")
     draw_curves([run], tmp_path / "a.png")
     np.testing.assert_allclose(drawn["Reward"][-1], [[1, 0.9], [2, 0.9], [4, 5.0]])
-    assert drawn["Loss"][-1][:, 0].tolist() == [1, 3, 4]
-    assert drawn["Distance from the base model"][-1][:, 0].tolist() == [1, 3, 4]
+    assert drawn["GRPO loss"][-1][:, 0].tolist() == [1, 3, 4]
+    assert drawn["KL divergence from the base"][-1][:, 0].tolist() == [1, 3, 4]
 
 
 def test_an_outlier_does_not_flatten_the_rest(tmp_path, drawn):
     run = write_run(tmp_path / "run", [row(step, step_time=60.0 if step == 1 else 0.3) for step in range(1, 101)])
     draw_curves([run], tmp_path / "a.png")
-    bottom, top = drawn["Time of a step/limits"]
+    bottom, top = drawn["Step time/limits"]
     assert bottom == 0
     assert top < 30
 
@@ -213,7 +232,7 @@ def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(plot, "draw_curves", full_disk)
+    monkeypatch.setattr(curves, "draw_curves", full_disk)
     draw_pictures(setup)
     assert capsys.readouterr().err.endswith("no pictures: No space left on device\n")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mr1fast import train
+from mr1fast import evaluate, train
 from mr1fast.config import RECIPES
 from mr1fast.metrics import MetricsLog
 from mr1fast.model import load_model, load_processor
@@ -62,6 +63,7 @@ def test_the_whole_program(tmp_path, monkeypatch):
     assert (result["seed"], result["config"]["num_generations"]) == (0, 2)
     assert result["config_of_task"]["gr"]["learning_rate"] == RECIPES["gr"]["learning_rate"]
     assert result["seconds"] > 0
+    assert set(result["versions"]) == {"mr1fast", "torch", "transformers", "python"}
     rows = metrics(run)
     assert [(row["task"], row["step"]) for row in rows] == [(task, step) for task in ("vc", "gr") for step in range(3)]
     assert {"reward", "kl", "beta", "grad_norm", "learning_rate", "step_time"} <= set(rows[1])
@@ -79,6 +81,8 @@ def test_the_whole_program(tmp_path, monkeypatch):
     exec(snippet, loaded)
     assert loaded["model"].num_parameters() == load_model().num_parameters()
     assert loaded["processor"].tokenizer.eos_token
+    assert output.count("load_model(") == 1
+    assert "0completion" not in errors
 
 
 def stopped(number, options, run) -> subprocess.CompletedProcess:
@@ -223,6 +227,15 @@ def test_a_full_disk_leaves_the_metrics_of_a_resumed_run(tmp_path):
     assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 80))
 
 
+def test_a_missing_package_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # "import torch" raises
+    for program in (train, evaluate):
+        assert program.main(["--task", "vc", "--output-dir", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: the package 'torch' is not installed for .*source .venv/bin/activate'\n", error)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments", ["--task nonsense", "--lerning-rate 1"])
 def test_a_mistake_as_a_subprocess(arguments, tmp_path):
     started = time.monotonic()
@@ -276,6 +289,29 @@ def test_mistakes_leave_nothing_behind(tmp_path, capsys, monkeypatch):
         assert left == [], arguments
 
 
+@pytest.mark.parametrize("file", ["trainer_state.pt", "model.safetensors"])
+def test_a_broken_checkpoint_names_the_one_before_it(file, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--task=vc", "--method=sft", "--max-steps=3", "--save-steps=1", "--eval-steps=0", *SMALL]
+    assert main(*options, "--output-dir", run) == 0
+    shutil.rmtree(run / "vc" / "model")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "after": {}}))  # as if stopped before the last evaluation
+    for step in (3, 2):
+        broken = run / "vc" / f"checkpoint-{step:06d}" / file
+        broken.write_bytes(broken.read_bytes()[:1000])
+    before = sorted(run.rglob("*"))
+    capsys.readouterr()
+    assert main("--resume", run) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint-000003" in error
+    assert error.endswith(f"to go on from the checkpoint before it: --resume {run / 'vc' / 'checkpoint-000002'}")
+    assert main("--resume", run / "vc" / "checkpoint-000002") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"there is no earlier one; move it away, and --resume {run} does without it")
+    assert sorted(run.rglob("*")) == before
+
+
 def test_an_option_that_contradicts_the_run_is_not_ignored(tmp_path, capsys):
     run = tmp_path / "run"
     checkpoint = run / "vc" / "checkpoint-000001"
@@ -283,6 +319,10 @@ def test_an_option_that_contradicts_the_run_is_not_ignored(tmp_path, capsys):
     (run / "config.json").write_text(json.dumps({"seed": 3, "task": "vc"}))
     assert main("--resume", run, "--seed", 4) == 2
     assert "--seed was 3 there, and is 4 here" in capsys.readouterr().err
+    (run / "vc" / "model").mkdir()
+    assert main("--resume", run, "--max-steps", 4) == 2
+    longer = f"to train longer, start a new run from --model {run / 'vc' / 'model'}"
+    assert f"--max-steps was the default there, and is 4 here; {longer}" in capsys.readouterr().err
     (run / "config.json").write_text("{")
     assert main("--resume", checkpoint) == 2
     assert "is not the configuration of a run" in capsys.readouterr().err
@@ -308,4 +348,17 @@ def test_local_data(tmp_path, capsys):
     assert set(result["before"]) == set(result["after"]) == {"shapes"}
     assert {row["task"] for row in metrics(run)} == {"shapes"}
     load_processor(run / "shapes" / "model")
-    assert "skipped" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    rest = "(cut from the unnamed rows)"
+    assert re.search(rf"shapes: train \d+, validation 2 {re.escape(rest)}, test \d+ {re.escape(rest)}\n", output)
+    assert sum(map(int, re.findall(r"(\d+) x no answer", output.partition("before")[0]))) == 6
+    assert output.count("shapes/train: ") <= 1
+
+
+def test_a_data_folder_with_a_test_split_alone_leaves_nothing(tmp_path, capsys):
+    Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"image": "0.png", "problem": "How many?", "solution": "1"}))
+    assert main("--data", tmp_path, "--max-steps=2", *SMALL, "--output-dir", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: data '[^']+' has no readable row for train: all rows are of test\n", error)
+    assert not (tmp_path / "run").exists()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.program import at_least
 
 # Relative; float32 rounding, accumulated over the layers and over a few optimizer steps.
 TOLERANCE = 1e-3
@@ -200,11 +201,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mr1fast.integrations.check", description=__doc__.split("\n")[0])
     parser.add_argument("--trl", action="store_true", help="train a few steps with TRL's trainer and with ours")
     parser.add_argument("--liger", action="store_true", help="one batch per loss type through Liger and through us")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps for --trl")
+    parser.add_argument("--steps", type=at_least(1), default=4, help="optimizer steps for --trl")
     parser.add_argument("--loss-type", nargs="+", choices=LOSS_TYPES, help="default: grpo for --trl, all for --liger")
     options = parser.parse_args(argv)
     if not (options.trl or options.liger):
         parser.error("choose --trl, --liger or both")
+    if options.liger and options.loss_type == ["luspo"]:
+        parser.error("--liger has nothing to compare for luspo: mr1fast.integrations.liger says why they differ")
     different = 0
     for library, wanted in (("TRL", options.trl), ("Liger", options.liger)):
         if not wanted:
