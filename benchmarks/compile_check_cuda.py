@@ -6,6 +6,7 @@ memory, 2 where there is no nvcc.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def readable(mangled: str) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args()
     try:
         with ThreadPoolExecutor(2) as pool:
             found = [kernel for arch in pool.map(kernels, ARCHITECTURES) for kernel in arch]

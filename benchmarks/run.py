@@ -1,7 +1,7 @@
 """Benchmarks: every figure this project claims comes from here.
 
   python -m benchmarks.run loss                       the loss head from logits, beside its peers (5 to 10 minutes)
-  python -m benchmarks.run loss --quick               tiny shapes, to see that everything runs (seconds)
+  python -m benchmarks.run loss --quick               tiny shapes, to see that everything runs (a minute)
   python -m benchmarks.run loss --filter "151936 mr1fast"     only what contains every word
   python -m benchmarks.run loss --csv out.csv --plot out.png  keep the results, draw them
   python -m benchmarks.run linear --device cuda       only the scenes on that device

@@ -7,6 +7,7 @@ installed) takes both numbers as tl.constexpr.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
@@ -80,6 +81,7 @@ def table() -> list[tuple[str, int, int, int, int]]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args()
     import triton
 
     if triton.knobs.runtime.interpret:
