@@ -233,18 +233,11 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tenso
 # The reference needs autograd inside, which a registered op switches off; it is called as it is.
 
 
-def _grpo(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: LossBatch,
-    spec: LossSpec,
-    how: How,
-    needed: Needed,
-) -> tuple[Tensor, ...]:
+def _grpo(*args) -> tuple[Tensor, ...]:
+    *head, batch, spec, how, needed = args
     if how.backend == "torch":
-        return _run_grpo(hidden, weight, bias, batch, spec, how, needed)
-    return linear_grpo_op(hidden, weight, bias, *flat(batch), *flat(spec), *how, *needed)
+        return _run_grpo(*args)
+    return linear_grpo_op(*head, *flat(batch), *flat(spec), *how, *needed)
 
 
 def _score(
