@@ -210,6 +210,9 @@ const char* launch(
   cudaError_t e = cudaSuccess;
   if (shared_bytes > 48 * 1024) {
     e = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    // Else the driver may leave more to the first-level cache than several such blocks can spare.
+    const auto share = cudaFuncAttributePreferredSharedMemoryCarveout;
+    if (e == cudaSuccess) e = cudaFuncSetAttribute((const void*)kernel, share, cudaSharedmemCarveoutMaxShared);
   }
   if (e == cudaSuccess) {
     cudaLaunchAttribute attribute{};
