@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Call, Case, Scene
-from benchmarks.cases_loss import BETA
+from benchmarks.cases_loss import BETA, eager_loss, loss_batch, loss_of
 from mr1fast import grpo_loss, linear_grpo_loss, linear_token_logprobs
-from mr1fast.kernels import reference
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.reference import LossBatch
 
 CPU_SHAPES = ((8, 128, 256, 151936), (8, 128, 1536, 32000))  # B, L, H, V; the first V is Qwen2-VL's
 GPU_SHAPES = tuple((8, 1024, H, 151936) for H in (1536, 3584, 4096))
@@ -68,18 +67,6 @@ def make_inputs(B: int, L: int, H: int, V: int, dtype: torch.dtype, device: str)
     return Inputs(hidden, weight, ids, advantages, keywords, batch)
 
 
-def loss_batch(ids: Tensor, advantages: Tensor, old_logps: Tensor | None, ref_logps: Tensor) -> LossBatch:
-    """For `reference.objective`: every token unmasked, KL weight BETA. Shapes [B, L], advantages [B]."""
-    return LossBatch(
-        ids=ids,
-        token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
-        beta=torch.full((), BETA, device=ids.device),
-        advantages=advantages[:, None].expand(ids.shape),
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-    )
-
-
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 
@@ -120,17 +107,6 @@ def ours_on_logits(x: Inputs, backend: str) -> Call:
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
-
-
-def loss_of(logps: Tensor, entropies: Tensor, batch: LossBatch) -> Tensor:
-    return reference.aggregate(reference.objective(logps, batch, LossSpec())[0], entropies, batch)
-
-
-def eager_loss(logits: Tensor, batch: LossBatch) -> Tensor:
-    log_probs = torch.log_softmax(logits.float(), -1)
-    with torch.no_grad():
-        entropies = -(log_probs.exp() * log_probs).sum(-1)
-    return loss_of(log_probs.gather(-1, batch.ids[..., None]).squeeze(-1), entropies, batch)
 
 
 def eager(x: Inputs) -> Call:

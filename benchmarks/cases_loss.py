@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Call, Case, Scene
-from mr1fast import arguments, grpo_loss, linear_grpo_loss
+from mr1fast import grpo_loss, linear_grpo_loss
 from mr1fast.kernels import reference
 from mr1fast.kernels.reference import LossBatch, LossSpec
 from mr1fast.kernels.testing import model_output
@@ -40,7 +40,6 @@ class Inputs:
     old_logps: Tensor  # [B, L]
     ref_logps: Tensor
     batch: LossBatch
-    spec: LossSpec
 
     def restore(self) -> None:
         self.logits.copy_(self.source)
@@ -68,27 +67,21 @@ def make_inputs(B: int, L: int, V: int, dtype: torch.dtype, device: str) -> Inpu
     )
     old_logps, ref_logps = logps + 0.1 * normal(B, L), logps + 0.1 * normal(B, L)
     mask = torch.ones(B, L, dtype=torch.bool, device=device)
-    spec = arguments.loss_spec(
-        loss_type="grpo",
-        importance_sampling_level="token",
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        delta=None,
-        use_bias_correction_kl=False,
-        sapo_temperature_pos=1.0,
-        sapo_temperature_neg=1.05,
-        temperature=1.0,
-    )
-    batch = LossBatch(
+    batch = loss_batch(ids, advantages, old_logps, ref_logps)
+    logits, copy = source.clone(), torch.zeros_like(source)
+    return Inputs(source, logits, copy, ids, advantages, mask, old_logps, ref_logps, batch)
+
+
+def loss_batch(ids: Tensor, advantages: Tensor, old_logps: Tensor | None, ref_logps: Tensor) -> LossBatch:
+    """For `reference.objective`: every token unmasked, KL weight BETA. Shapes [B, L], advantages [B]."""
+    return LossBatch(
         ids=ids,
         token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
-        beta=torch.full((), BETA, device=device),
-        advantages=advantages[:, None].expand(B, L),
+        beta=torch.full((), BETA, device=ids.device),
+        advantages=advantages[:, None].expand(ids.shape),
         old_logps=old_logps,
         ref_logps=ref_logps,
     )
-    logits, copy = source.clone(), torch.zeros_like(source)
-    return Inputs(source, logits, copy, ids, advantages, mask, old_logps, ref_logps, batch, spec)
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -112,22 +105,25 @@ def ours_forward_only(x: Inputs, backend: str) -> Call:
 # ---- peers ----------------------------------------------------------------------------------------------------------
 
 
-def eager_loss(logits: Tensor, x: Inputs) -> Tensor:
+def loss_of(logps: Tensor, entropies: Tensor, batch: LossBatch) -> Tensor:
+    return reference.aggregate(reference.objective(logps, batch, LossSpec())[0], entropies, batch)
+
+
+def eager_loss(logits: Tensor, batch: LossBatch) -> Tensor:
     """As TRL's trainers write it: selected log-probabilities and, without gradient, entropies of log_softmax."""
     log_probs = torch.log_softmax(logits.float(), -1)
-    logps = log_probs.gather(-1, x.ids[..., None]).squeeze(-1)
     with torch.no_grad():
         entropies = -(log_probs.exp() * log_probs).sum(-1)
-    return reference.aggregate(reference.objective(logps, x.batch, x.spec)[0], entropies, x.batch)
+    return loss_of(log_probs.gather(-1, batch.ids[..., None]).squeeze(-1), entropies, batch)
 
 
 def eager(x: Inputs) -> Call:
-    return Call(lambda: eager_loss(x.leaf(), x).backward(), x.restore)
+    return Call(lambda: eager_loss(x.leaf(), x.batch).backward(), x.restore)
 
 
 def compiled(x: Inputs) -> Call:
     loss = torch.compile(eager_loss, dynamic=False)
-    return Call(lambda: loss(x.leaf(), x).backward(), x.restore)
+    return Call(lambda: loss(x.leaf(), x.batch).backward(), x.restore)
 
 
 def trl_functions(x: Inputs) -> Call:
@@ -136,8 +132,7 @@ def trl_functions(x: Inputs) -> Call:
 
     def run() -> None:
         logps, entropies = selective_log_softmax_and_entropy(x.leaf(), x.ids, entropy_requires_grad=False)
-        loss = reference.objective(logps.float(), x.batch, x.spec)[0]
-        reference.aggregate(loss, entropies, x.batch).backward()
+        loss_of(logps.float(), entropies, x.batch).backward()
 
     return Call(run, x.restore)
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks.cases import Call, Case, Scene
-from benchmarks.cases_linear import eager_loss, loss_batch
-from benchmarks.cases_loss import BETA
+from benchmarks.cases_loss import BETA, eager_loss, loss_batch
 from mr1fast import grpo_loss
 from mr1fast.batch import grpo_batch_loss
 from mr1fast.model import EMBEDDED, encode_prompts, load_processor
