@@ -40,3 +40,13 @@ def small_blocks(monkeypatch):
 
     monkeypatch.setattr(linear, "MIN_ROWS", {"cpu": 1, "gpu": 1})
     monkeypatch.setattr(linear, "ALIGN_ROWS", 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the images 0.png to 29.png."""
+    from data_files import picture
+
+    for number in range(30):
+        picture(number).save(tmp_path / f"{number}.png")
+    return tmp_path

@@ -112,3 +112,7 @@ FORMATS = [
     as_saved_of_image_lists,
     as_image_folder,
 ]
+
+
+def solutions(dataset):
+    return [dataset[i].solution for i in range(len(dataset))]

@@ -4,10 +4,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from data_files import (
@@ -15,33 +13,16 @@ from data_files import (
     as_csv,
     as_jsonl,
     as_parquet_of_bytes,
-    as_parquet_of_images,
     as_saved,
-    as_saved_of_image_lists,
     encoded,
     picture,
     row,
-    with_bytes,
+    solutions,
     write_jsonl,
 )
 from PIL import Image
 
-from mr1fast.config import UserError
-from mr1fast.data import ENDLESS, load_split, split_sizes
-from mr1fast.tasks import TASKS
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with the images 0.png to 29.png."""
-    for number in range(30):
-        picture(number).save(tmp_path / f"{number}.png")
-    return tmp_path
-
-
-def solutions(dataset):
-    return [dataset[i].solution for i in range(len(dataset))]
-
+from mr1fast.data import load_split
 
 # ---- formats --------------------------------------------------------------------------------------------------------
 
@@ -56,112 +37,6 @@ def test_every_format_gives_the_same_examples(folder, write):
         assert (example.problem, example.solution) == (f"question {number}?", str(number))
         assert example.image.mode == "RGB"
         assert example.image.getpixel((0, 0)) == (number, 50, 90)
-
-
-# ---- splits ---------------------------------------------------------------------------------------------------------
-
-
-EMBEDDING = [as_jsonl, as_parquet_of_bytes, as_parquet_of_images, as_saved, as_saved_of_image_lists]
-
-
-def test_unnamed_data_is_cut_80_10_10_disjoint_and_the_same_every_time(folder):
-    file = as_jsonl(folder, [row(n) for n in range(30)])
-    parts = {split: solutions(load_split(file, split)) for split in ("train", "validation", "test")}
-    assert {split: len(part) for split, part in parts.items()} == {"train": 24, "validation": 3, "test": 3}
-    assert sorted(chain(*parts.values()), key=int) == [str(n) for n in range(30)]
-    assert parts["test"] == solutions(load_split(file, "test"))
-
-
-@pytest.mark.parametrize(
-    "write", [as_jsonl, as_parquet_of_bytes, as_parquet_of_images, as_saved, as_saved_of_image_lists]
-)
-def test_questions_about_one_image_stay_in_one_split(folder, write):
-    file = write(folder, [row(n % 10, solution=str(n)) for n in range(30)])
-    images = [
-        {dataset[i].image.getpixel((0, 0)) for i in range(len(dataset))}
-        for dataset in (load_split(file, split) for split in ("train", "validation", "test"))
-    ]
-    assert [len(seen) for seen in images] == [8, 1, 1]
-    assert len(set.union(*images)) == 10
-
-
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [
-        ({"train.jsonl": 20, "val.jsonl": 5, "test.jsonl": 4}, (20, 5, 4)),
-        (
-            {"data/train-00000-of-2.jsonl": 8, "data/train-00001-of-2.jsonl": 8, "data/test-0.jsonl": 4},
-            (14, 2, 4),
-        ),
-        ({"train/metadata.jsonl": 10, "validation/metadata.jsonl": 3}, (9, 3, 1)),
-        ({"rows.jsonl": 20, "test.jsonl": 7}, (18, 2, 7)),
-    ],
-)
-def test_names_decide_the_split(tmp_path, layout, expected):
-    number = 0
-    for name, length in layout.items():
-        write_jsonl(tmp_path / name, [row(number + n) for n in range(length)])
-        for n in range(number, number + length):
-            picture(n).save((tmp_path / name).parent / f"{n}.png")
-        number += length
-    parts = [solutions(load_split(tmp_path, split)) for split in ("train", "validation", "test")]
-    assert tuple(map(len, parts)) == expected
-    assert len(set(chain(*parts))) == number
-
-
-def test_a_line_says_where_the_splits_come_from(folder):
-    write_jsonl(folder / "part" / "train.jsonl", [row(f"../{n}") for n in range(20)])
-    write_jsonl(folder / "part" / "test.jsonl", [row(f"../{n}") for n in range(20, 30)])
-    as_jsonl(folder, [row(n) for n in range(30)])
-    named, unnamed = (
-        split_sizes([load_split(source, split) for split in ("train", "validation", "test")])
-        for source in (folder / "part", folder / "data.jsonl")
-    )
-    assert named == "part: train 18, validation 2 (cut from train), test 10"
-    rest = "(cut from the unnamed rows)"
-    assert unnamed == f"data: train 24, validation 3 {rest}, test 3 {rest}"
-
-
-@pytest.mark.parametrize("rows", [1, 2, 30])
-def test_data_without_a_readable_row_says_why(folder, rows):
-    file = as_jsonl(folder, [row("gone") for _ in range(rows)])
-    for split in ("train", "validation", "test"):
-        with pytest.raises(UserError, match=f"no readable row for {split}: {rows} x image file not found"):
-            load_split(file, split)
-    file = as_jsonl(folder, [row(1), row(2)])
-    with pytest.raises(UserError, match="no readable row for test: there are too few rows for it"):
-        load_split(file, "test")
-
-
-def test_a_folder_with_a_test_split_alone(folder):
-    write_jsonl(folder / "test.jsonl", [row(n) for n in range(30)])
-    with pytest.raises(UserError, match="no readable row for train: all rows are of test"):
-        load_split(folder, "train")
-
-
-def test_saved_splits(folder):
-    parts = {"train": range(6), "validation": range(6, 8), "test": range(8, 12)}
-    saved = datasets.DatasetDict({name: with_bytes(folder, [row(n) for n in part]) for name, part in parts.items()})
-    saved.save_to_disk(folder / "saved")
-    assert solutions(load_split(folder / "saved", "test")) == ["8", "9", "10", "11"]
-
-
-def test_count_is_of_good_rows(folder):
-    rows = [row(n) for n in range(10)]
-    rows[0]["image"] = "missing.png"
-    dataset = load_split(as_jsonl(folder, rows), "all", count=3)
-    assert solutions(dataset) == ["1", "2", "3"]
-    assert len(load_split(folder / "data.jsonl", "all", count=100)) == 9
-
-
-def test_embedded_tasks():
-    dataset = load_split("vc", "test", count=3)
-    assert (dataset.name, len(dataset), dataset.summary()) == ("vc", 3, "vc/test: 3 examples")
-    assert dataset[2].solution == TASKS["vc"].example("test", 2).solution
-    assert len(load_split("vc", "train")) == ENDLESS
-    assert len(load_split("gr", "test")) == TASKS["gr"].split_size("test")
-    with pytest.raises(IndexError):
-        dataset[3]
 
 
 # ---- rows that are not clean ----------------------------------------------------------------------------------------

@@ -1,0 +1,30 @@
+"""The training program, called with little to do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mr1fast import train
+
+SMALL = [
+    "--prompts-per-step=2", "--num-generations=2", "--max-completion-length=12", "--eval-samples=4",
+    "--eval-validation-samples=2", "--warmup-steps=1", "--device=cpu",
+]  # fmt: skip
+
+
+def program(*arguments, cwd, **keywords) -> subprocess.Popen:
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "mr1fast.train", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, **pipes, **keywords)
+
+
+def main(*arguments) -> int:
+    """The program in this process, which has torch already."""
+    return train.main([str(argument) for argument in arguments])
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
