@@ -70,13 +70,18 @@ class Head:
             rows = -(-per_block // ALIGN_ROWS) * ALIGN_ROWS if most >= ALIGN_ROWS else per_block
         return torch.empty(rows, V, dtype=self.how.dtype, device=self.hidden.device)
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the GEMMs over the vocabulary are csrc/head_gemms.cpp's."""
+        return self.hidden.device.type == "cpu" and native.MISSING is None
+
     def rows(self, index: Tensor) -> Tensor:
         return self.hidden.index_select(0, index).to(self.how.dtype)
 
     def logits(self, index: Tensor, out: Tensor) -> None:
         """Logits of the rows `index` [n] of the hidden states into `out` [n, V]."""
         rows = self.rows(index)
-        if rows.device.type == "cpu" and native.MISSING is None:
+        if self.in_pieces:
             torch.ops.mr1fast_native.head_logits(rows, self.weight, self.bias, out)
         elif self.bias is None:
             torch.mm(rows, self.weight.t(), out=out)
@@ -116,7 +121,7 @@ class Gradients:
             self.weight = torch.empty_like(self.head.weight, dtype=dtype, memory_format=torch.contiguous_format)
         total = self.weight
         widens: dict[str, Any] = {} if dlogits.dtype == total.dtype else {"out_dtype": total.dtype}
-        if dlogits.device.type == "cpu" and native.MISSING is None:
+        if self.head.in_pieces:
             torch.ops.mr1fast_native.head_weight_gradient(dlogits, rows, total, not first)
         elif widens and not dlogits.is_cuda:
             # A CPU's 16-bit GEMM has no float32 output: each block's product is rounded, their sum is not.
