@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("mr1fast/__init__.py").read_text(encoding="utf-8")).group(1)
@@ -95,7 +95,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["mr1fast", "mr1fast.kernels", "mr1fast.integrations"],
+    packages=[*find_packages(include=["mr1fast", "mr1fast.*"]), "mr1fast.kernels"],
     # mr1fast/kernels is a symlink to kernels/, so that the sources stand at the top level of the repository
     # while `import kernels` still finds Hugging Face's package of that name.
     package_dir={"mr1fast": "mr1fast", "mr1fast.kernels": "kernels"},

@@ -18,7 +18,7 @@ from benchmarks.cases import Call, Case, Scene
 from mr1fast import grpo_loss, linear_grpo_loss
 from mr1fast.kernels import reference
 from mr1fast.kernels.reference import LossBatch, LossSpec
-from mr1fast.kernels.testing import model_output
+from mr1fast.kernels.self_test import model_output
 
 SHAPES = ((4, 128, 151936), (8, 256, 32000), (64, 256, 256))  # B, L, V; the first V is Qwen2-VL's
 QUICK_SHAPES = ((2, 4, 1024), (4, 8, 256))

@@ -19,11 +19,11 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from benchmarks.cases import Call, Case, Scene
 from benchmarks.cases_loss import BETA, eager_loss, loss_batch
 from mr1fast import grpo_loss
-from mr1fast.batch import grpo_batch_loss
-from mr1fast.model import EMBEDDED, encode_prompts, load_processor
-from mr1fast.optimizer import Optimizer
-from mr1fast.prefix import completion_hidden, encode_prefix, place_inputs
-from mr1fast.types import Batch, Example
+from mr1fast.data.example import Example
+from mr1fast.model.load import EMBEDDED, encode_prompts, load_processor
+from mr1fast.model.prefix import completion_hidden, encode_prefix, place_inputs
+from mr1fast.training.batch import Batch, grpo_batch_loss
+from mr1fast.training.optimizer import Optimizer
 
 P, G = 2, 8
 OURS = "mr1fast trainer"

@@ -115,7 +115,7 @@ sanitizer() {
     fi
 }
 sanitizer memcheck
-if can train "mr1fast.loop, matplotlib, torch.utils.tensorboard"; then
+if can train "mr1fast.training.loop, matplotlib, torch.utils.tensorboard"; then
     stage train 60 "$PYTHON" -m mr1fast.train --task vc --device cuda --max-steps 10 --eval-steps 0 --eval-samples 16 \
         --output-dir "$OUT/run"
 fi

@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from mr1fast import grpo_loss, token_logprobs
-from mr1fast.kernels.testing import available_backends, random_batch
+from mr1fast.kernels.self_test import available_backends, random_batch
 
 SMALL = ((2, 3, 37), (2, 3, 1003), (2, 3, 4096), (2, 2, 32000), (1, 2, 151936))  # B, L, V
 LARGE = ((8, 1024, 151936),)

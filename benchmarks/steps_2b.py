@@ -20,10 +20,10 @@ from PIL import Image
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from mr1fast.config import TrainConfig
-from mr1fast.model import EMBEDDED, load_processor
-from mr1fast.trainer import Trainer
-from mr1fast.types import Example
+from mr1fast.data.example import Example
+from mr1fast.model.load import EMBEDDED, load_processor
+from mr1fast.options.config import TrainConfig
+from mr1fast.training.trainer import Trainer
 
 TEXT = {
     "hidden_size": 1536,

@@ -1,5 +1,5 @@
 // The CPU loss head as torch ops, namespace mr1fast_native. Only torch/library.h, which compiles in seconds where
-// torch/extension.h takes a minute. kernels/native.py calls these; arguments are documented there and in dispatch.py.
+// torch/extension.h takes a minute. kernels/cpp.py calls these; arguments are documented there and in dispatch.py.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from mr1fast.kernels import cuda
-from mr1fast.kernels.testing import GRADIENT_FLOOR, assert_within_budget, random_batch
+from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, random_batch
 
 # Scalars only; unaligned; clusters of different sizes; too long for any cluster.
 VOCABULARIES = (37, 1003, 32000, 151936, 10**6 + 8)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mr1fast.kernels import cuda, native, triton_backend
+from mr1fast.kernels import cpp, cuda, triton_backend
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Backend:
     grpo_forward(logits, batch, spec, grad)
         -> (loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)
         The one pass. `grad` is None, or a tensor like the logits (or the logits themselves) that receives
-        dloss/dlogits (which op.py asks for in float32 and bfloat16 only). coef [B, L] is token_weight * dloss/dlogp;
-        kl None without ref_logps.
+        dloss/dlogits (which autograd.py asks for in float32 and bfloat16 only). coef [B, L] is
+        token_weight * dloss/dlogp; kl None without ref_logps.
     score_forward(logits, ids, mask, temperature) -> (logps, entropies, lse), float32 [B, L]
     score_backward(logits, ids, mask, lse, entropies, grad_logps, grad_entropies, temperature, grad) -> None
         Writes the gradient into `grad`, which may be the logits; grad_entropies may be None.
@@ -37,7 +37,7 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpp", native.why_not, native.grpo_forward, native.score_forward, native.score_backward),
+    Backend("cpp", cpp.why_not, cpp.grpo_forward, cpp.score_forward, cpp.score_backward),
     Backend("cuda", cuda.why_not, cuda.grpo_forward, cuda.score_forward, cuda.score_backward),
     Backend(
         "triton",

@@ -1,7 +1,7 @@
 """The loss head from hidden states: blocks of rows through one reused buffer, never an [N, V] tensor.
 
 N rows are the B * L tokens without those that are masked, H is the hidden width, V the vocabulary. Two ways, as in
-op.py:
+autograd.py:
 
 - one pass, three GEMMs: logits = hidden @ weight.T into the buffer, the backend's kernel in place over it, then
   dhidden = dlogits @ weight and dweight += dlogits.T @ hidden. What a row's gradient needs is known once its
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mr1fast.kernels import dispatch, native, op, reference
+from mr1fast.kernels import autograd, cpp, dispatch, reference
 from mr1fast.kernels.reference import LossBatch, LossSpec
 from mr1fast.kernels.torch_backend import TORCH
 
@@ -73,7 +73,7 @@ class Head:
     @property
     def in_pieces(self) -> bool:
         """Whether the GEMMs over the vocabulary are csrc/head_gemms.cpp's."""
-        return self.hidden.device.type == "cpu" and native.MISSING is None
+        return self.hidden.device.type == "cpu" and cpp.MISSING is None
 
     def rows(self, index: Tensor) -> Tensor:
         return self.hidden.index_select(0, index).to(self.how.dtype)
@@ -157,7 +157,7 @@ def grpo(
     spec: LossSpec,
     how: How,
     needed: Needed,
-) -> tuple[op.LossOutputs, Found]:
+) -> tuple[autograd.LossOutputs, Found]:
     """((loss, logps, entropies, kl, is_low_clipped, is_high_clipped), (dhidden, dweight, dbias))"""
     reference.check_ids(batch.ids, batch.mask, weight.shape[0])
     head, forward = Head.of(hidden, weight, bias, how), _find(how.backend).grpo_forward

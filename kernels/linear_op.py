@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 
-from mr1fast.kernels import dispatch, linear, op, reference
+from mr1fast.kernels import autograd, dispatch, linear, reference
+from mr1fast.kernels.autograd import LossOutputs
 from mr1fast.kernels.linear import Found, How, Needed
-from mr1fast.kernels.op import LossOutputs
+from mr1fast.kernels.ops import BATCH_SCHEMA, SPEC_SCHEMA, unflat
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
-from mr1fast.kernels.registered import BATCH_SCHEMA, SPEC_SCHEMA, unflat
 
 
 def grpo(
@@ -33,13 +33,13 @@ def grpo(
     backend = _resolve(backend, hidden, weight, dtype)
     if backend == "torch" and torch.compiler.is_compiling():
         logits = _logits(hidden, weight, bias, batch.mask, dtype)
-        return op.grpo(logits, batch, spec, reduction=reduction, inplace=False, backend=backend)
+        return autograd.grpo(logits, batch, spec, reduction=reduction, inplace=False, backend=backend)
     needed = _needed(hidden, weight, bias)
-    if not op.one_pass(spec, reduction, dtype, any(needed)):
+    if not autograd.one_pass(spec, reduction, dtype, any(needed)):
         logps, entropies = token_logprobs(
             hidden, weight, bias, batch.ids, batch.mask, spec.temperature, chunk_bytes=chunk_bytes, backend=backend
         )
-        return op.objective(logps, entropies, batch, spec, reduction)
+        return autograd.objective(logps, entropies, batch, spec, reduction)
     args = (hidden, weight, bias, batch, spec, How(backend, dtype, chunk_bytes), needed)
     loss, *per_token = _OnePass.apply(*args) if any(needed) else _grpo(*args)[:6]
     logps, entropies, kl, is_low, is_high = per_token
@@ -103,7 +103,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        gradients = [g if needed else None for g, needed in zip(op.hand_on(ctx, grad_loss), ctx.needed)]
+        gradients = [g if needed else None for g, needed in zip(autograd.hand_on(ctx, grad_loss), ctx.needed)]
         return *gradients, None, None, None, None
 
 

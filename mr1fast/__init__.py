@@ -7,11 +7,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mr1fast.kl_weight import KLSchedule, kl_weight
+from mr1fast.losses.kl_weight import KLSchedule, kl_weight
 
 if TYPE_CHECKING:
-    from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
-    from mr1fast.loss import GRPOLoss, GRPOLossOutput, group_advantages, grpo_loss, token_logprobs
+    from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
+    from mr1fast.losses.logits import GRPOLoss, GRPOLossOutput, group_advantages, grpo_loss, token_logprobs
 
 __version__ = "0.1.0"
 
@@ -31,9 +31,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """torch is imported with the first loss function, so that the programs can reject a bad option at once."""
     if name in __all__:
-        from mr1fast import linear_loss, loss
+        from mr1fast.losses import hidden, logits
 
-        return getattr(linear_loss if name.startswith("linear_") else loss, name)
+        return getattr(hidden if name.startswith("linear_") else logits, name)
     raise AttributeError(f"module 'mr1fast' has no attribute {name!r}")
 
 

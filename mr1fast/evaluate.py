@@ -1,4 +1,4 @@
-"""How good is a model on a data set? `evaluate` for the trainer, `python -m mr1fast.evaluate` for everybody.
+"""`python -m mr1fast.evaluate`: how many questions does a model answer right?
 
 Imports torch only when there is something to compute, so that a mistake on the command line is answered at once.
 """
@@ -6,127 +6,24 @@ Imports torch only when there is something to compute, so that a mistake on the 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mr1fast.config import RECIPES, TASK_NAMES, UserError, choice
-from mr1fast.eval_result import EvalResult, Sample, wilson_interval
-from mr1fast.program import Parser, at_least, exit_code
-from mr1fast.run_folder import RUNS, new_folder, versions, write_json
+from mr1fast.errors import UserError
+from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
+from mr1fast.options.config import RECIPES, TASK_NAMES, choice
+from mr1fast.options.program import Parser, at_least, exit_code
+from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 
 if TYPE_CHECKING:
-    from transformers import Qwen2VLForConditionalGeneration
-
-    from mr1fast.data import ImageTextDataset
-    from mr1fast.processor import Qwen2VLTextImageProcessor
-    from mr1fast.types import Example, Examples
+    from mr1fast.data.dataset import ImageTextDataset
 
 DEFAULT_SAMPLES = 400  # problems, of a task that has no end
-
-
-def evaluate(
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    dataset: Examples,
-    *,
-    max_completion_length: int,
-    sampled: int = 1,
-    temperature: float = 1.0,
-    batch_size: int | None = None,
-    progress: str | None = None,
-    seed: int = 0,
-    samples: list[Sample] | None = None,
-) -> EvalResult:
-    """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
-
-    max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: what a progress
-    bar is called, None for no bar. samples: an empty list that holds what there is if the evaluation is interrupted.
-    Depends on `seed` and no global random state, and leaves the model in the mode it was in.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from mr1fast.model import encode_prompts
-    from mr1fast.prefix import Prefix, encode_prefix
-    from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
-    from mr1fast.rollout import decode, end_tokens, generate
-
-    if batch_size is None:
-        batch_size = 64 if _is_tiny(model) else 8
-    generator = torch.Generator(model.device).manual_seed(seed)
-    eos, training = end_tokens(model), model.training
-    total = len(dataset) * (1 + sampled)
-    bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)
-
-    def complete(inputs: dict[str, torch.Tensor], prefix: Prefix, num_generations: int, at: float) -> list[str]:
-        rollout = generate(
-            model,
-            inputs,
-            num_generations=num_generations,
-            temperature=at,
-            max_new_tokens=max_completion_length,
-            generator=generator,
-            prefix=prefix,
-        )
-        bar.update(len(rollout.completion_ids))
-        return decode(processor.tokenizer, rollout, eos)
-
-    samples = [] if samples is None else samples
-    model.eval()
-    try:
-        problems = _distinct(dataset)
-        while batch := list(itertools.islice(problems, batch_size)):
-            examples = [example for _, example in batch]
-            inputs = encode_prompts(processor, examples)
-            with torch.no_grad():
-                prefix = encode_prefix(model, inputs)
-            greedy = complete(inputs, prefix, 1, 0.0)
-            random = complete(inputs, prefix, sampled, temperature) if sampled else []
-            for row, ((index, example), completion) in enumerate(zip(batch, greedy)):
-                samples.append(
-                    Sample(
-                        index=index,
-                        name=example.name,
-                        problem=example.problem,
-                        solution=example.solution,
-                        completion=completion,
-                        answer=extract_answer(completion),
-                        correct=accuracy_reward(completion, example.solution) > 0,
-                        formatted=format_reward(completion) > 0,
-                        sampled_correct=tuple(
-                            accuracy_reward(text, example.solution) > 0
-                            for text in random[row * sampled : (row + 1) * sampled]
-                        ),
-                    )
-                )
-    finally:
-        bar.close()
-        model.train(training)
-    return EvalResult.of(samples)
-
-
-def _distinct(dataset: Examples) -> Iterator[tuple[int, Example]]:
-    """Each problem once: a data set gives the next one again in place of one whose image turns out to be broken."""
-    seen: set[str] = set()
-    for index in range(len(dataset)):
-        example = dataset[index]
-        if example.name not in seen:
-            seen.add(example.name)
-            yield index, example
-
-
-def _is_tiny(model: Qwen2VLForConditionalGeneration) -> bool:
-    """The embedded model, or one trained from it."""
-    return sum(parameter.numel() for parameter in model.parameters()) < 10_000_000
-
-
-# ---- the program ----------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> Parser:
@@ -195,10 +92,11 @@ def run(arguments: Sequence[str] | None) -> None:
     import torch
     import transformers
 
-    from mr1fast import model as models
-    from mr1fast.data import load_split
-    from mr1fast.report import result_text, write_report
-    from mr1fast.tasks import TASKS
+    from mr1fast.data.dataset import load_split
+    from mr1fast.data.tasks import TASKS
+    from mr1fast.evaluation.evaluate import evaluate
+    from mr1fast.evaluation.report import result_text, write_report
+    from mr1fast.model import load as models
 
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
@@ -214,7 +112,7 @@ def run(arguments: Sequence[str] | None) -> None:
     )
     processor = models.load_processor(path, max_pixels=options.max_pixels)
     torch.set_num_threads(options.threads or models.choose_threads(model))
-    recipe = RECIPES["vc" if _is_tiny(model) else "model"]
+    recipe = RECIPES["vc" if models.is_small(model) else "model"]
     longest = options.max_completion_length or recipe["max_completion_length"]
     folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
     samples: list[Sample] = []

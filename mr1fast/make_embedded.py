@@ -27,15 +27,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mr1fast.checkpoint import save_model
-from mr1fast.data import load_split
-from mr1fast.evaluate import evaluate
-from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, encode_prompts
-from mr1fast.processor import Qwen2VLTextImageProcessor
-from mr1fast.program import Parser, at_least, exit_code
-from mr1fast.run_folder import new_folder
-from mr1fast.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
-from mr1fast.types import Example
+from mr1fast.data.dataset import load_split
+from mr1fast.data.example import Example
+from mr1fast.data.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
+from mr1fast.evaluation.evaluate import evaluate
+from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, encode_prompts
+from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.options.program import Parser, at_least, exit_code
+from mr1fast.training.checkpoint import save_model
+from mr1fast.training.run_folder import new_folder
 
 PATCH = 7  # pixels; four patches make a token: 16 tokens for an image of 56 x 56
 CHAT_TEMPLATE = (

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mr1fast.config import UserError
-from mr1fast.program import Parser, exit_code
+from mr1fast.errors import UserError
+from mr1fast.options.program import Parser, exit_code
 
 
 def run(arguments: Sequence[str] | None) -> None:
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str] | None) -> None:
     file = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "curves.png"
     if file.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--output must be a .png, .pdf or .svg file, got {str(file)!r}")
-    from mr1fast.curves import draw_curves  # after what is wrong with the options: matplotlib takes its time
+    from mr1fast.evaluation.curves import draw_curves  # after what is wrong with the options: matplotlib takes its time
 
     try:
         print(f"curves: {draw_curves(options.runs, file)}")

@@ -6,11 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mr1fast.config import UserError
-from mr1fast.options import parse_arguments
-from mr1fast.program import missing_package
-from mr1fast.run_folder import OpenRun, ResumeError, open_run
-from mr1fast.stop import Stopped, stop_on_sigterm
+from mr1fast.errors import UserError
+from mr1fast.options.parse import parse_arguments
+from mr1fast.options.program import missing_package
+from mr1fast.training.run_folder import OpenRun, ResumeError, open_run
+from mr1fast.training.stop import Stopped, stop_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_on_sigterm():
             from torch import OutOfMemoryError
 
-            from mr1fast.loop import run
-            from mr1fast.trainer import TrainingError
+            from mr1fast.training.loop import run
+            from mr1fast.training.trainer import TrainingError
 
             try:
                 run(opened, started)

@@ -4,7 +4,7 @@ import torch
 from loss_cases import on
 
 from mr1fast import grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
-from mr1fast.kernels.testing import assert_within_budget, available_backends, device_of, random_batch
+from mr1fast.kernels.self_test import assert_within_budget, available_backends, device_of, random_batch
 
 B, L, V, H = 6, 5, 43, 11  # small enough for float64 and many blocks
 EVERY = [name for name in available_backends() if name != "triton"]  # the interpreter is too slow for the whole matrix

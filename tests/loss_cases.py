@@ -5,7 +5,7 @@ from oracle import oracle
 
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda
-from mr1fast.kernels.testing import GRADIENT_FLOOR, assert_within_budget, device_of
+from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of
 
 PER_TOKEN = ("per_token_logps", "entropies", "kl")
 FLAGS = ("is_low_clipped", "is_high_clipped")

@@ -13,7 +13,7 @@ from mr1fast import (
     linear_token_logprobs,
     token_logprobs,
 )
-from mr1fast.kernels.testing import available_backends, random_batch
+from mr1fast.kernels.self_test import available_backends, random_batch
 
 B, L, V = 4, 3, 11
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mr1fast.kernels.testing import assert_within_budget
+from mr1fast.kernels.self_test import assert_within_budget
 
 inf, nan = float("inf"), float("nan")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mr1fast.config import KL_DEFAULTS, RECIPES, TrainConfig, UserError, flag
-from mr1fast.options import FIELDS, build_parser, parse_arguments
+from mr1fast.errors import UserError
+from mr1fast.options.config import KL_DEFAULTS, RECIPES, TrainConfig, flag
+from mr1fast.options.parse import FIELDS, build_parser, parse_arguments
 
 
 def config(*arguments) -> TrainConfig:

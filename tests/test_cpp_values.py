@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_cpp import DTYPES, loss_and_gradient, python
 
-from mr1fast.kernels.testing import GRADIENT_FLOOR, assert_within_budget, random_batch
+from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, random_batch
 
 # What this machine can be asked for; x86-64-v3 and above have AVX2.
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}.get(
@@ -125,7 +125,7 @@ def test_signs_and_nan():
 def test_instruction_set(name):
     code = f"""
 import itertools, torch, test_cpp_values as values
-from mr1fast.kernels.testing import random_batch
+from mr1fast.kernels.self_test import random_batch
 assert torch.ops.mr1fast_native.instruction_set() == {name!r}
 settings = ({{}}, {{"entropy_coef": 0.1, "temperature": 0.7}})
 for dtype, V, more in itertools.product(values.DTYPES, (1, 33, 64, 257, 6151), settings):
@@ -139,7 +139,7 @@ values.check_signs_and_nan()
 
 
 def test_unknown_instruction_set_is_refused():
-    done = python("import mr1fast.kernels.native, torch; torch.ops.mr1fast_native.instruction_set()", MR1FAST_CPU="mmx")
+    done = python("import mr1fast.kernels.cpp, torch; torch.ops.mr1fast_native.instruction_set()", MR1FAST_CPU="mmx")
     assert done.returncode != 0
     assert "MR1FAST_CPU must be one of avx512_bf16, avx512, avx2, portable that" in done.stderr
     assert "got mmx" in done.stderr

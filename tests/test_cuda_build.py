@@ -8,7 +8,7 @@ import pytest
 from benchmarks import compile_check_cuda
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda, cuda_build
-from mr1fast.kernels.testing import random_batch
+from mr1fast.kernels.self_test import random_batch
 
 NVCC = cuda_build.find_nvcc()
 

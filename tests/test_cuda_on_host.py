@@ -16,7 +16,7 @@ from loss_cases import OPTIONS, check, cuda_path, run
 
 from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
 from mr1fast.kernels import cuda, dispatch, reference
-from mr1fast.kernels.testing import random_batch
+from mr1fast.kernels.self_test import random_batch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulation uses glibc's fibers")
 

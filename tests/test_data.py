@@ -22,7 +22,7 @@ from data_files import (
 )
 from PIL import Image
 
-from mr1fast.data import load_split
+from mr1fast.data.dataset import load_split
 
 # ---- formats --------------------------------------------------------------------------------------------------------
 
@@ -197,8 +197,8 @@ def test_without_datasets_only_parquet_and_saved_data_cannot_be_read(folder):
     files = [as_jsonl(folder, rows), as_csv(folder, rows), as_parquet_of_bytes(folder, rows), as_saved(folder, rows)]
     code = (
         "import sys; sys.modules |= {'datasets': None, 'pyarrow': None}\n"
-        "from mr1fast import evaluate, loop, train\n"
-        "from mr1fast.data import load_split\n"
+        "from mr1fast import evaluate, train\nfrom mr1fast.training import loop\n"
+        "from mr1fast.data.dataset import load_split\n"
         "for source in 'vc', *sys.argv[1:3]: load_split(source, 'train')\n"
         "for source in sys.argv[3:]:\n"
         "    print(train.main(['--data', source]), evaluate.main(['--data', source]))"

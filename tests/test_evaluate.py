@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mr1fast.data import load_split
-from mr1fast.eval_result import EvalResult, Sample, wilson_interval
-from mr1fast.evaluate import evaluate, main
-from mr1fast.model import encode_prompts, load_model, load_processor
-from mr1fast.report import answer_rows, result_text, write_report
+from mr1fast.data.dataset import load_split
+from mr1fast.data.example import Example
+from mr1fast.evaluate import main
+from mr1fast.evaluation.evaluate import evaluate
+from mr1fast.evaluation.report import answer_rows, result_text, write_report
+from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
+from mr1fast.model.load import encode_prompts, load_model, load_processor
 from mr1fast.rewards import accuracy_reward, format_reward
-from mr1fast.types import Example
 
 SETTINGS = {"data": "vc", "split": "test", "model": "a <b> model", "sampled": 1, "temperature": 1.0}
 
@@ -227,7 +228,7 @@ def test_program_on_local_data(tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
-    from mr1fast import rollout
+    from mr1fast.model import rollout
 
     calls, generate = [], rollout.generate
 

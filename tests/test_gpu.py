@@ -11,7 +11,7 @@ import torch
 from loss_cases import OPTIONS, check, cuda_path
 
 from mr1fast import grpo_loss
-from mr1fast.kernels.testing import available_backends, model_output, random_batch
+from mr1fast.kernels.self_test import available_backends, model_output, random_batch
 
 HAS_GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]

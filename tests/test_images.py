@@ -8,7 +8,7 @@ import pytest
 from data_files import encoded, picture
 from PIL import Image
 
-from mr1fast.images import (
+from mr1fast.data.images import (
     ANIMATED,
     CMYK,
     DEEP,

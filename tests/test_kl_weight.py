@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mr1fast import GRPOLoss, KLSchedule, kl_weight
-from mr1fast.kernels.testing import random_batch
+from mr1fast.kernels.self_test import random_batch
 
 VISUAL_COUNTING = {"beta_min": 0.04, "beta_max": 0.10}
 GEOMETRY = {"beta_min": 0.0, "beta_max": 0.02}

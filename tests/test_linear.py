@@ -6,8 +6,8 @@ from linear_cases import EVERY, SETTINGS, B, H, L, V, case, check, check_token_l
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mr1fast import linear_grpo_loss, linear_token_logprobs
-from mr1fast.kernels import linear_op, native
-from mr1fast.kernels.testing import every_backend
+from mr1fast.kernels import cpp, linear_op
+from mr1fast.kernels.self_test import every_backend
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -53,7 +53,7 @@ def test_parity_with_the_vocabulary_in_pieces(threads, settings, dtype, blocks, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_parity_without_the_extension(bias, dtype, blocks, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(native, "MISSING", "it was not built")
+    monkeypatch.setattr(cpp, "MISSING", "it was not built")
     check(SETTINGS["grpo"], "torch", blocks, dtype, bias=bias)
 
 

@@ -9,7 +9,7 @@ from oracle import group_relative, oracle
 
 from mr1fast import group_advantages, grpo_loss, token_logprobs
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.kernels.testing import GRADIENT_FLOOR, assert_within_budget, device_of, every_backend, random_batch
+from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, every_backend, random_batch
 
 BACKENDS = every_backend()
 # Triton's interpreter truncates float32 to bfloat16 instead of rounding.

@@ -5,7 +5,7 @@ import torch
 
 from mr1fast import make_embedded
 from mr1fast.make_embedded import main
-from mr1fast.model import load_model, load_processor
+from mr1fast.model.load import load_model, load_processor
 
 
 @pytest.fixture

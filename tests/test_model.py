@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from mr1fast import model as loading
-from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, encode_prompts, load_model, load_processor
+from mr1fast.data.example import Example
+from mr1fast.data.tasks import TASKS
+from mr1fast.model import load as loading
+from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, encode_prompts, load_model, load_processor
 from mr1fast.rewards import accuracy_reward, format_reward
-from mr1fast.tasks import TASKS
-from mr1fast.types import Example
 
 
 @pytest.fixture(scope="module")

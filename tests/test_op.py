@@ -6,9 +6,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
-from mr1fast.kernels import registered
+from mr1fast.kernels import ops
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
-from mr1fast.kernels.testing import available_backends, random_batch
+from mr1fast.kernels.self_test import available_backends, random_batch
 
 # Compiled graphs call the kernels natively; the interpreter is no part of that.
 KERNELS = [name for name in available_backends() if name not in ("torch", "triton")]
@@ -116,16 +116,14 @@ def test_opcheck(with_ref, backend):
     )
     options = (*flat(loss_batch), *flat(LossSpec(delta=1.5)), backend)
     for need_gradient in (True, False):
-        torch.library.opcheck(registered.grpo_loss_op, (batch["logits"], *options, need_gradient))
-    torch.library.opcheck(registered.grpo_loss_inplace_op, (batch["logits"].clone(), *options))
-    torch.library.opcheck(registered.score_op, (batch["logits"], ids, mask, 0.9, backend))
-    scored = registered.score_op(batch["logits"], ids, mask, 0.9, backend)
+        torch.library.opcheck(ops.grpo_loss_op, (batch["logits"], *options, need_gradient))
+    torch.library.opcheck(ops.grpo_loss_inplace_op, (batch["logits"].clone(), *options))
+    torch.library.opcheck(ops.score_op, (batch["logits"], ids, mask, 0.9, backend))
+    scored = ops.score_op(batch["logits"], ids, mask, 0.9, backend)
     scored = (scored[2], scored[1], torch.randn(3, 4), torch.randn(3, 4))
-    torch.library.opcheck(registered.score_backward_op, (batch["logits"], ids, mask, *scored, 0.9, backend))
-    torch.library.opcheck(
-        registered.score_backward_inplace_op, (batch["logits"].clone(), ids, mask, *scored, 0.9, backend)
-    )
-    torch.library.opcheck(registered.scale_op, (torch.randn(3, 4), torch.tensor(2.0)))
+    torch.library.opcheck(ops.score_backward_op, (batch["logits"], ids, mask, *scored, 0.9, backend))
+    torch.library.opcheck(ops.score_backward_inplace_op, (batch["logits"].clone(), ids, mask, *scored, 0.9, backend))
+    torch.library.opcheck(ops.scale_op, (torch.randn(3, 4), torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

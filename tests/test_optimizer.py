@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mr1fast.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.optimizer import Optimizer, learning_rate_at
 
 
 def test_learning_rate_rises_and_falls():

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mr1fast import curves
-from mr1fast.config import TrainConfig
-from mr1fast.curves import PANELS, _labels, draw_curves, read_run, smoothed
-from mr1fast.data import load_split
-from mr1fast.eval_result import Sample
-from mr1fast.loop import draw_pictures
-from mr1fast.model import load_model, load_processor
+from mr1fast.data.dataset import load_split
+from mr1fast.data.example import Example
+from mr1fast.evaluation import curves
+from mr1fast.evaluation.curves import PANELS, _labels, draw_curves, read_run, smoothed
+from mr1fast.evaluation.result import Sample
+from mr1fast.evaluation.samples import Shown, before_and_after, clipped, draw_samples
+from mr1fast.model.load import load_model, load_processor
+from mr1fast.options.config import TrainConfig
 from mr1fast.plot import main
-from mr1fast.run_folder import RunFolder
-from mr1fast.samples import Shown, before_and_after, clipped, draw_samples
-from mr1fast.types import Example
+from mr1fast.training.loop import draw_pictures
+from mr1fast.training.run_folder import RunFolder
 
 
 def row(step, task="vc", **changes):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mr1fast import grpo_loss
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.kernels.testing import available_backends, random_batch
+from mr1fast.kernels.self_test import available_backends, random_batch
 
 PER_TOKEN_MEAN = ("bnpo", "dapo", "cispo")  # the number of completions plays no part in these
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from train_program import SMALL, main, metrics, program
 
-from mr1fast.metrics import MetricsLog
-from mr1fast.model import load_model
-from mr1fast.run_folder import RunFolder
+from mr1fast.model.load import load_model
+from mr1fast.training.metrics import MetricsLog
+from mr1fast.training.run_folder import RunFolder
 
 
 def stopped(number, options, run) -> subprocess.CompletedProcess:
@@ -77,7 +77,7 @@ def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mr1fast.trainer.Trainer.step", interrupt)
+        patch.setattr("mr1fast.training.trainer.Trainer.step", interrupt)
         assert main("--resume", run / "vc" / "checkpoint-000002") == 130
     assert sorted(path.name for path in (run / "vc").iterdir()) == ["checkpoint-000002", "skipped"]
     assert [path.name for path in (run / "vc" / "skipped").iterdir()] == ["step-000002.json"]
@@ -95,7 +95,7 @@ def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path, capsys, monke
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("mr1fast.loop.evaluate", interrupt)
+        patch.setattr("mr1fast.training.loop.evaluate", interrupt)
         assert main("--task=vc", "--max-steps=1", "--eval-steps=0", *SMALL, "--output-dir", run) == 143
     assert f"to go on: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
     assert main("--resume", run) == 0
@@ -106,7 +106,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_survives(tmp_path, 
     resource = pytest.importorskip("resource")  # not on Windows
     run = tmp_path / "run"
     options = ["--task=vc", "--max-steps=3", "--save-steps=1", "--eval-steps=0", *SMALL]
-    from mr1fast import loop
+    from mr1fast.training import loop
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = loop.save_checkpoint

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mr1fast import math_worker
-from mr1fast.math_worker import MathWorker
-from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, parse_number
+from mr1fast.rewards import worker as math_worker
+from mr1fast.rewards.accuracy import accuracy_reward, extract_answer, format_reward, parse_number
+from mr1fast.rewards.worker import MathWorker
 
 GOOD = "<think>2 items</think><answer>2</answer>"
 
@@ -153,19 +153,19 @@ def test_an_answer_outside_the_tags_does_not_count():
 
 @pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", "99999999!"])
 def test_a_bomb_costs_seconds(bomb, monkeypatch):
-    monkeypatch.setattr("mr1fast.math_worker.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("mr1fast.rewards.worker.ANSWER_SECONDS", 0.5)
     worker = MathWorker()
     assert worker.equal("1", "1")  # started
     start = time.monotonic()
     assert not worker.equal("3", bomb)
     assert time.monotonic() - start < 5
-    monkeypatch.setattr("mr1fast.math_worker.ANSWER_SECONDS", 10)
+    monkeypatch.setattr("mr1fast.rewards.worker.ANSWER_SECONDS", 10)
     assert worker.equal("3", r"\frac{6}{2}")  # and the next question is answered
     worker.stop()
 
 
 def test_a_worker_that_does_not_start_is_no_answer(monkeypatch):
-    monkeypatch.setattr("mr1fast.math_worker.START_SECONDS", 0.0)
+    monkeypatch.setattr("mr1fast.rewards.worker.START_SECONDS", 0.0)
     assert MathWorker().equal("1", "1") is False
 
 
@@ -185,7 +185,7 @@ def test_without_math_verify_numbers_are_compared_and_one_warning_says_what_is_n
 
 
 def test_the_worker_ends_with_the_program():
-    code = "from mr1fast import rewards; rewards._worker.equal('1', '2'); print(rewards._worker._process.pid)"
+    code = "from mr1fast.rewards.accuracy import _worker; _worker.equal('1', '2'); print(_worker._process.pid)"
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

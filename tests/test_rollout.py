@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from mr1fast.batch import batch_logps, grpo_batch_loss, prompt_rows, sft_batch_loss, split_batch
-from mr1fast.rollout import banned_tokens, decode, end_tokens, generate
-from mr1fast.types import Batch, Rollout
+from mr1fast.model.rollout import Rollout, banned_tokens, decode, end_tokens, generate
+from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, prompt_rows, sft_batch_loss, split_batch
 from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model
 
 BANNED = [IMAGE, VIDEO, START, END, PAD]

@@ -17,9 +17,9 @@ from data_files import (
     write_jsonl,
 )
 
-from mr1fast.config import UserError
-from mr1fast.data import ENDLESS, load_split, split_sizes
-from mr1fast.tasks import TASKS
+from mr1fast.data.dataset import ENDLESS, load_split, split_sizes
+from mr1fast.data.tasks import TASKS
+from mr1fast.errors import UserError
 
 EMBEDDING = [as_jsonl, as_parquet_of_bytes, as_parquet_of_images, as_saved, as_saved_of_image_lists]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import ImageChops
 
-from mr1fast import tasks
-from mr1fast.tasks import SPLITS, TASKS, angle_pairs, draw_scene, draw_triangle
+from mr1fast.data import tasks
+from mr1fast.data.tasks import SPLITS, TASKS, angle_pairs, draw_scene, draw_triangle
 
 
 @pytest.mark.parametrize("split", SPLITS)

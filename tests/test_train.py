@@ -10,8 +10,8 @@ from PIL import Image
 from train_program import SMALL, main, metrics, program
 
 from mr1fast import evaluate, train
-from mr1fast.config import RECIPES
-from mr1fast.model import load_model, load_processor
+from mr1fast.model.load import load_model, load_processor
+from mr1fast.options.config import RECIPES
 from tests.test_config import BAD_ARGUMENTS
 
 
@@ -58,7 +58,7 @@ def test_the_whole_program(tmp_path, monkeypatch):
 
 
 def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mr1fast.trainer.format_reward", lambda completion: float("nan"))
+    monkeypatch.setattr("mr1fast.training.trainer.format_reward", lambda completion: float("nan"))
     run = tmp_path / "run"
     assert main("--task=vc", "--max-steps=30", "--eval-steps=0", *SMALL, "--output-dir", run) == 1
     errors = capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, capsys, monkeypatch):
 
 
 def test_local_data(tmp_path, capsys):
-    from mr1fast.tasks import TASKS
+    from mr1fast.data.tasks import TASKS
 
     data = tmp_path / "shapes"
     data.mkdir()

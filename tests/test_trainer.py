@@ -3,14 +3,15 @@ import math
 import pytest
 import torch
 
-from mr1fast import trainer as trainer_module
-from mr1fast.checkpoint import load_state, save_checkpoint, save_model
-from mr1fast.config import TrainConfig, UserError
-from mr1fast.model import load_model, load_processor
-from mr1fast.run_folder import checkpoints
-from mr1fast.tasks import TASKS
-from mr1fast.trainer import Trainer, needs_reference, sft_target
-from mr1fast.types import Example
+from mr1fast.data.example import Example
+from mr1fast.data.tasks import TASKS
+from mr1fast.errors import UserError
+from mr1fast.model.load import load_model, load_processor
+from mr1fast.options.config import TrainConfig
+from mr1fast.training import trainer as trainer_module
+from mr1fast.training.checkpoint import load_state, save_checkpoint, save_model
+from mr1fast.training.run_folder import checkpoints
+from mr1fast.training.trainer import Trainer, needs_reference, sft_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {

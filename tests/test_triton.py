@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 from benchmarks import tune
 from mr1fast import grpo_loss
 from mr1fast.kernels import triton_table
-from mr1fast.kernels.testing import device_of, random_batch
+from mr1fast.kernels.self_test import device_of, random_batch
 from mr1fast.kernels.triton_rows import rows_aligned, tile_settings
 from mr1fast.kernels.triton_score import scale_unless_one
 from mr1fast.kernels.triton_table import TABLE

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.program import at_least
+from mr1fast.options.program import at_least
 
 # Relative; float32 rounding, accumulated over the layers and over a few optimizer steps.
 TOLERANCE = 1e-3
@@ -97,8 +97,8 @@ def train(
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from mr1fast.model import EMBEDDED, PROMPT_SUFFIX, load_processor
-    from mr1fast.tasks import TASKS
+    from mr1fast.data.tasks import TASKS
+    from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, load_processor
 
     examples = [TASKS["vc"].example("train", i) for i in range(8)]
     data = {

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mr1fast import arguments
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.linear_loss import linear_grpo_loss, linear_token_logprobs
-from mr1fast.loss import GRPOLossOutput, grpo_loss
+from mr1fast.losses import arguments
+from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
+from mr1fast.losses.logits import GRPOLossOutput, grpo_loss
 
 
 def triton_grpo_loss(

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
-from mr1fast import arguments
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.kl_weight import SCHEDULES, kl_weight
-from mr1fast.linear_loss import linear_grpo_loss
-from mr1fast.loss import GRPOLossOutput
+from mr1fast.losses import arguments
+from mr1fast.losses.hidden import linear_grpo_loss
+from mr1fast.losses.kl_weight import SCHEDULES, kl_weight
+from mr1fast.losses.logits import GRPOLossOutput
 
 TESTED = "1.16"
 check_version(
@@ -70,7 +70,7 @@ _MODEL_INPUTS = (
 
 @dataclass
 class GRPODConfig(GRPOConfig):
-    """TRL's GRPOConfig with the KL weight as a function of the optimizer step, `mr1fast.kl_weight`.
+    """TRL's GRPOConfig with the KL weight as a function of the optimizer step, `mr1fast.losses.kl_weight`.
 
     Without beta_max the weight stays at `beta`, as in TRL. With it, `beta` is left alone or equal to beta_max.
     """
@@ -136,7 +136,7 @@ class _GRPOD(GRPOTrainer):
 
     @property
     def kl_schedule(self) -> dict[str, Any]:
-        """The keywords of `mr1fast.kl_weight` in use."""
+        """The keywords of `mr1fast.losses.kl_weight` in use."""
         return self._patched_schedule or _checked_schedule(self.args)
 
     def kl_weight(self) -> float:

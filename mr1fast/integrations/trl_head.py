@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from mr1fast.linear_loss import linear_token_logprobs
+from mr1fast.losses.hidden import linear_token_logprobs
 
 # Runs in place of the lm_head and all that follows: (hidden [B, L, H], weight [V, H], bias, labels [B, L]).
 Head = Callable[[Tensor, Tensor, Tensor | None, Tensor], FusedCausalLMOutput]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast import arguments
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels import reference
-from mr1fast.kl_weight import KLSchedule
+from mr1fast.losses import arguments
+from mr1fast.losses.kl_weight import KLSchedule
 
 TESTED = "0.9.1"
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")

@@ -1,0 +1,219 @@
+"""The autograd Functions over the backends, and the registered ops beneath them.
+
+Two ways through the same loss head:
+
+- one pass (token-level objective, scalar loss): forward writes the finished gradient, backward hands it on;
+- two passes (everything else): `token_logprobs` has an autograd rule, and the objective is ordinary torch on [B, L].
+  float16 logits take it too: a small gradient survives in float16 only if the loss scale is in it before it is rounded.
+
+The ops they call are in ops.py.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from mr1fast.kernels import dispatch, reference
+from mr1fast.kernels.ops import (
+    grpo_loss_inplace_op,
+    grpo_loss_op,
+    new_gradient,
+    run_grpo,
+    scale_op,
+    score_backward_inplace_op,
+    score_backward_op,
+    score_op,
+)
+from mr1fast.kernels.reference import LossBatch, LossSpec, flat
+
+# (loss, logps, entropies, kl, is_low_clipped, is_high_clipped)
+LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+
+
+def grpo(
+    logits: Tensor, batch: LossBatch, spec: LossSpec, *, reduction: str, inplace: bool, backend: str
+) -> LossOutputs:
+    """The loss and the per-token outputs; only the loss is differentiable."""
+    backend = dispatch.resolve(backend, logits)
+    _refuse_consumed(logits)
+    differentiated = torch.is_grad_enabled() and logits.requires_grad
+    if backend == "torch" or not one_pass(spec, reduction, logits.dtype, differentiated):
+        return _two_passes(logits, batch, spec, reduction, inplace, backend)
+    if not differentiated:
+        if _direct(logits):
+            loss, *per_token = run_grpo(logits, batch, spec, backend, None)
+        else:
+            loss, *per_token = grpo_loss_op(logits, *flat(batch), *flat(spec), backend, False)[:-1]
+    else:
+        # A leaf cannot be marked dirty, and a view may not be where a Function has several outputs.
+        mark_dirty = inplace and not (torch.compiler.is_compiling() or logits.is_leaf or logits._is_view())
+        outputs = _OnePass.apply(logits, batch, spec, backend, inplace, mark_dirty)
+        loss, *per_token = outputs[1:] if mark_dirty else outputs
+        if inplace and not torch.compiler.is_compiling():
+            _mark_consumed(_owner(logits))
+    logps, entropies, kl, is_low, is_high = per_token
+    return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
+
+
+def one_pass(spec: LossSpec, reduction: str, dtype: torch.dtype, differentiated: bool) -> bool:
+    """Whether forward can know the gradient (see above); dtype is that of the logits."""
+    if differentiated and dtype == torch.float16:
+        return False
+    return reduction == "mean" and spec.importance_sampling_level == "token"
+
+
+def _two_passes(
+    logits: Tensor, batch: LossBatch, spec: LossSpec, reduction: str, inplace: bool, backend: str
+) -> LossOutputs:
+    logps, entropies = token_logprobs(
+        logits, batch.ids, batch.mask, spec.temperature, inplace_backward=inplace, backend=backend
+    )
+    return objective(logps, entropies, batch, spec, reduction)
+
+
+def objective(logps: Tensor, entropies: Tensor, batch: LossBatch, spec: LossSpec, reduction: str) -> LossOutputs:
+    """The second of the two passes: ordinary torch on log-probabilities and entropies [B, L]."""
+    loss, kl, is_low, is_high = reference.objective(logps, batch, spec)
+    if reduction == "mean":
+        loss = reference.aggregate(loss, entropies, batch)
+    return loss, logps.detach(), entropies.detach(), None if kl is None else kl.detach(), is_low, is_high
+
+
+def token_logprobs(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, *, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(logps, entropies), both [B, L] and differentiable."""
+    backend = dispatch.resolve(backend, logits)
+    _refuse_consumed(logits)
+    if backend == "torch":
+        return reference.score(logits, ids, mask, temperature)
+    logps, entropies, _ = _Score.apply(logits, ids, mask, temperature, inplace_backward, backend)
+    return logps, entropies
+
+
+def _direct(logits: Tensor) -> bool:
+    """Whether nothing watches the registered ops: then what they call is called at once.
+
+    With some twenty arguments the dispatcher's Python takes 0.2 ms, as long as the kernel takes for a million logits.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) in (Tensor, torch.nn.Parameter)
+        and _get_current_dispatch_mode() is None
+    )
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, inplace: bool, mark_dirty: bool):
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty_used, ctx.handed_on = mark_dirty, False
+        if _direct(logits):
+            gradient = logits if inplace else new_gradient(logits)
+            outputs = run_grpo(logits, batch, spec, backend, gradient)
+            if inplace:
+                torch.autograd.graph.increment_version(logits)
+        elif inplace:
+            outputs = grpo_loss_inplace_op(logits, *flat(batch), *flat(spec), backend)
+            gradient = logits
+        else:
+            *outputs, gradient = grpo_loss_op(logits, *flat(batch), *flat(spec), backend, True)
+        ctx.mark_non_differentiable(*outputs[1:])
+        if mark_dirty:
+            ctx.mark_dirty(logits)
+            outputs = (logits, *outputs)
+        ctx.save_for_backward(gradient)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        if ctx.mark_dirty_used:
+            if grad_outputs[0] is not None:
+                raise RuntimeError(
+                    "grpo_loss(inplace=True) replaced these logits by their gradient, but something computed from them "
+                    "afterwards needs their gradient too; pass inplace=False, or use the logits before the loss only"
+                )
+            grad_outputs = grad_outputs[1:]
+        (gradient,) = hand_on(ctx, grad_outputs[0])
+        return gradient, None, None, None, None, None
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ids, mask, temperature: float, inplace_backward: bool, backend: str):
+        ctx.set_materialize_grads(False)
+        logps, entropies, lse = score_op(logits, ids, mask, temperature, backend)
+        ctx.save_for_backward(logits, ids, mask, lse, entropies)
+        ctx.temperature, ctx.inplace_backward, ctx.backend = temperature, inplace_backward, backend
+        ctx.mark_non_differentiable(lse)
+        # What save_for_backward hands back is another object, on which a mark would be lost.
+        ctx.owner = None if torch.compiler.is_compiling() else weakref.ref(_owner(logits))
+        return logps, entropies, lse
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropies, _):
+        logits, ids, mask, lse, entropies = ctx.saved_tensors
+        if grad_logps is None:
+            grad_logps = torch.zeros_like(lse)
+        if grad_entropies is not None:
+            grad_entropies = grad_entropies.contiguous()
+        gradients = (grad_logps.contiguous(), grad_entropies)
+        args = (ids, mask, lse, entropies, *gradients, ctx.temperature, ctx.backend)
+        if ctx.inplace_backward:
+            logits = logits.detach()
+            score_backward_inplace_op(logits, *args)
+            gradient = logits
+            if ctx.owner is not None and (owner := ctx.owner()) is not None:
+                _mark_consumed(owner)
+        else:
+            gradient = score_backward_op(logits, *args)
+        return gradient, None, None, None, None, None
+
+
+def hand_on(ctx, factor: Tensor | None) -> list[Tensor | None]:
+    """The saved gradients times the loss's own gradient (0-d), in place; from the second backward on, in new memory."""
+    gradients = ctx.saved_tensors
+    if factor is None:
+        return [None for _ in gradients]
+    if torch.compiler.is_compiling():
+        return [_scaled(gradient, factor) for gradient in gradients]
+    again, ctx.handed_on = ctx.handed_on, True
+    return [gradient * factor if again else _scaled(gradient, factor) for gradient in gradients]
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    # On a CPU outside of a compiled graph the question is free, and a factor of 1 leaves even the version alone, so
+    # that backward can run twice. Where the factor is not 1 a second backward raises: the saved gradient has changed.
+    if torch.compiler.is_compiling() or gradient.is_cuda or factor.item() != 1:
+        scale_op(gradient, factor)
+    return gradient
+
+
+# ---- misuse of inplace ----------------------------------------------------------------------------------------------
+
+
+_CONSUMED_AT = "_mr1fast_consumed_at_version"
+
+
+def _owner(logits: Tensor) -> Tensor:
+    return logits if logits._base is None else logits._base
+
+
+def _mark_consumed(owner: Tensor) -> None:
+    owner.__dict__[_CONSUMED_AT] = owner._version
+
+
+def _refuse_consumed(logits: Tensor) -> None:
+    """Raise if this memory still holds the gradient an earlier in-place call wrote (used twice, or recomputed from)."""
+    if not (torch.compiler.is_compiling() or logits.is_inference()):  # those have no version, and no gradient either
+        owner = _owner(logits)
+        if owner.__dict__.get(_CONSUMED_AT) == owner._version:
+            raise RuntimeError(
+                "these logits were already consumed by a call in place and hold a gradient now; compute them again, "
+                "make the earlier call with inplace=False (inplace_backward=False), or let activation checkpointing "
+                "recompute the lm_head together with the loss"
+            )

@@ -1,0 +1,156 @@
+"""The registered ops of the loss from logits: what torch.compile sees of a call, each one node with a fake version.
+
+Every op that writes over its argument is declared as a mutation, so that autograd and torch.compile know. The
+autograd rules are in autograd.py, the ops that start from hidden states are in linear_op.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from mr1fast.kernels import dispatch, triton_backend
+from mr1fast.kernels.reference import LossBatch, LossSpec
+
+# The fields of LossBatch, then those of LossSpec, in order.
+BATCH_SCHEMA = (
+    "Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, Tensor? rewards, "
+    "int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, Tensor? is_ratio, "
+    "Tensor? entropy_weight"
+)
+SPEC_SCHEMA = (
+    "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
+    "bool use_bias_correction_kl, float sapo_temperature_pos, float sapo_temperature_neg, float temperature"
+)
+BATCH_SIZE = len(fields(LossBatch))
+# A tuple, not Tensor[]: an op that mutates an argument and returns a list cannot be functionalised by torch.compile.
+_OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+
+
+def unflat(args: Sequence[Any]) -> tuple[LossBatch, LossSpec]:
+    """What `flat` made of a batch and a spec."""
+    return LossBatch(*args[:BATCH_SIZE]), LossSpec(*args[BATCH_SIZE:])
+
+
+def run_grpo(
+    logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, gradient: Tensor | None
+) -> tuple[Tensor, ...]:
+    outputs = dispatch.find(backend).grpo_forward(logits, batch, spec, gradient)
+    loss, _, logps, entropies, kl, is_low, is_high, _ = outputs
+    return loss, logps, entropies, logps.new_empty(0) if kl is None else kl, is_low, is_high
+
+
+def _fake_grpo(logits: Tensor, batch: LossBatch) -> tuple[Tensor, ...]:
+    values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+    flags = logits.new_empty(logits.shape[:2], dtype=torch.bool)
+    kl = values.new_empty(0) if batch.ref_logps is None else torch.empty_like(values)
+    return values.new_empty(()), values, torch.empty_like(values), kl, flags, torch.empty_like(flags)
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@custom_op(
+    "mr1fast::grpo_loss",
+    mutates_args=(),
+    schema=f"(Tensor logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend, bool need_gradient) -> ({_OUTPUTS}, Tensor)",
+)
+def grpo_loss_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
+    """(loss, logps, entropies, kl or empty, is_low, is_high, dloss/dlogits or empty)."""
+    *options, backend, need_gradient = args
+    gradient = new_gradient(logits) if need_gradient else None
+    outputs = run_grpo(logits, *unflat(options), backend, gradient)
+    return *outputs, logits.new_empty(0) if gradient is None else gradient
+
+
+@grpo_loss_op.register_fake
+def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
+    *options, _, need_gradient = args
+    return *_fake_grpo(logits, unflat(options)[0]), new_gradient(logits) if need_gradient else logits.new_empty(0)
+
+
+@custom_op(
+    "mr1fast::grpo_loss_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend) -> ({_OUTPUTS})",
+)
+def grpo_loss_inplace_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
+    """(loss, logps, entropies, kl or empty, is_low, is_high); dloss/dlogits overwrites the logits."""
+    return run_grpo(logits, *unflat(args[:-1]), args[-1], logits)
+
+
+@grpo_loss_inplace_op.register_fake
+def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
+    return _fake_grpo(logits, unflat(args[:-1])[0])
+
+
+@custom_op("mr1fast::score", mutates_args=())
+def score_op(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, entropies, lse), float32 [B, L]."""
+    return dispatch.find(backend).score_forward(logits, ids, mask, temperature)
+
+
+@score_op.register_fake
+def _(logits, ids, mask, temperature, backend):
+    values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+    return values, torch.empty_like(values), torch.empty_like(values)
+
+
+_SCORED = "Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, Tensor? grad_entropies"
+
+
+@custom_op(
+    "mr1fast::score_backward",
+    mutates_args=(),
+    schema=f"(Tensor logits, {_SCORED}, float temperature, str backend) -> Tensor",
+)
+def score_backward_op(logits: Tensor, *args) -> Tensor:
+    """dlogits of `score`, in a new buffer."""
+    gradient = new_gradient(logits)
+    dispatch.find(args[-1]).score_backward(logits, *args[:-1], gradient)
+    return gradient
+
+
+@score_backward_op.register_fake
+def _(logits, *args):
+    return new_gradient(logits)
+
+
+@custom_op(
+    "mr1fast::score_backward_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {_SCORED}, float temperature, str backend) -> ()",
+)
+def score_backward_inplace_op(logits: Tensor, *args) -> None:
+    """dlogits of `score`, written over the logits."""
+    dispatch.find(args[-1]).score_backward(logits, *args[:-1], logits)
+
+
+@score_backward_inplace_op.register_fake
+def _(logits, *args):
+    return None
+
+
+@custom_op("mr1fast::scale_", mutates_args=("gradient",))
+def scale_op(gradient: Tensor, factor: Tensor) -> None:
+    """gradient [B, L, V], [V, H] or [V] *= factor (0-d), without a visit of the memory where the factor is 1."""
+    if gradient.is_cuda and triton_backend.why_not(gradient) is None:
+        from mr1fast.kernels import triton_score
+
+        rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[-1])
+        triton_score.scale_unless_one(rows, factor)
+    elif factor.item() != 1:
+        gradient.mul_(factor)  # in float32, rounded once: a 0-d tensor does not lend its dtype
+
+
+@scale_op.register_fake
+def _(gradient, factor):
+    return None

@@ -1,0 +1,1 @@
+"""What is a problem: examples from the embedded tasks and from files."""

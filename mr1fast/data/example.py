@@ -1,0 +1,25 @@
+"""A problem, and a data set of problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem with its verifiable answer."""
+
+    image: Image.Image | None  # RGB
+    problem: str  # the question, without the prompt suffix
+    solution: str  # the answer alone, e.g. "3"
+    name: str  # for reports: "vc/test/17", or file and row
+
+
+class Examples(Protocol):
+    """A data set, as far as training is concerned."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...

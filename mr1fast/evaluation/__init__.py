@@ -1,0 +1,1 @@
+"""How good is it: accuracies, and the tables, pages and pictures that show them."""

@@ -1,0 +1,173 @@
+"""The public loss functions from hidden states, in which no [N, V] tensor of logits ever exists.
+
+Shapes as in `logits.py`: B completions, L tokens, V vocabulary, H hidden, N unmasked tokens.
+
+What the weight may be:
+
+- Tied to the input embedding: pass the embedding's weight, autograd adds the two gradients.
+- A DTensor (FSDP2, tensor parallel): gathered once for the call; its gradient is averaged over the mesh, as FSDP does
+  with every other parameter's.
+- With LoRA on the lm_head: pass the merged weight, `base.weight + scaling * B @ A` (in PEFT `layer.weight +
+  layer.get_delta_weight(name)`); the gradient of the merged weight reaches A and B through autograd.
+- Frozen: its GEMM is left out, and so is that of hidden states which need no gradient.
+
+The GEMMs run in the type of the hidden states, or autocast's; a float32 weight (FSDP2 with a 16-bit `param_dtype`,
+autocast) is cast for the call and gets its gradient in float32, summed over blocks in float32. On a GPU nothing is
+rounded on the way; a CPU's 16-bit GEMM rounds each block's product.
+torch.compile(fullgraph=True) takes both functions as one node each; the "torch" backend is traced with its logits kept.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mr1fast import checks
+from mr1fast.kernels import linear_op
+from mr1fast.losses import arguments
+from mr1fast.losses.logits import GRPOLossOutput
+
+_Weight = TypeVar("_Weight", Tensor, Tensor | None)
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    lm_head_bias: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    rewards: Tensor | None = None,
+    num_generations: int | None = None,
+    scale_rewards: str = "group",
+    completion_mask: Tensor | None = None,
+    old_per_token_logps: Tensor | None = None,
+    ref_per_token_logps: Tensor | None = None,
+    beta: float | Tensor = 0.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    loss_type: str = "grpo",
+    importance_sampling_level: str = "token",
+    use_bias_correction_kl: bool = False,
+    importance_sampling_ratio: Tensor | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    entropy_coef: float = 0.0,
+    max_completion_length: int | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> GRPOLossOutput:
+    """`grpo_loss(hidden @ lm_head_weight.T + lm_head_bias, ...)` with its gradients, in three GEMMs and little memory.
+
+    Token-level objectives with reduction="mean" compute the gradients in forward, block of rows by block of rows, and
+    backward hands them over (so a call under grad mode pays for them). The others recompute the logits in backward
+    (four GEMMs, see `linear_token_logprobs`), and so does float16, whose loss scale must be in the gradient before it
+    is rounded. Masked tokens cost nothing; tokens without a gradient (advantage 0, or clipped, at beta 0) cost the
+    first GEMM only.
+
+    Args:
+        hidden: [B, L, H] float32, bfloat16 or float16 (float64 on "torch" only): the last hidden states, so that
+            `hidden[:, t]` predicts `completion_ids[:, t]`. Anything at masked positions.
+        lm_head_weight: [V, H] in the dtype of the hidden states or float32 (any under autocast); see above for what it
+            may be.
+        completion_ids, advantages: as in `grpo_loss`, like every keyword not named here.
+        lm_head_bias: [V] or None.
+        chunk_bytes: size of the block of logits held at a time; None for 1.2 GiB on a GPU, 160 MiB on a CPU. At least
+            512 (64) rows are taken, below which the GEMMs slow down. Peak memory is inputs + gradients +
+            chunk_bytes + one float32 [V, H] where the weight is not float32. Results differ by rounding only.
+
+    Returns:
+        GRPOLossOutput, of which `loss` is differentiable in hidden, lm_head_weight and lm_head_bias, once.
+
+    Raises:
+        ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
+    """
+    lm_head_weight, lm_head_bias = _gathered(lm_head_weight), _gathered(lm_head_bias)
+    spec, batch = arguments.loss_settings(
+        hidden,
+        arguments.linear_head(hidden, lm_head_weight, lm_head_bias),
+        completion_ids,
+        advantages,
+        rewards=rewards,
+        num_generations=num_generations,
+        scale_rewards=scale_rewards,
+        completion_mask=completion_mask,
+        old_per_token_logps=old_per_token_logps,
+        ref_per_token_logps=ref_per_token_logps,
+        beta=beta,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        use_bias_correction_kl=use_bias_correction_kl,
+        importance_sampling_ratio=importance_sampling_ratio,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        entropy_coef=entropy_coef,
+        max_completion_length=max_completion_length,
+        num_items_in_batch=num_items_in_batch,
+        temperature=temperature,
+        reduction=reduction,
+    )
+    outputs = linear_op.grpo(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        batch,
+        spec,
+        reduction=reduction,
+        chunk_bytes=arguments.chunk_bytes(chunk_bytes),
+        backend=backend,
+    )
+    return GRPOLossOutput.of(outputs, batch.mask, importance_sampling_level, advantages)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ids: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` from hidden states [B, L, H] and lm_head weight [V, H] (bias [V]), arguments as above.
+
+    Log-probability of `ids` [B, L], float32 [B, L], 0 where `mask` is 0; with `entropy` also the entropies. Both are
+    differentiable in hidden states, weight and bias: backward recomputes the logits (four GEMMs in all) of the tokens
+    with a gradient. Without gradient, as for the old and the reference policy, nothing is saved.
+    """
+    lm_head_weight, lm_head_bias = _gathered(lm_head_weight), _gathered(lm_head_bias)
+    shape = arguments.linear_head(hidden, lm_head_weight, lm_head_bias)
+    logps, entropies = linear_op.token_logprobs(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        arguments.token_ids(ids, shape, hidden, "ids"),
+        arguments.token_mask(mask, shape, hidden, "mask"),
+        checks.number("temperature", temperature, above=0),
+        chunk_bytes=arguments.chunk_bytes(chunk_bytes),
+        backend=backend,
+    )
+    return (logps, entropies) if checks.flag("entropy", entropy) else logps
+
+
+def _gathered(parameter: _Weight) -> _Weight:
+    """A sharded parameter (DTensor) as a whole one; its gradient, which differs from rank to rank, is averaged."""
+    if not torch.distributed.is_available():
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)

@@ -1,0 +1,67 @@
+"""What the small programs share: one sentence and exit code 2 for a mistake, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mr1fast.checks import nearest
+from mr1fast.errors import UserError
+from mr1fast.options.config import GREATEST
+
+ACTIVATE = "source .venv/bin/activate"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, and knows which option was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            what = "option" if name.startswith("-") else "argument"
+            raise UserError(f"unknown {what} {name}{nearest(name, options)}; --help lists the options")
+        return known
+
+
+def at_least(bound: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, not below `bound`."""
+
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < bound:
+            raise argparse.ArgumentTypeError(f"must be at least {bound}, got {number}")
+        if number > GREATEST:
+            raise argparse.ArgumentTypeError(f"must be at most {GREATEST}, got {number}")
+        return number
+
+    return whole_number
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    return f"the package {error.name!r} is not installed for {sys.executable}; run 'make setup', then '{ACTIVATE}'"
+
+
+def exit_code(program: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
+    """Run a program: 0, 2 for a mistake of the user's (a ValueError, printed), 130 after Ctrl-C."""
+    try:
+        program(arguments)
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,1 @@
+"""How is it trained: a run, a step, and what they leave behind."""

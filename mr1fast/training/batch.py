@@ -1,0 +1,106 @@
+"""From a batch to its loss and log-probabilities. The language-model head only runs inside the fused loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2VLForConditionalGeneration
+
+from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
+from mr1fast.losses.logits import GRPOLossOutput
+from mr1fast.model.prefix import Prefix, completion_hidden, encode_prefix
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on: prompts, their completions, and what the loss needs to know of each."""
+
+    inputs: dict[str, Tensor]  # of P prompts, see `prefix.place_inputs`
+    num_generations: int  # G
+    completion_ids: Tensor  # [B, L] int64
+    completion_mask: Tensor  # [B, L] bool
+    advantages: Tensor | None = None  # [B] float32; None for supervised fine-tuning
+    ref_per_token_logps: Tensor | None = None  # [B, L] float32, of the frozen reference; None where the KL weight is 0
+    old_per_token_logps: Tensor | None = None  # [B, L] float32, of the policy that sampled; None while it is still that
+    prefix: Prefix | None = None  # of the prompts, with the graph, from sampling; good for the first update only
+
+
+_PER_TOKEN = ("completion_ids", "completion_mask", "advantages", "ref_per_token_logps", "old_per_token_logps")
+
+
+def batch_logps(model: Qwen2VLForConditionalGeneration, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [B, L] float32 of the completions' tokens, 0 where masked; differentiable."""
+    hidden = completion_hidden(model, encode_prefix(model, batch.inputs), batch.completion_ids)
+    logps = linear_token_logprobs(
+        hidden, model.lm_head.weight, batch.completion_ids, temperature=temperature, mask=batch.completion_mask
+    )
+    assert isinstance(logps, Tensor)
+    return logps
+
+
+def grpo_batch_loss(
+    model: Qwen2VLForConditionalGeneration, batch: Batch, *, beta: float, temperature: float, share: float = 1.0
+) -> GRPOLossOutput:
+    """The paper's loss of a batch, a mean over completions, times `share`: the batch's part of all that are averaged.
+
+    The loss is homogeneous in advantages and KL weight: they carry the share, and the gradient that the loss head has
+    ready needs no scaling.
+    """
+    assert batch.advantages is not None
+    prefix = batch.prefix or encode_prefix(model, batch.inputs)
+    hidden = completion_hidden(model, prefix, batch.completion_ids)
+    return linear_grpo_loss(
+        hidden,
+        model.lm_head.weight,
+        batch.completion_ids,
+        batch.advantages * share,
+        completion_mask=batch.completion_mask,
+        old_per_token_logps=batch.old_per_token_logps,
+        ref_per_token_logps=batch.ref_per_token_logps,
+        beta=beta * share,
+        temperature=temperature,
+    )
+
+
+def sft_batch_loss(model: Qwen2VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of the completions, each the mean of its tokens (nats per token), 0-d."""
+    lengths = batch.completion_mask.sum(1).clamp(min=1)
+    return -(batch_logps(model, batch).sum(1) / lengths).mean()
+
+
+def split_batch(batch: Batch, pieces: int) -> list[Batch]:
+    """The batch in pieces of equally many prompts, each with all of its completions."""
+    if pieces == 1:
+        return [batch]
+    prompts = batch.inputs["input_ids"].shape[0]
+    assert prompts % pieces == 0
+    size = prompts // pieces
+    rows = size * batch.num_generations
+
+    def piece(i: int) -> Batch:
+        tensors = {name: getattr(batch, name) for name in _PER_TOKEN}
+        part: dict[str, Any] = {
+            name: None if tensor is None else tensor[i * rows : (i + 1) * rows] for name, tensor in tensors.items()
+        }
+        return dataclasses.replace(batch, inputs=prompt_rows(batch.inputs, i * size, (i + 1) * size), **part)
+
+    return [piece(i) for i in range(pieces)]
+
+
+def prompt_rows(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """The prompts start <= p < stop of `encode_prompts`, with their images, of which a prompt has one or none."""
+    rows = {
+        name: tensor[start:stop] for name, tensor in inputs.items() if name not in ("pixel_values", "image_grid_thw")
+    }
+    if "image_grid_thw" in inputs:
+        has_image = (inputs["mm_token_type_ids"] == 1).any(1)
+        images = slice(int(has_image[:start].sum()), int(has_image[:stop].sum()))
+        patches = torch.cat([torch.zeros(1, dtype=torch.long), inputs["image_grid_thw"].prod(1).cpu().cumsum(0)])
+        if images.stop > images.start:
+            rows["image_grid_thw"] = inputs["image_grid_thw"][images]
+            rows["pixel_values"] = inputs["pixel_values"][patches[images.start] : patches[images.stop]]
+    return rows

@@ -1,0 +1,95 @@
+"""Checkpoints in Hugging Face format, with what training needs to go on. A checkpoint is there whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Qwen2VLForConditionalGeneration
+
+from mr1fast.errors import UserError
+from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.training.run_folder import ResumeError, checkpoints, step_of
+
+STATE = "trainer_state.pt"
+
+
+def save_model(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, folder: Path) -> Path:
+    """Model and processor as a folder in Hugging Face format, which `load_model` and transformers read."""
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+    return _write_whole(folder, write)
+
+
+def save_checkpoint(
+    model: Qwen2VLForConditionalGeneration,
+    processor: Qwen2VLTextImageProcessor,
+    state: dict[str, Any],
+    folder: Path,
+    *,
+    step: int,
+    keep: int,
+) -> Path:
+    """`folder`/checkpoint-STEP with model, processor and `state`; then only the newest `keep` stay.
+
+    Raises UserError if it cannot be written; the earlier ones are then untouched.
+    """
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        torch.save(state, temporary / STATE)
+
+    saved = _write_whole(folder / f"checkpoint-{step:06d}", write)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return saved
+
+
+def load_checkpoint(
+    checkpoint: Path, load_model: Callable[[Path], Qwen2VLForConditionalGeneration]
+) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
+    """The model and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
+    try:
+        return load_model(checkpoint), load_state(checkpoint)
+    except ValueError as error:
+        earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
+        if earlier:
+            advice = f"to go on from the checkpoint before it: --resume {earlier[-1]}"
+        else:
+            advice = f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} does without it"
+        raise ResumeError(f"{error}; {advice}") from error
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Write into a folder beside it, then rename; a name that is taken is replaced."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        left = checkpoints(folder.parent)
+        rest = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise UserError(f"{folder} could not be written ({reason}); {rest}") from error
+    return folder

@@ -1,0 +1,73 @@
+"""metrics.jsonl and TensorBoard, under TRL's names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mr1fast.training.batch import Batch
+from mr1fast.training.run_folder import RunFolder, write_text
+
+
+class MetricsLog:
+    """One row per step. Those from `first_step` on, which a resumed run writes again, are taken out first."""
+
+    def __init__(self, run: RunFolder, task: str, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file, self.task = run.metrics_file, task
+        if self.file.exists():
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            # A run that was killed may have left half a line.
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            kept = [row for row in rows if row["task"] != task or row["step"] < first_step]
+            write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+        self.tensorboard = SummaryWriter(str(run.tensorboard(task)), purge_step=first_step)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """`step` counts finished optimizer steps. JSON has no NaN and no inf: they are null there."""
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"task": self.task, "step": step, **row}) + "\n")
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.tensorboard.close()
+
+
+def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: int) -> dict[str, float]:
+    """Means and standard deviations of the rewards [B] of each kind, and of their weighted sum `total` [B]."""
+    metrics = {}
+    for name, values in rewards.items():
+        metrics[f"rewards/{name}/mean"] = values.mean().item()
+        metrics[f"rewards/{name}/std"] = values.std().item()
+    group_std = total.view(-1, num_generations).std(1)
+    return {
+        **metrics,
+        "reward": total.mean().item(),
+        "reward_std": group_std.mean().item(),
+        "frac_reward_zero_std": (group_std < 1e-8).float().mean().item(),
+    }
+
+
+def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
+    """Lengths in tokens, and the share of completions that did not end by themselves."""
+    lengths = batch.completion_mask.sum(1).float()
+    last = batch.completion_ids.gather(1, (lengths.long() - 1).clamp(min=0)[:, None])[:, 0]
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - torch.isin(last, eos).float().mean().item(),
+    }
+
+
+def mean_metrics(rows: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """The weighted mean of each metric over the pieces of a step."""
+    total = sum(weights)
+    return {name: sum(row[name] * weight for row, weight in zip(rows, weights)) / total for name in rows[0]}
