@@ -1,5 +1,6 @@
-// The CPU loss head as torch ops, namespace mr1fast_native. Only torch/library.h, which compiles in seconds where
-// torch/extension.h takes a minute. kernels/cpp.py calls these; arguments are documented there and in dispatch.py.
+// The CPU loss head as torch ops in the namespace mr1fast_native, for kernels/cpp.py to call; the arguments are
+// documented there and in dispatch.py. It includes no more than torch/library.h, which compiles in seconds, while
+// torch/extension.h takes a minute.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -91,8 +92,8 @@ mr1fast::Logits describe(
     }
   }
   TORCH_CHECK_VALUE(
-      wrong == 0, "completion_ids (ids) must lie in [0, ", x.V, ") wherever the mask is set, got ", example, " (", wrong,
-      " such position(s))");
+      wrong == 0, "completion_ids (ids) must lie in [0, ", x.V, ") wherever the mask is set, got ", example, " (",
+      wrong, " such position(s))");
   return x;
 }
 
@@ -110,7 +111,8 @@ template <typename Struct, typename Member, typename List>
 Struct from_list(const List& values, const char* name) {
   std::array<Member, sizeof(Struct) / sizeof(Member)> members;
   TORCH_CHECK_VALUE(
-      values.size() == members.size(), "there must be ", members.size(), " ", name, " (csrc/token_loss.h), got ", values);
+      values.size() == members.size(), "there must be ", members.size(), " ", name, " (csrc/token_loss.h), got ",
+      values);
   for (size_t i = 0; i < members.size(); ++i) members[i] = (Member)values[i];
   return std::bit_cast<Struct>(members);
 }

@@ -1,6 +1,6 @@
-// The cluster kernel: the blocks of a thread-block cluster hold a row in their shared memory together. Logits are read once
-// and the gradient is written once, by bulk copies; the blocks exchange three numbers each. Compute capability 9.0, 16-byte
-// aligned rows.
+// The cluster kernel: together, the blocks of a thread-block cluster hold a row in their shared memory. The logits are
+// read once and the gradient is written once, by bulk copies; what the blocks exchange is three numbers each. For
+// 16-byte aligned rows, from compute capability 9.0 on.
 #pragma once
 
 #include "cuda_token.cuh"

@@ -152,11 +152,12 @@ MR1_DEVICE uint64_t evict_first() {
 
 // Starts a copy from global to shared memory; both 16-byte aligned, bytes a multiple of 16 below 2^20.
 MR1_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a, uint64_t policy) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes) : "memory");
+  const uint32_t arrival = shared_address(a);
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes) : "memory");
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :
-      : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(a)), "l"(policy)
+      : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(arrival), "l"(policy)
       : "memory");
 }
 MR1_DEVICE void wait_for(Arrival* a) {
@@ -185,7 +186,8 @@ MR1_DEVICE void wait_for_bulk_stores() {  // until they have read shared memory,
 
 struct Machine {
   bool clusters;
-  int shared_per_block, shared_per_processor, shared_reserved;  // bytes; reserved: what each block costs besides its own
+  int shared_per_block, shared_per_processor;  // bytes of shared memory
+  int shared_reserved;                         // bytes that each block costs besides those it asks for
 };
 
 inline const char* machine(Machine* m) {

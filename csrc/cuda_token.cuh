@@ -1,6 +1,6 @@
-// A token of the loss head on CUDA, by the threads of one block: where its row lies, the block's statistics in one, and
-// from the row's statistics to the token's outputs and the plan of its gradient. The objective is token_loss.h's, the
-// arithmetic of a row split_row.h's.
+// A token of the loss head on CUDA: where its row lies, how the threads of a block bring their statistics together, and
+// what follows from the row's statistics: the token's outputs and the plan of its gradient. The objective is in
+// token_loss.h, the arithmetic of a row in split_row.h.
 #pragma once
 
 #ifdef MR1_CUDA_ON_HOST
@@ -78,7 +78,8 @@ MR1_DEVICE Levels reduce(Levels s, float rate, Scratch& scratch) {
     scratch.weighted[warp] = s.weighted;
   }
   barrier();
-  return {top, warp_sum(lane < warps ? scratch.sum[lane] : 0.0f), warp_sum(lane < warps ? scratch.weighted[lane] : 0.0f)};
+  const float sum = lane < warps ? scratch.sum[lane] : 0.0f, weighted = lane < warps ? scratch.weighted[lane] : 0.0f;
+  return {top, warp_sum(sum), warp_sum(weighted)};
 }
 
 // ---- one token, by one thread ---------------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ struct Token {
   TokenInput<float> in;
 };
 
-// Everything small, before the row: its latency hides behind the row's, and in place the id's logit is soon gone.
+// Everything small is loaded before the row, behind whose latency its own hides; and in place the id's logit is soon
+// gone.
 template <typename T>
 MR1_DEVICE Token load_token(const Call& call, const Row& row, const T* logits) {
   Token t{};
@@ -123,7 +125,7 @@ MR1_DEVICE Plan plan_of(const RowGradient<float>& g, bool zero, float logp, floa
   return {differentiation(g, row_base, log_sum, rate), sampled_gradient(g, logp), 0, 0, zero};
 }
 
-// From the row's statistics (relative to row_base, its maximum) to the token's outputs, which are stored, and the row's gradient.
+// From the row's statistics, relative to row_base, its maximum: the token's outputs, which are stored, and the plan.
 MR1_DEVICE Plan finish(
     const Call& call, const Row& row, const Token& t, const RowStats<float>& s, float row_base, bool store) {
   const float inv_temperature = inv_temperature_of(call), rate = rate_of(call);
@@ -159,7 +161,8 @@ MR1_DEVICE void clear_outputs(const Call& call, const Row& row) {
   if (call.is_low) call.is_low[row.at] = call.is_high[row.at] = false;
 }
 
-// rewards [B] -> advantages [B], a thread for each. Rewards are few: it runs through its whole group, or the whole batch.
+// rewards [B] -> advantages [B], a thread for each. Rewards are few: it runs through its whole group, or the whole
+// batch.
 MR1_KERNEL void advantage_kernel(const Call call) {
   const int64_t b = block() * threads() + thread();
   if (b >= call.B) return;

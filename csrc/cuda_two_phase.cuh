@@ -1,5 +1,5 @@
-// Two-phase kernels: one block visits a row in global memory twice, the second time backwards, so that it begins with what
-// is still in the second-level cache. Any alignment.
+// The two-phase kernels: one block visits a row in global memory twice, the second time backwards, so that it begins
+// with what is still in the second-level cache. Rows may have any alignment.
 #pragma once
 
 #include "cuda_token.cuh"

@@ -50,7 +50,7 @@ void write(char* row, int64_t i, DType dtype, float value) {
   }
 }
 
-constexpr int64_t kLongRow = 1 << 18;  // bytes, of which a second-level cache holds a few
+constexpr int64_t kLongRow = 1 << 18;  // bytes: a second-level cache holds only a few rows of this length
 
 struct Free {
   void operator()(void* p) const { free(p); }
@@ -65,9 +65,10 @@ std::unique_ptr<T[], Free> allocate(int64_t n) {
 
 }  // namespace
 
-// One thread's work, with some rows in flight: pass 1 of these, then their tokens, then pass 2 of each together with
-// pass 1 of the row that takes its slot. Long rows have one slot; short ones several, so that their tokens, chains of
-// logarithms and exponentials that a short row does not hide, are computed together.
+// One thread's work, with some rows in flight: pass 1 of these rows, then their tokens, then pass 2 of each together
+// with pass 1 of the row that takes its slot. Long rows have one slot. Short ones have several, because a token is a
+// chain of logarithms and exponentials behind which a short row cannot hide: the tokens of several rows are computed
+// together.
 class Job::Worker {
  public:
   explicit Worker(Job& job)
@@ -85,8 +86,8 @@ class Job::Worker {
     // Streaming past the cache saves reading what is overwritten. Short rows would pay for it: the sampled token's
     // value is written afterwards, to a line that is still on its way to memory.
     stream_ = keep_exponentials_ && !in_place && row_bytes_ >= 32768;
-    // Exponentials have memory of their own, which stays in the second-level cache; beside those of long float32 rows
-    // the logits would not, so that they take the logits' place.
+    // The exponentials have memory of their own, which stays in the second-level cache. Beside those of a long float32
+    // row its logits would not stay there too, so these exponentials overwrite the logits.
     over_logits_ = keep_exponentials_ && in_place && x_.dtype == DType::kFloat32 && row_bytes_ > kLongRow;
     if (keep_exponentials_ && !over_logits_) e_ = allocate<float>(slots_ * blocks_ * kBlock);
     for (int k = 0; k < slots_; ++k) {
@@ -161,8 +162,8 @@ class Job::Worker {
   int filled_ = 0;
 };
 
-// The row's statistics, of z / temperature, and what they are relative to; leaves exp((that of the block - that of the
-// row) / temperature) in scale.
+// The statistics of the row, of z / temperature, from those of its blocks; `top` becomes the row's maximum. Leaves in
+// `scale` what brings each block's exponentials to that maximum: exp((the block's - the row's) / temperature).
 RowStats<double> Job::Worker::merge_blocks(const Slot& slot, float* top) {
   *top = -INFINITY;
   for (int64_t i = 0; i < blocks_; ++i) *top = slot.stats[i].max > *top ? slot.stats[i].max : *top;
@@ -212,6 +213,7 @@ void Job::Worker::settle() {
   const Floats sum = each([&](int k) { return (float)rows[k].sum; });
   const Floats weighted = each([&](int k) { return (float)rows[k].weighted; });
   const Logarithm log_sum = log_of(sum);
+  // logp = z_id / temperature - lse, of which the maximum is subtracted in float64, where large logits lose no digits.
   const Floats from_max = each([&](int k) { return (float)(slot_[k].sampled - rows[k].max); });
   const Floats logp = from_max - log_sum.most - log_sum.rest;
   const Floats entropy = log_sum.most + (log_sum.rest - weighted / sum);
@@ -253,10 +255,13 @@ void Job::Worker::settle() {
     if (coef[k] == 0.0f && f.entropy_weight == 0.0f) {
       memset(grad, 0, row_bytes_);
     } else if (keep_exponentials_) {
+      // p_j * base = exp((z_j - max) / temperature) * (base / sum): one multiplication of what pass 1 kept.
       for (int64_t i = 0; i < blocks_; ++i) slot.scale[i] *= factor[k];
       slot.out = grad;
       slot.sampled_value = sampled_value[k];
     } else {
+      // With d = (z_j - max) / temperature, p_j = exp(d) / sum and log p_j = d - log(sum):
+      // p_j * (base + slope * log p_j) = exp(d) * ((base - slope * log(sum)) / sum + slope / sum * d)
       const double log_of_sum = (double)log_sum.most[k] + log_sum.rest[k], scale = 1.0 / rows[k].sum;
       const double base = (g.base[k] - g.slope[k] * log_of_sum) * scale, slope = g.slope[k] * inv_temperature_ * scale;
       differentiate(slot.z, grad, slot.id, sampled_value[k], {top[k], (float)base, (float)slope});

@@ -1,5 +1,5 @@
-// The loss head on CUDA, host side: which of the two paths to the same results a call takes, and its launch. Tests run both
-// kernels on a CPU, too.
+// The loss head on CUDA, host side: which of the two paths to the same results a call takes, and the launch. The tests
+// run both paths on a CPU as well.
 #include <stdio.h>
 
 #include "cuda_cluster.cuh"
@@ -20,10 +20,12 @@ bool aligned(const Call& call) {
 
 int slice_bytes(const Split& split) { return (int)sizeof(ClusterShared) + 16 * split.vectors; }
 
-// The smallest cluster whose blocks fit on a multiprocessor three at a time, two or alone; parts 0: two-phase.
+// The smallest cluster of which a multiprocessor holds three blocks at a time, or else two, or else one. Where there is
+// none, parts is 0: the two-phase kernels.
 Split choose_split(const Call& call, const Machine& m) {
   const int64_t vectors = call.V * element_size(call) / 16;
-  if (!call.grad || call.two_phase || !m.clusters || !aligned(call) || 16 * vectors < kSmallestClusterRow) return {0, 0, 0};
+  const bool possible = call.grad && !call.two_phase && m.clusters && aligned(call);
+  if (!possible || 16 * vectors < kSmallestClusterRow) return {0, 0, 0};
   for (int resident = kResident; resident > 0; --resident) {
     for (int parts = 1; parts <= kMaxParts; parts *= 2) {
       const int64_t each = (vectors + parts - 1) / parts;
@@ -52,7 +54,8 @@ const char* grpo_forward(const Call& call, const Machine& m, void* stream) {
   const Split split = choose_split(call, m);
   if (split.parts > 0) {
     return launch(
-        cluster_fwd_kernel<T>, rows * split.parts, split.parts, kClusterThreads, slice_bytes(split), stream, call, split);
+        cluster_fwd_kernel<T>, rows * split.parts, split.parts, kClusterThreads, slice_bytes(split), stream, call,
+        split);
   }
   const int count = threads_for(call, call.grad ? kRowThreads : kScoreThreads);
   const int bytes = sizeof(RowShared);

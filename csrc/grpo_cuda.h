@@ -1,4 +1,5 @@
-// The C interface of the CUDA loss head. kernels/cuda.py mirrors it with ctypes, so that it needs no header of torch or CUDA.
+// The C interface of the CUDA loss head, which kernels/cuda.py mirrors with ctypes: it needs no header of torch or
+// CUDA.
 #pragma once
 
 #include <stdint.h>
@@ -23,7 +24,8 @@ struct Mr1RowsCall {
 
   int64_t B, L, V;
   int64_t logits_stride_b, logits_stride_l, grad_stride_b, grad_stride_l;
-  int64_t advantage_stride_b, advantage_stride_l, is_ratio_stride_b, is_ratio_stride_l, weight_stride_b, weight_stride_l;
+  int64_t advantage_stride_b, advantage_stride_l, is_ratio_stride_b, is_ratio_stride_l;
+  int64_t weight_stride_b, weight_stride_l;
   int64_t num_generations;
   double temperature;
   mr1fast::TokenSpec spec;

@@ -1,6 +1,6 @@
-// Two of the three GEMMs of the loss from hidden states, on a CPU: those with the vocabulary as an outer dimension. Their
-// pieces need nothing of each other, so each thread takes one after the other and multiplies it alone: the operand and the
-// piece stay in its caches, and no thread waits for another until the end. What multiplies is torch's own GEMM.
+// Two of the three GEMMs of the loss from hidden states, on a CPU: those whose outer dimension is the vocabulary. Its
+// pieces need nothing of each other, so each thread takes one piece after the other and multiplies it alone: operand
+// and piece stay in its caches, and no thread waits for another until the end. The multiplication itself is torch's.
 #include "head_gemms.h"
 
 #include <ATen/Parallel.h>

@@ -1,5 +1,5 @@
-// AVX-512 (F, BW, DQ, VL; BF16 with MR1_AVX512_BF16) vectors for row_kernels.h. Included inside a namespace and a target
-// region (row_kernels.cpp).
+// AVX-512 (F, BW, DQ, VL; BF16 with MR1_AVX512_BF16) vectors for row_kernels.h. Included inside a namespace and a
+// target region (row_kernels.cpp).
 
 struct Simd {
   using Vec = __m512;

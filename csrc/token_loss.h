@@ -1,12 +1,12 @@
-// The objective of one token with its derivative, the merging of row statistics and the group-relative advantage, for host
-// and device.
+// The objective of one token with its derivative, the merging of row statistics, and the group-relative advantage, for
+// host and device.
 //
-// This is the C++ spelling of kernels/reference.py and advantages.py, which define them. The CPU and the CUDA kernels both
-// include it, and no formula of the loss may stand anywhere else in C++. It uses neither torch nor the STL, so that nvcc
-// and any host compiler take it.
+// This is the C++ spelling of kernels/reference.py and advantages.py, which define them. The CPU and the CUDA kernels
+// both include it, and no formula of the loss may stand anywhere else in C++. It uses neither torch nor the STL, so
+// that nvcc and any host compiler take it.
 //
-// F is float or, on a host, Floats (floats.h): four tokens at once. Conditions on F are therefore combined by &, not &&,
-// and turned into values by ?:, both sides of which are computed.
+// F is float or, on a host, Floats (floats.h): four tokens at once. Conditions on F are therefore combined by & instead
+// of &&, and turned into values by ?:, both sides of which are computed.
 #pragma once
 
 #include <math.h>
@@ -24,17 +24,17 @@
 
 namespace mr1fast {
 
-// reference.EXP_LIMIT: the exponential of a log-ratio or of ref_logp - logp stays at e^80 beyond it. float32's overflows at
-// e^88.7, and inf times a zero would be NaN. The derivative keeps the saturated value, so that it stays finite and still
-// points back.
+// reference.EXP_LIMIT: beyond it the exponential of a log-ratio, or of ref_logp - logp, stays at e^80. float32's
+// overflows at e^88.7, and inf times a zero would be NaN. The derivative keeps the saturated value: it is finite and
+// still points back.
 constexpr float kExpLimit = 80.0f;
 
 constexpr double kAdvantageEps = 1e-4;  // advantages.EPS
 
 enum class Policy : int32_t { kClip, kCispo, kSapo };  // in the order of reference.POLICIES
 
-// What a token's objective is told besides its tensors, under the names of reference.SWITCHES and reference.NUMBERS and in
-// their order (tests/test_settings.py compares them). Both arrive as lists: 4 bytes a member.
+// What a token's objective is told besides its tensors, under the names of reference.SWITCHES and reference.NUMBERS and
+// in their order (tests/test_settings.py compares them). Both arrive as lists: every member has 4 bytes.
 struct Switches {
   Policy policy;
   int32_t use_bias_correction_kl;
@@ -67,8 +67,9 @@ struct TokenLoss {
 
 MR1_HD float exp_of(float x) { return expf(x); }
 
-// exp(x) - 1 to full relative precision: where |x| < 0.35, exp(x) is near 1 and the subtraction would cancel its digits, so
-// that the Taylor series is summed instead, whose first omitted term is below 0.35^7 / 8! = 2e-8 of the result.
+// exp(x) - 1 to full relative precision. Where |x| < 0.35 exp(x) is near 1, and the subtraction would cancel its
+// digits: there the Taylor series is summed, of which the first omitted term is below 0.35^7 / 8! = 2e-8 of the
+// result.
 template <typename F>
 MR1_HD F exp_minus_1(F x) {
   F p = F{} + 1.0f / 5040.0f;
@@ -100,8 +101,8 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
     const F free_term = bounded * a, clip_term = clipped * a;
     const F free_slope = ratio > delta ? zero : a;
     const F clip_slope = ((ratio < lo) | (ratio > hi)) ? zero : a;
-    // min(free, clipped) has the slope of the smaller one. Where they are equal it has that of neither; torch.min, and so
-    // the reference, takes the mean.
+    // min(free, clipped) has the slope of the smaller one. Where they are equal it has none; torch.min, and with it the
+    // reference, takes the mean of the two.
     const F mean = 0.5f * (free_slope + clip_slope);
     term = -(free_term < clip_term ? free_term : clip_term);
     slope = -(free_term < clip_term ? free_slope : (clip_term < free_term ? clip_slope : mean)) * ratio;
@@ -140,8 +141,8 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
   return out;
 }
 
-// The statistics of softmax over a part of a row, from which its log-sum-exp and its entropy follow: the maximum of z, the
-// sum of exp(z - max) and the sum of exp(z - max) * (z - max). An empty part is {-inf, 0, 0}.
+// The statistics of softmax over a part of a row, from which its log-sum-exp and its entropy follow: the maximum of z,
+// the sum of exp(z - max), and the sum of exp(z - max) * (z - max). An empty part is {-inf, 0, 0}.
 //   lse = max + log(sum)        entropy = lse - sum(p z) = log(sum) - weighted / sum
 template <typename Real>
 struct RowStats {
@@ -162,7 +163,8 @@ MR1_HD RowStats<Real> merge(const RowStats<Real>& a, const RowStats<Real>& b) {
 
 // d(loss)/d(logits) of a row. With c = d(loss)/d(logp) and e = -d(loss)/d(entropy), both over the temperature,
 //   d(loss)/d(z_j) = c (1[j = id] - p_j) + e p_j (log p_j + entropy)
-// which is p_j * (base + slope * log p_j) with base = e * entropy - c and slope = e; the sampled token gets `hit` = c added.
+// which is p_j * (base + slope * log p_j) with base = e * entropy - c and slope = e; to the sampled token `hit` = c is
+// added.
 template <typename F>
 struct RowGradient {
   F base, slope, hit;
@@ -176,8 +178,8 @@ MR1_HD RowGradient<F> row_gradient(F coef, F entropy_coef, F entropy, float inv_
   return {(bonus - coef) * inv_temperature, entropy_coef * inv_temperature, coef * inv_temperature};
 }
 
-// The whole gradient at the sampled token. Without an entropy bonus it is c (1 - p), where 1 - p has no digits left if p is
-// nearly 1: hence -c * (exp(logp) - 1), by exp_minus_1.
+// The whole gradient at the sampled token. Without an entropy bonus it is c (1 - p), and 1 - p has no digits left where
+// p is nearly 1: hence -c * (exp(logp) - 1), by exp_minus_1.
 template <typename F>
 MR1_HD F sampled_gradient(const RowGradient<F>& g, F logp) {
   const F rest = g.base + g.hit;  // exactly 0 without an entropy bonus
@@ -186,9 +188,9 @@ MR1_HD F sampled_gradient(const RowGradient<F>& g, F logp) {
 
 enum class RewardScale : int32_t { kGroup, kBatch, kNone };  // in the order of advantages.SCALE_REWARDS
 
-// Of the rewards that are not NaN (a NaN reward is an absent one): one of them, the mean of their differences from it, and
-// their unbiased standard deviation. Equal rewards differ by exactly 0, while their sum over their number need not be any
-// of them.
+// Of the rewards that are not NaN (a NaN reward is an absent one): one of them, the mean of their differences from it,
+// and their unbiased standard deviation. Equal rewards differ by exactly 0, and so does their mean from each of them;
+// their sum divided by their number need not equal them.
 struct Moments {
   double first, mean_beyond_first, std;
 };

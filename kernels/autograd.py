@@ -1,10 +1,11 @@
 """The autograd Functions over the backends, and the registered ops beneath them.
 
-Two ways through the same loss head:
+There are two ways through the loss head:
 
 - one pass (token-level objective, scalar loss): forward writes the finished gradient, backward hands it on;
 - two passes (everything else): `token_logprobs` has an autograd rule, and the objective is ordinary torch on [B, L].
-  float16 logits take it too: a small gradient survives in float16 only if the loss scale is in it before it is rounded.
+  float16 logits take this way, too: a small gradient survives in float16 only if the loss scale is in it before it is
+  rounded.
 
 The ops they call are in ops.py.
 """
@@ -99,9 +100,9 @@ def token_logprobs(
 
 
 def _direct(logits: Tensor) -> bool:
-    """Whether nothing watches the registered ops: then what they call is called at once.
+    """Whether nobody watches the registered ops; what they call is then called directly.
 
-    With some twenty arguments the dispatcher's Python takes 0.2 ms, as long as the kernel takes for a million logits.
+    With some twenty arguments, torch's Python around an op takes 0.2 ms, as long as the kernel for a million logits.
     """
     return (
         not torch.compiler.is_compiling()

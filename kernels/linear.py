@@ -1,15 +1,16 @@
-"""The loss head from hidden states: blocks of rows through one reused buffer, never an [N, V] tensor.
+"""The loss head from hidden states: blocks of rows go through one reused buffer; there is never an [N, V] tensor.
 
-N rows are the B * L tokens without those that are masked, H is the hidden width, V the vocabulary. Two ways, as in
-autograd.py:
+The N rows are the B * L tokens without those that are masked, H is the hidden width, V the vocabulary. There are two
+ways, as in autograd.py:
 
 - one pass, three GEMMs: logits = hidden @ weight.T into the buffer, the backend's kernel in place over it, then
-  dhidden = dlogits @ weight and dweight += dlogits.T @ hidden. What a row's gradient needs is known once its
+  dhidden = dlogits @ weight and dweight += dlogits.T @ hidden. All that a row's gradient needs is known once its
   log-sum-exp is, so nothing is recomputed. Rows whose coefficient is exactly 0 stay out of the last two GEMMs.
-- two passes, four GEMMs: scores without anything kept but [B, L] tensors; backward recomputes the logits, of rows with
-  a gradient only.
+- two passes, four GEMMs: the first pass keeps nothing but [B, L] tensors; backward computes the logits again, for rows
+  with a gradient only.
 
-These functions know nothing of autograd (linear_op.py does); on a GPU each block waits for counts of its rows.
+These functions know nothing of autograd (linear_op.py does). On a GPU the CPU waits once a block, for the number of
+rows in it that have a gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Found = tuple[Tensor | None, Tensor | None, Tensor | None]  # their gradients, N
 
 # The logits buffer, in bytes. 1.2 GiB holds 4096 rows of Qwen2-VL's 151,936 logits in bfloat16.
 CHUNK_BYTES = {"cpu": 160 * 2**20, "gpu": 1_288_490_188}
-# Below this many rows a GEMM reads and writes the [V, H] operand more than it multiplies.
+# With fewer rows a GEMM spends more time on reading and writing its [V, H] operand than on multiplying.
 MIN_ROWS = {"cpu": 64, "gpu": 512}
 ALIGN_ROWS = 16
 _GROUP = 32  # rows moved at a time
@@ -192,7 +193,7 @@ def grpo(
     per_token_loss, logps, entropies, kl, is_low, is_high = per_token
     loss = reference.aggregate(per_token_loss, entropies, batch)
     outputs = (loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high)
-    z = buffer = None  # type: ignore[assignment]  # the sum's conversion to 16 bits has the memory
+    z = buffer = None  # type: ignore[assignment]  # frees memory for the conversion of the weight's gradient
     return outputs, gradients.result(hidden, weight, bias)
 
 

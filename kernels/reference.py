@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -52,24 +53,26 @@ class LossSpec:
 
     @property
     def policy(self) -> int:
-        """The code of the policy term, under which the other two spellings know it."""
-        return POLICIES.index(_LOSS_TYPES[self.loss_type].policy)
+        """The code under which the other two spellings know the policy term."""
+        return _POLICY_CODES[self.loss_type]
 
     @property
     def switches(self) -> tuple[int, ...]:
         """The values of SWITCHES."""
-        return tuple(int(getattr(self, name)) for name in SWITCHES)
+        return tuple(map(int, _switches_of(self)))
 
     @property
     def numbers(self) -> tuple[float, ...]:
         """The values of NUMBERS."""
-        return tuple(getattr(self, name) for name in NUMBERS)
+        numbers: tuple[float, ...] = _numbers_of(self)
+        return numbers
 
 
 # What the other two spellings are told about a token's objective besides its tensors: what decides which code runs, and
 # the numbers in it. Both are passed as lists in this order; csrc/token_loss.h's TokenSpec has the same names in it.
 SWITCHES = ("policy", *(field.name for field in fields(LossSpec) if field.type == "bool"))
 NUMBERS = tuple(field.name for field in fields(LossSpec) if field.type == "float" and field.name != "temperature")
+_switches_of, _numbers_of = attrgetter(*SWITCHES), attrgetter(*NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ _LOSS_TYPES = {
     "sapo": LossType(_sapo, normalisers.completion_tokens),
 }
 LOSS_TYPES = tuple(_LOSS_TYPES)
+_POLICY_CODES = {name: POLICIES.index(loss_type.policy) for name, loss_type in _LOSS_TYPES.items()}
 
 
 def token_weight(

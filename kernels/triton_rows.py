@@ -1,10 +1,15 @@
 """What the Triton kernels of the loss head share: the walk over one row of logits, and the geometry of a launch.
 
-A program owns one row. It visits the row in tiles [C, T, W]: W neighbouring columns are one 16-byte load, T threads
-stand side by side, C such loads belong to one thread. Hence maxima and sums over C and W stay inside a thread, the
+A program owns one row and visits it in tiles [C, T, W]: W neighbouring columns are one 16-byte load, T threads stand
+side by side, and C such loads belong to one thread. Maxima and sums over C and W therefore stay inside a thread, the
 running statistics are vectors [T], and warps wait for each other once a row, not once a tile.
 
-Exponentials are taken to base 2 with 1/temperature folded into `scale`: exp(x / temperature) = exp2(x * scale).
+Exponentials are taken to base 2, with 1 / temperature folded into `scale`: exp(x / temperature) = exp2(x * scale).
+
+Over a row three statistics are kept, from which all else follows. With d_j = (x_j - top) * scale:
+
+    top = max x_j        total = sum 2^d_j        weighted = sum 2^d_j d_j
+    log2 p_j = d_j - log2(total)        entropy = -sum p_j ln p_j = ln 2 (log2(total) - weighted / total)
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from mr1fast.kernels.triton_table import TABLE
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
-# exp2 of it is exactly 0, while 0 * FLOOR is 0 and not NaN: what a banned token (logit -inf) contributes.
+# In place of the exponent -inf of a banned token (logit -inf): exp2 of it is exactly 0, too, but 0 * FLOOR is no NaN.
 FLOOR = tl.constexpr(-256.0)
 
 # ---- device ---------------------------------------------------------------------------------------------------------
@@ -44,13 +49,17 @@ def tile_columns(C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def exponent(x, base, scale):
-    """log2 of exp((x - base) / temperature), from below never less than FLOOR; a NaN stays one."""
+    """log2 of exp((x - base) / temperature), but at least FLOOR; a NaN stays one."""
     return tl.maximum((x - base) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _fold(top, total, weighted, x, scale):
-    """Take the tile x [C, T, W] into the running statistics [T]; one exp2 an element, one more a thread and tile."""
+    """Take the tile x [C, T, W] into the running statistics [T]: one exp2 an element, and one a thread and tile.
+
+    A new maximum shifts every exponent so far by the same amount: 2^(d + shift) (d + shift) sums up to
+    2^shift (weighted + total * shift).
+    """
     new_top = tl.maximum(top, tl.max(tl.max(x, 2), 0))
     base = tl.where(new_top == NEG_INF, 0.0, new_top)  # nothing but banned tokens so far: avoid inf - inf
     d = exponent(x, base[None, :, None], scale)
@@ -68,7 +77,7 @@ def row_statistics(
 ):
     """(base, log2_sum, entropy) of one row of V logits, in one visit.
 
-    base is the row's maximum, log2_sum = log2(sum exp2((x - base) * scale)), entropy in nats.
+    base is the row's maximum, log2_sum = log2(sum exp2((x - base) * scale)); the entropy is in nats.
     """
     top = tl.full([T], NEG_INF, tl.float32)
     total = tl.zeros([T], tl.float32)
@@ -91,9 +100,10 @@ def row_statistics(
 
 @triton.jit
 def _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy):
-    """dloss/dx of a logit that is not the completion's own; `on_logp` more for the one that is.
+    """dloss/dx of a logit other than the sampled token's, whose is `on_logp` more.
 
-    on_logp and on_entropy are dloss/dlogp and minus dloss/dentropy, both over temperature; on_entropy may be None.
+    With on_logp = dloss/dlogp and on_entropy = -dloss/dentropy, both over the temperature, it is
+    on_logp (1[j = id] - p_j) + on_entropy p_j (ln p_j + entropy). on_entropy may be None.
     """
     log2_p = exponent(x, base, scale) - log2_sum
     p = tl.exp2(log2_p)
@@ -122,9 +132,10 @@ def write_gradient(
     W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of one row; grad_ptr may equal row_ptr. x_id [] is the logit of the id, read by every thread before.
+    """The gradient of one row; grad_ptr may be row_ptr. x_id [] is the id's logit, which every thread has read before.
 
-    Backwards, so that what pass 1 read last is still in L2; evict_first on both sides, for nobody needs it again.
+    Backwards, so that it begins with what the first visit has left in L2; evict_first on both sides, because nobody
+    needs it again.
     """
     columns = tile_columns(C, T, W)
     TILES: tl.constexpr = V // (C * T * W)
@@ -138,7 +149,7 @@ def write_gradient(
         x = tl.load(row_ptr + at, eviction_policy="evict_first").to(tl.float32)
         gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy)
         tl.store(grad_ptr + at, gradient.to(grad_ptr.dtype.element_ty), eviction_policy="evict_first")
-    # One element differs. Mending it afterwards costs a barrier a row; comparing columns would cost every element.
+    # The sampled token's is written again. That costs a barrier a row; to compare columns would cost every element.
     tl.debug_barrier()
     gradient = _logit_gradient(x_id, base, log2_sum, entropy, scale, on_logp, on_entropy) + on_logp
     tl.store(grad_ptr + id, gradient.to(grad_ptr.dtype.element_ty))
@@ -159,7 +170,7 @@ def write_zeros(grad_ptr, V: tl.constexpr, C: tl.constexpr, T: tl.constexpr, W: 
 def tile_settings(op: str, V: int, itemsize: int, aligned: bool) -> dict[str, int | bool]:
     """What a launch of `op` ("score", "score_backward", "loss") on rows of V elements fixes at compile time.
 
-    From `triton_table.TABLE`; `aligned` says that every row starts on a 16-byte boundary.
+    From `triton_table.TABLE`; `aligned`: every row starts on a 16-byte boundary.
     """
     limits = [limit for name, size, limit in TABLE if (name, size) == (op, itemsize)]
     block, warps, stages = TABLE[op, itemsize, min(limit for limit in limits if limit >= V or limit == max(limits))]

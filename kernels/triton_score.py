@@ -111,7 +111,7 @@ def score_bwd_kernel(
     tl.device_assert((id >= 0) & (id < V), "completion_ids out of range at an unmasked position")
     x_id = tl.load(logits_ptr + id).to(tl.float32)
     on_logp = tl.where(x_id == NEG_INF, 0.0, on_logp)  # a banned id has no gradient
-    base = tl.load(lse_ptr + at) * temperature
+    base = tl.load(lse_ptr + at) * temperature  # relative to the log-sum-exp, exponents are log2 p: log2_sum is 0
     entropy = tl.load(entropy_ptr + at)
     tl.debug_barrier()  # in place: every thread has read x_id before the first one writes
     write_gradient(

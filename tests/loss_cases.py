@@ -5,8 +5,11 @@ from oracle import oracle
 
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda
+from mr1fast.kernels.reference import LOSS_TYPES, LossSpec
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of
 
+# One loss type for each policy term, which is all that a kernel knows of it: the others differ in a normaliser.
+DISTINCT = tuple({LossSpec(loss_type=name).policy: name for name in reversed(LOSS_TYPES)}.values())[::-1]
 PER_TOKEN = ("per_token_logps", "entropies", "kl")
 FLAGS = ("is_low_clipped", "is_high_clipped")
 

@@ -13,6 +13,7 @@ from mr1fast.kernels.self_test import random_batch
 NVCC = cuda_build.find_nvcc()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc (a GPU is not needed)")
 def test_the_kernels_compile_for_every_architecture_without_spills():
     done = subprocess.run(

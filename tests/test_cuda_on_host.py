@@ -4,6 +4,7 @@ What this cannot show is speed, and what only the hardware decides (memory order
 """
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import OPTIONS, check, cuda_path, run
+from loss_cases import DISTINCT, OPTIONS, check, cuda_path, run
 
 from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
 from mr1fast.kernels import cuda, dispatch, reference
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulation u
 
 HERE = Path(__file__).parent
 CLUSTERS, NO_CLUSTERS = 1, 0
-LOSS_TYPES = ("grpo", "cispo", "sapo")  # the three policy terms; the others differ in a normaliser outside
 BLOCK = 1 << 20  # bytes of shared memory that a block may have
 # A multiprocessor that takes three blocks of 1.5 KB: rows of 130 to 1000 elements are split among 1 to 8 blocks.
 SMALL = 4608
@@ -39,7 +39,17 @@ def compiled(source, output):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return compiled(HERE / "cuda_on_host.cpp", tmp_path_factory.mktemp("cuda") / "cuda_on_host.so")
+    """Compiled once: pytest-xdist's workers share the folder above their own."""
+    import fcntl
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    built = folder / "cuda_on_host.so"
+    with open(folder / "cuda_on_host.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            compiled(HERE / "cuda_on_host.cpp", built)
+    return cuda.open_library(str(built))
 
 
 @pytest.fixture
@@ -81,7 +91,7 @@ def test_paths_on_a_h100(on_host):
 
 
 @pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", DISTINCT)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_float32(option, loss_type, clusters, on_host, poisoned_memory):
     on_host(clusters, seed=len(option))
@@ -194,6 +204,7 @@ def test_token_logprobs_and_huge_logits(temperature, on_host):
         torch.testing.assert_close(actual, exact, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.slow  # compiles the kernels once more
 @pytest.mark.parametrize(
     "where", ["// all parts are here", "const Plan plan = shared.plan;\n  if (plan.zero) {\n    for"]
 )

@@ -8,7 +8,7 @@ from itertools import product
 import linear_cases
 import pytest
 import torch
-from loss_cases import OPTIONS, check, cuda_path
+from loss_cases import DISTINCT, OPTIONS, check, cuda_path
 
 from mr1fast import grpo_loss
 from mr1fast.kernels.self_test import available_backends, model_output, random_batch
@@ -35,7 +35,7 @@ def test_qwen2_vls_logits_take_a_cluster():
 # Each set of flags is a compilation to Triton: there, most options run with one loss type.
 COMBINATIONS = [
     (option, loss_type, backend)
-    for option, loss_type, backend in product(OPTIONS, ("grpo", "cispo", "sapo"), KERNELS)
+    for option, loss_type, backend in product(OPTIONS, DISTINCT, KERNELS)
     if backend == "cuda" or loss_type == "grpo" or option == "bias_correction"
 ]
 

@@ -57,6 +57,7 @@ def test_float32_weight_of_bfloat16_gemms(master_weights, level, backend):
     assert not torch.equal(head[1].grad, head[1].grad.bfloat16().float())
 
 
+@pytest.mark.slow  # two more processes import torch
 def test_sharded_weight(tmp_path):
     """A DTensor on two ranks with different tokens: each rank's shard of the average of the ranks' gradients."""
     torch.multiprocessing.spawn(_sharded_rank, (str(tmp_path / "store"),), nprocs=2)
@@ -97,7 +98,7 @@ def test_checkpoint(use_reentrant):
     torch.testing.assert_close((head[0].grad, head[1].grad), wanted)
 
 
-@pytest.mark.parametrize("backend", [EVERY[0], EVERY[-1]])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), *EVERY[1:]])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_compile_fullgraph(level, backend):
     head, batch = case()

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from loss_cases import FLAGS, OPTIONS, PER_TOKEN, check, on, run, without_logits
+from loss_cases import DISTINCT, FLAGS, OPTIONS, PER_TOKEN, check, on, run, without_logits
 from oracle import oracle
 
 from mr1fast import grpo_loss, token_logprobs
@@ -12,21 +12,15 @@ from mr1fast.kernels.reference import LOSS_TYPES
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, every_backend, random_batch
 
 BACKENDS = every_backend()
-# Triton's interpreter truncates float32 to bfloat16 instead of rounding.
-IN_16_BITS = [
-    (dtype, backend)
-    for dtype, backend in product((torch.bfloat16, torch.float16), BACKENDS)
-    if (dtype, backend, device_of(backend)) != (torch.bfloat16, "triton", "cpu")
-]
 
 
 def combinations(options, in_full=()):
     """All (option, loss_type, level, backend), but for what would run the same Triton code under another name.
 
-    Its kernel knows three policy terms; the other loss types differ in a normaliser, and at sequence level in nothing
-    but ordinary torch after its scoring kernel. The interpreter is slow, so those run with the options `in_full` only.
+    At sequence level, all of a loss type is ordinary torch after Triton's scoring kernel. The interpreter is slow: what
+    is not DISTINCT at token level runs with the options `in_full` only.
     """
-    distinct = [("grpo", "token"), ("cispo", "token"), ("sapo", "token"), ("grpo", "sequence")]
+    distinct = [*((loss_type, "token") for loss_type in DISTINCT), ("grpo", "sequence")]
     return [
         (option, loss_type, level, backend)
         for option, loss_type, level, backend in product(options, LOSS_TYPES, ("token", "sequence"), BACKENDS)
@@ -34,9 +28,7 @@ def combinations(options, in_full=()):
     ]
 
 
-@pytest.mark.parametrize(
-    ("option", "loss_type", "level", "backend"), combinations(OPTIONS, in_full=("old_and_ref", "num_items"))
-)
+@pytest.mark.parametrize(("option", "loss_type", "level", "backend"), combinations(OPTIONS, in_full=("num_items",)))
 def test_float32(option, loss_type, level, backend, poisoned_memory):
     batch = random_batch(6, 3, 37, seed=len(option))
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 7}
@@ -45,10 +37,16 @@ def test_float32(option, loss_type, level, backend, poisoned_memory):
     check(batch, backend, **(settings | OPTIONS[option](batch)))
 
 
-@pytest.mark.parametrize(("dtype", "backend"), IN_16_BITS)
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_16_bits(loss_type, level, dtype, backend, poisoned_memory):
+# Triton's interpreter truncates float32 to bfloat16 instead of rounding.
+IN_16_BITS = [
+    names
+    for names in combinations((torch.bfloat16, torch.float16))
+    if (names[0], names[-1], device_of(names[-1])) != (torch.bfloat16, "triton", "cpu")
+]
+
+
+@pytest.mark.parametrize(("dtype", "loss_type", "level", "backend"), IN_16_BITS)
+def test_16_bits(dtype, loss_type, level, backend, poisoned_memory):
     batch = random_batch(4, 6, 130, dtype=dtype, seed=3)
     check(batch, backend, loss_type=loss_type, importance_sampling_level=level, max_completion_length=7, beta=0.1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
+pytestmark = pytest.mark.slow  # every test is a process of its own, most of them compile
 
 ROOT = Path(__file__).parents[1]
 

@@ -109,7 +109,7 @@ class LossOptions(TypedDict, total=False):
     ]
     loss_type: Annotated[
         str,
-        Option("grpo", _one_of(*LOSS_TYPES), '"grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo" or "sapo".'),
+        Option("grpo", _one_of(*LOSS_TYPES), f"one of {', '.join(LOSS_TYPES)}; see `kernels/reference.py`."),
     ]
     importance_sampling_level: Annotated[
         str,
