@@ -116,6 +116,8 @@ def test_the_ratio_is_one_at_the_first_iteration_only(processor):
     assert trainer.sampled.batch.old_per_token_logps is not None
     second = trainer.step()
     assert first["clip_ratio/region_mean"] == 0
+    assert 0 <= first["sampling/sampling_logp_difference/mean"] <= first["sampling/sampling_logp_difference/max"] < 1e-4
+    assert "sampling/sampling_logp_difference/max" not in second, "the policy is no longer the one that sampled"
     assert second["clip_ratio/region_mean"] > 0
     assert second["rewards/accuracy_reward/mean"] == first["rewards/accuracy_reward/mean"]
 

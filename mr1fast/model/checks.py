@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ VISION_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-# What is in a folder whose weights have other names than the model's: a part of such a name, and what it tells.
+# Parts of the names of weights that change what other weights mean, so that it would be wrong to leave them out.
 FOREIGN_WEIGHTS = {
-    "lora_": "they are those of an adapter that is not merged into its base",
-    "qweight": "they are quantised",
-    "absmax": "they are quantised",
+    "lora_": "an adapter that is not merged into its base; merge it (PEFT's merge_and_unload) and save that",
+    **dict.fromkeys(
+        ("qweight", "absmax", "quant_", ".SCB", "weight_scale"),
+        "quantised weights, which cannot be trained here; give the model that they were made from",
+    ),
 }
 
 
@@ -63,27 +65,28 @@ def check_weights(path: str | Path, model: nn.Module, found: dict[str, Any]) -> 
     `found`: what transformers says of the loading. Weights that the model has no place for are a warning.
     """
     missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    stranger = f"{_count(unknown, 'weight')} that Qwen2-VL does not know ({_some(unknown)})"
+    for part, meaning in FOREIGN_WEIGHTS.items():
+        if any(part in name for name in unknown):
+            raise UserError(f"model {str(path)!r} has {stranger}: it holds {meaning}")
     if missing:
-        total = len(model.state_dict())
-        what = f"model {str(path)!r} lacks {len(missing)} of its {total} weights ({_some(missing)})"
-        if unknown:
-            hint = next((why for part, why in FOREIGN_WEIGHTS.items() if any(part in name for name in unknown)), "")
-            hint = hint and f"; {hint}"
-            raise UserError(f"{what}, and has {len(unknown)} that Qwen2-VL does not know ({_some(unknown)}){hint}")
-        raise UserError(f"{what}; save all of them there")
+        what = f"model {str(path)!r} lacks {len(missing)} of its {len(model.state_dict())} weights ({_some(missing)})"
+        advice = "save it again, or give the config.json that belongs to it"
+        raise UserError(f"{what}, and has {stranger}" if unknown else f"{what}: {advice}")
     if found["mismatched_keys"]:
         name, stored, wanted = min(found["mismatched_keys"])
         what = f"{name} has the shape {list(stored)}, config.json asks for {list(wanted)}"
         raise UserError(f"model {str(path)!r} does not fit its config.json: {what}")
     if unknown:
-        what = f"{len(unknown)} weights that Qwen2-VL does not know, which are left out"
-        warnings.warn(f"model {str(path)!r} has {what} ({_some(unknown)})", stacklevel=3)
+        warnings.warn(f"model {str(path)!r} has {stranger}, left out", stacklevel=3)
 
 
 def check_finite(path: str | Path, model: nn.Module) -> None:
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken:
-        raise UserError(f"model {str(path)!r} has NaN or infinite numbers in {len(broken)} weights ({_some(broken)})")
+        raise UserError(
+            f"model {str(path)!r} has NaN or infinite numbers in {_count(broken, 'weight')} ({_some(broken)})"
+        )
 
 
 def check_fit(config: Any, processor: Any) -> None:
@@ -92,10 +95,10 @@ def check_fit(config: Any, processor: Any) -> None:
     if len(tokenizer) > vocabulary:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {vocabulary}"
         raise UserError(f"{what}: give the model's own tokenizer, or call the model's resize_token_embeddings")
-    known = tokenizer.get_added_vocab()
     for field, token in VISION_TOKENS.items():
-        if getattr(config, field) != known.get(token):
-            what = f"{field} is {getattr(config, field)} in config.json, but {token} is {known.get(token)}"
+        ours, theirs = tokenizer.convert_tokens_to_ids(token), getattr(config, field)
+        if ours != theirs:
+            what = f"{field} is {theirs} in config.json, but {token} is {ours}"
             raise UserError(f"model and tokenizer do not fit each other: {what} in the tokenizer")
     if tokenizer.pad_token in VISION_TOKENS.values():
         raise UserError(
@@ -173,6 +176,10 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise UserError(f"{str(folder)!r} holds no usable model: its {name} is not a JSON object")
     return content
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _some(things: Iterable[Any]) -> str:

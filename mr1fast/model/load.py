@@ -27,7 +27,7 @@ PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answe
 
 # What torch.compile, DDP, FSDP, activation checkpointing and PEFT put into the names of the weights they wrap.
 _WRAPPERS = {
-    r"^(?:(?:_orig_mod|module|base_model\.model)\.)+": "",
+    r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module|base_model\.model)\.)+": "",
     r"(?<![^.])(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": "",
 }
 

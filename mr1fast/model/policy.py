@@ -37,11 +37,11 @@ class Policy:
 
     def __init__(self, model: Qwen2VLForConditionalGeneration | PeftModel, processor: Qwen2VLTextImageProcessor):
         self.model, self.processor = model, processor
-        self._hf = _base_model(model)
-        self._head = _head(self._hf)
-        check_fit(self._hf.config, processor)
-        ends = _end_ids(self._hf, processor)
-        config, device = self._hf.config, self._hf.device
+        self._base = _base_model(model)
+        self._head = _head(self._base)
+        check_fit(self._base.config, processor)
+        ends = _end_ids(self._base, processor)
+        config, device = self._base.config, self._base.device
         # Images in an answer have no pixels, and padding is no answer.
         vision = {
             config.image_token_id,
@@ -55,7 +55,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self._hf.device
+        return self._base.device
 
     def freeze(self) -> Policy:
         """For good: a reference has no gradients and no dropout."""
@@ -81,10 +81,10 @@ class Policy:
 
         Raises UserError where image tokens and images do not match.
         """
-        check_image_tokens(inputs, self._hf.config)
+        check_image_tokens(inputs, self._base.config)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         mask = inputs["attention_mask"]
-        positions, deltas = self._hf.model.get_rope_index(
+        positions, deltas = self._base.model.get_rope_index(
             inputs["input_ids"],
             inputs["mm_token_type_ids"],
             image_grid_thw=inputs.get("image_grid_thw"),
@@ -124,7 +124,7 @@ class Policy:
     def encode_prefix(self, inputs: dict[str, Tensor]) -> Prefix:
         """Run prompts, of `encode` or `place`, through vision tower and language model."""
         cache = DynamicCache()
-        hidden = self._hf.model(
+        hidden = self._base.model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"].transpose(0, 1),
@@ -142,7 +142,7 @@ class Policy:
         """
         B, N = ids.shape
         offsets = torch.arange(start, start + N, device=ids.device)
-        return self._hf.model(
+        return self._base.model(
             input_ids=ids,
             attention_mask=self._attention_mask(prefix.attention_mask, start, N),
             position_ids=(prefix.next_position[:, None] + offsets).expand(3, B, N),
@@ -170,7 +170,7 @@ class Policy:
         implementations transformers builds what they need from the [B, T + start + N] one.
         """
         B, T = prompt_mask.shape
-        language_model = self._hf.model.language_model
+        language_model = self._base.model.language_model
         if language_model.config._attn_implementation != "sdpa" or language_model.has_sliding_layers:
             return torch.cat([prompt_mask, prompt_mask.new_ones(B, start + N)], 1).long()
         allowed = torch.ones(N, start + N, dtype=torch.bool, device=prompt_mask.device).tril(start).expand(B, -1, -1)
