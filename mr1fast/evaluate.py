@@ -97,6 +97,7 @@ def run(arguments: Sequence[str] | None) -> None:
     from mr1fast.evaluation.evaluate import evaluate
     from mr1fast.evaluation.report import result_text, write_report
     from mr1fast.model import load as models
+    from mr1fast.model.policy import Policy
 
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
@@ -110,7 +111,7 @@ def run(arguments: Sequence[str] | None) -> None:
         dtype=models.choose_dtype(options.dtype, device),
         attention=models.choose_attention(options.attention, device),
     )
-    processor = models.load_processor(path, max_pixels=options.max_pixels)
+    policy = Policy(model, models.load_processor(path, max_pixels=options.max_pixels))
     torch.set_num_threads(options.threads or models.choose_threads(model))
     recipe = RECIPES["vc" if models.is_small(model) else "model"]
     longest = options.max_completion_length or recipe["max_completion_length"]
@@ -119,8 +120,7 @@ def run(arguments: Sequence[str] | None) -> None:
     stopped = False
     try:
         evaluate(
-            model,
-            processor,
+            policy,
             dataset,
             max_completion_length=longest,
             sampled=options.sampled,

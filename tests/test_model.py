@@ -102,7 +102,7 @@ def test_max_pixels_bounds_the_image():
         (lambda folder: folder / "missing", "does not exist"),
         (lambda folder: folder, "holds no model"),
         (lambda folder: (folder / "config.json").write_text("{") and folder, "config.json is not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]") and folder, "model of type None"),
+        (lambda folder: (folder / "config.json").write_text("[]") and folder, "config.json is not a JSON object"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder, "'llama'"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,

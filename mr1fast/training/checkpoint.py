@@ -11,42 +11,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.errors import UserError
-from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.policy import Policy
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of
 
 STATE = "trainer_state.pt"
 
 
-def save_model(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, folder: Path) -> Path:
+def save_model(policy: Policy, folder: Path) -> Path:
     """Model and processor as a folder in Hugging Face format, which `load_model` and transformers read."""
-
-    def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-
-    return _write_whole(folder, write)
+    return _write_whole(folder, policy.save)
 
 
-def save_checkpoint(
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    state: dict[str, Any],
-    folder: Path,
-    *,
-    step: int,
-    keep: int,
-) -> Path:
+def save_checkpoint(policy: Policy, state: dict[str, Any], folder: Path, *, step: int, keep: int) -> Path:
     """`folder`/checkpoint-STEP with model, processor and `state`; then only the newest `keep` stay.
 
     Raises UserError if it cannot be written; the earlier ones are then untouched.
     """
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        policy.save(temporary)
         torch.save(state, temporary / STATE)
 
     saved = _write_whole(folder / f"checkpoint-{step:06d}", write)
@@ -55,12 +40,10 @@ def save_checkpoint(
     return saved
 
 
-def load_checkpoint(
-    checkpoint: Path, load_model: Callable[[Path], Qwen2VLForConditionalGeneration]
-) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
-    """The model and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
+def load_checkpoint(checkpoint: Path, load: Callable[[Path], Policy]) -> tuple[Policy, dict[str, Any]]:
+    """The policy and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
     try:
-        return load_model(checkpoint), load_state(checkpoint)
+        return load(checkpoint), load_state(checkpoint)
     except ValueError as error:
         earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
         if earlier:

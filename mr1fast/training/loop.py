@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
 from mr1fast.data.tasks import TASKS
@@ -24,7 +23,7 @@ from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.evaluation.summary import load_snippet, result_table
 from mr1fast.model import load as models
-from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TASK_NAMES, TrainConfig
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
 from mr1fast.training.metrics import MetricsLog
@@ -66,12 +65,12 @@ def run(opened: OpenRun, started: float) -> None:
     try:
         folder.write_result(result)
         for name in todo:
-            model, state = starting_point(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
+            policy, state = starting_point(setup, name, opened.checkpoint if opened.names_checkpoint_of(name) else None)
             result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
             folder.write_result(result)
-            train_task(setup, name, model, state)
-            save_model(model, setup.processor, folder.model(name))
-            figures = {data: test(setup, model, data, f"trained on {name}") for data in setup.tests}
+            train_task(setup, name, policy, state)
+            save_model(policy, folder.model(name))
+            figures = {data: test(setup, policy, data, f"trained on {name}") for data in setup.tests}
             result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
             result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
             result["steps"][name] = setup.config.for_task(name).max_steps
@@ -89,35 +88,33 @@ def run(opened: OpenRun, started: float) -> None:
     print(f"pictures: {folder.curves} and {folder.samples}")
 
 
-def starting_point(
-    setup: Setup, name: str, checkpoint: Path | None
-) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any] | None]:
-    """The base, or the model and the state of the task's newest (or the given) checkpoint."""
+def starting_point(setup: Setup, name: str, checkpoint: Path | None) -> tuple[Policy, dict[str, Any] | None]:
+    """The base, or the policy and the state of the task's newest (or the given) checkpoint."""
     known = checkpoints(setup.folder.task(name))
     if checkpoint is None and not known:
         return setup.load(setup.base_path), None
     return load_checkpoint(checkpoint or known[-1], setup.load)
 
 
-def train_task(setup: Setup, name: str, model: Qwen2VLForConditionalGeneration, state: dict[str, Any] | None) -> None:
-    """Train the model on one task, from the beginning or from the state of a checkpoint."""
+def train_task(setup: Setup, name: str, policy: Policy, state: dict[str, Any] | None) -> None:
+    """Train the policy on one task, from the beginning or from the state of a checkpoint."""
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     said = dataset.summary()
-    trainer = Trainer(config, model, setup.base if needs_reference(config) else None, setup.processor, dataset)
+    trainer = Trainer(config, policy, setup.base if needs_reference(config) else None, dataset)
     if state is not None:
         trainer.load_state_dict(state)
     _remove_after(folder, trainer.finished_steps)
     log = MetricsLog(setup.folder, name, first_step=0 if state is None else trainer.finished_steps + 1)
     if validation is not None and state is None:
-        log.log(0, setup.validate(model, validation, name))
+        log.log(0, setup.validate(policy, validation, name))
     bar = tqdm(total=config.max_steps, initial=trainer.finished_steps, desc=f"{config.method} on {name}", unit="step")
     with finishing_steps() as stop, bar:
         while trainer.finished_steps < config.max_steps:
             metrics = trainer.step()
             step, last = trainer.finished_steps, trainer.finished_steps == config.max_steps
             if validation is not None and (step % config.eval_steps == 0 or last):
-                metrics |= setup.validate(model, validation, name)
+                metrics |= setup.validate(policy, validation, name)
             log.log(step, metrics)
             bar.set_postfix_str(postfix(metrics), refresh=False)
             bar.update()
@@ -127,7 +124,7 @@ def train_task(setup: Setup, name: str, model: Qwen2VLForConditionalGeneration, 
                     raise TrainingError(_gave_up(trainer.skipped_sample["reason"], folder))
             if step % config.save_steps == 0 or last or stop.signal_number is not None:
                 state = trainer.state_dict()
-                save_checkpoint(model, setup.processor, state, folder, step=step, keep=config.save_total_limit)
+                save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
                 log.close()
                 draw_pictures(setup)
@@ -148,9 +145,9 @@ def postfix(metrics: dict[str, float]) -> str:
     return ", ".join(f"{title} {value:.3g}" for title, value in shown.items())
 
 
-def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: str) -> dict[str, float]:
+def test(setup: Setup, policy: Policy, data: str, what: str) -> dict[str, float]:
     """The figures of result.json, on the test split."""
-    return setup.evaluate(model, setup.tests[data], data, progress=f"test on {data}, {what}")
+    return setup.evaluate(policy, setup.tests[data], data, progress=f"test on {data}, {what}")
 
 
 def draw_pictures(setup: Setup) -> None:
@@ -164,8 +161,8 @@ def draw_pictures(setup: Setup) -> None:
         if trained:
             examples = [setup.tests[name][index] for index in range(min(PICTURED, len(setup.tests[name])))]
             longest = setup.config.for_task(name).max_completion_length
-            model = setup.load(trained[-1])
-            shown += before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
+            after = setup.load(trained[-1])
+            shown += before_and_after(setup.base, after, examples, max_completion_length=longest)
             titles.append(TASKS[name].title if name in TASKS else name)
     title = f"{' and '.join(titles)}, trained with {setup.config.method}"
     try:
@@ -185,25 +182,17 @@ class Setup:
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
-    base: Qwen2VLForConditionalGeneration  # frozen: what training starts from, and its reference
-    processor: Qwen2VLTextImageProcessor
-    load: Any  # path -> a model for this device
+    base: Policy  # frozen: what training starts from, and its reference
+    load: Callable[[str | Path], Policy]  # for this device
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
     tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
 
-    def evaluate(
-        self,
-        model: Qwen2VLForConditionalGeneration,
-        dataset: ImageTextDataset,
-        name: str,
-        progress: str | None = None,
-    ):
+    def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None):
         config = self.config.for_task(name)
         result = evaluate(
-            model,
-            self.processor,
+            policy,
             dataset,
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -212,16 +201,15 @@ class Setup:
         )
         return result.figures()
 
-    def validate(
-        self, model: Qwen2VLForConditionalGeneration, dataset: ImageTextDataset, name: str
-    ) -> dict[str, float]:
+    def validate(self, policy: Policy, dataset: ImageTextDataset, name: str) -> dict[str, float]:
         """The same under the names of metrics.jsonl."""
-        return {f"eval/{name}/{key}": value for key, value in self.evaluate(model, dataset, name).items()}
+        return {f"eval/{name}/{key}": value for key, value in self.evaluate(policy, dataset, name).items()}
 
     def description(self) -> str:
-        parameters = sum(p.numel() for p in self.base.parameters())
+        model = self.base.model
+        parameters = sum(p.numel() for p in model.parameters())
         what = f"{self.config.method} on {', then '.join(self.names)}"
-        threads, dtype = torch.get_num_threads(), str(self.base.dtype).removeprefix("torch.")
+        threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}", f"files go to {self.folder.path}"]
         if self.config.data is not None:
@@ -239,15 +227,16 @@ def prepare(opened: OpenRun) -> Setup:
     config = opened.config
     transformers.utils.logging.disable_progress_bar()
     device = models.choose_device(config.device)
-    load = partial(
+    load_model = partial(
         models.load_model,
         device=device,
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
     )
     base_path = models.EMBEDDED if config.model is None else config.model
-    base = load(base_path).eval().requires_grad_(False)
-    torch.set_num_threads(config.threads or models.choose_threads(base))
+    model = load_model(base_path)
+    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    torch.set_num_threads(config.threads or models.choose_threads(model))
     sources = [config.data] if config.data is not None else TASK_NAMES
     tests = [load_split(source, "test", count=config.eval_samples) for source in sources]
     names = list(config.tasks) or [tests[0].name]
@@ -259,9 +248,8 @@ def prepare(opened: OpenRun) -> Setup:
         config=config,
         folder=opened.folder,
         base_path=base_path,
-        base=base,
-        processor=models.load_processor(base_path, max_pixels=config.max_pixels),
-        load=load,
+        base=Policy(model, processor).freeze(),
+        load=lambda path: Policy(load_model(path), processor),
         names=names,
         train=splits("train", _train_rows),
         validation=splits("validation", lambda task: task.eval_validation_samples) if config.eval_steps else {},
