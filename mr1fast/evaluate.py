@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
 from mr1fast.options.config import RECIPES, TASK_NAMES, choice
-from mr1fast.options.program import Parser, at_least, exit_code
+from mr1fast.options.program import Parser, at_least, exit_code, prog
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ DEFAULT_SAMPLES = 400  # problems, of a task that has no end
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="python -m mr1fast.evaluate",
+        prog=prog("evaluate"),
         description="How many questions about images a Qwen2-VL answers right. Prints a table, and writes "
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,

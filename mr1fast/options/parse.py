@@ -16,7 +16,7 @@ from typing import Any
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig, check_value, flag
-from mr1fast.options.program import Parser
+from mr1fast.options.program import Parser, prog
 
 FIELDS = {option_field.name: option_field for option_field in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
@@ -44,7 +44,7 @@ def convert(name: str, value: Any, source: str) -> Any:
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="python -m mr1fast.train",
+        prog=prog("train"),
         description="Train a Qwen2-VL with GRPO-D on images with questions whose answers can be verified.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
