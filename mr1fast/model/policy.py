@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,17 @@ from mr1fast.model.load import encode_prompts, end_of_turn
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 
 class Policy:
-    """A Qwen2-VL, or a PEFT model on one whose adapters are layers within it (LoRA and its kin), with its processor.
+    """A Qwen2-VL with its processor.
 
-    Raises UserError where the two do not fit each other.
+    model: a Qwen2VLForConditionalGeneration, or a PeftModel on one whose adapters are layers within it (LoRA and its
+    kin). Raises UserError where model and processor do not fit each other.
     """
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration | PeftModel, processor: Qwen2VLTextImageProcessor):
-        self.model, self.processor = model, processor
+    def __init__(self, model: nn.Module, processor: Qwen2VLTextImageProcessor):
+        self.model: Any = model
+        self.processor = processor
         self._base = _base_model(model)
         self._head = _head(self._base)
         check_fit(self._base.config, processor)
@@ -67,7 +66,7 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Model and processor in Hugging Face format, which `load_model` and transformers read."""
-        self.model.save_pretrained(str(folder))
+        self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
     # ---- text and tokens --------------------------------------------------------------------------------------------
@@ -177,13 +176,13 @@ class Policy:
         return {"full_attention": torch.cat([prompt_mask[:, None].expand(B, N, T), allowed], 2)[:, None]}
 
 
-def _base_model(model: Qwen2VLForConditionalGeneration | PeftModel) -> Qwen2VLForConditionalGeneration:
-    """The model itself, in whose layers PEFT has put those of an adapter, if there is one."""
+def _base_model(model: Any) -> Qwen2VLForConditionalGeneration:
+    """The model itself, into whose layers PEFT has put those of an adapter, if there is one."""
     if isinstance(model, Qwen2VLForConditionalGeneration):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise UserError(f"adapters of type {model.active_peft_config.peft_type.value} cannot be trained here; use LoRA")
-    return cast(Qwen2VLForConditionalGeneration, model.get_base_model())
+    return model.get_base_model()
 
 
 def _head(model: Qwen2VLForConditionalGeneration) -> nn.Linear:
