@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
 from mr1fast.data.example import Example
+from mr1fast.errors import UserError
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.options import recipes
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 
@@ -53,14 +55,14 @@ def choose_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def choose_threads(model: nn.Module) -> int:
+def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
     """CPU threads for a model of this size: in a small one a second thread costs more than it brings."""
     return 1 if is_small(model) else os.cpu_count() or 1
 
 
-def is_small(model: nn.Module) -> bool:
+def is_small(model: Qwen2VLForConditionalGeneration) -> bool:
     """The embedded model, one trained from it, or one of its size."""
-    return sum(p.numel() for p in model.parameters()) < 10_000_000
+    return recipes.is_small(model.config.to_dict())
 
 
 def load_model(
@@ -147,3 +149,25 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
     texts = [prompt_text(processor, example.problem, example.image is not None) for example in examples]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return {name: inputs[name] for name in inputs}
+
+
+def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
+    """Tokens of the prompt that `encode_prompts` makes of this example, without a look at the image's pixels."""
+    text = prompt_text(processor, example.problem, example.image is not None)
+    tokens = len(processor.tokenizer(text)["input_ids"])
+    if example.image is None:
+        return tokens
+    images, (width, height) = processor.image_processor, example.image.size
+    return tokens - 1 + images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
+
+
+def longest_prompt(model: Qwen2VLForConditionalGeneration, max_completion_length: int) -> int:
+    """Tokens that a prompt may have, so that it and its completion fit into what the model takes.
+
+    Raises UserError where the completion alone does not fit.
+    """
+    limit = model.config.get_text_config().max_position_embeddings
+    if max_completion_length >= limit:
+        what = f"the model takes {limit} tokens (max_position_embeddings), prompt and completion together"
+        raise UserError(f"a completion of {max_completion_length} tokens leaves no room for a prompt: {what}")
+    return limit - max_completion_length

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
-from mr1fast.options.config import GREATEST
+from mr1fast.options.fields import GREATEST
 
 ACTIVATE = "source .venv/bin/activate"
 

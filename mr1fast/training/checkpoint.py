@@ -56,11 +56,22 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Path, load_model: Callable[[Path], Qwen2VLForConditionalGeneration]
+    checkpoint: Path, load_model: Callable[..., Qwen2VLForConditionalGeneration]
 ) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
-    """The model and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
+    """The model and the state. Raises ResumeError, which names the checkpoint before it, where it is broken.
+
+    load_model: path -> model, which takes another dtype than the run's as a keyword.
+    """
     try:
-        return load_model(checkpoint), load_state(checkpoint)
+        model, state = load_model(checkpoint), load_state(checkpoint)
+        masters = state.get("optimizer", {}).get("masters", [])
+        if model.dtype != torch.float32 and any(master is None for master in masters):
+            # These are the weights of a float32 model, which this one, of less precision, has only rounded.
+            exact = [p for p in load_model(checkpoint, dtype=torch.float32).parameters() if p.requires_grad]
+            state["optimizer"]["masters"] = [
+                p.detach() if m is None else m for p, m in zip(exact, masters, strict=True)
+            ]
+        return model, state
     except ValueError as error:
         earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
         if earlier:
@@ -72,9 +83,12 @@ def load_checkpoint(
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint / STATE} holds no state of training")
+    return state
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
