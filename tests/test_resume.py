@@ -95,7 +95,7 @@ def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path, capsys, monke
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("mr1fast.training.loop.evaluate", interrupt)
+        patch.setattr("mr1fast.training.setup.evaluate", interrupt)
         assert main("--task=vc", "--max-steps=1", "--eval-steps=0", *SMALL, "--output-dir", run) == 143
     assert f"to go on: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
     assert main("--resume", run) == 0

@@ -11,7 +11,8 @@ from train_program import SMALL, main, metrics, program
 
 from mr1fast import evaluate, train
 from mr1fast.model.load import load_model, load_processor
-from mr1fast.options.config import RECIPES
+from mr1fast.options.recipes import RECIPES
+from mr1fast.rewards import REWARDS
 from tests.test_config import BAD_ARGUMENTS
 
 
@@ -58,7 +59,7 @@ def test_the_whole_program(tmp_path, monkeypatch):
 
 
 def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mr1fast.training.trainer.format_reward", lambda completion: float("nan"))
+    monkeypatch.setitem(REWARDS, "format", lambda completion, solution: float("nan"))
     run = tmp_path / "run"
     assert main("--task=vc", "--max-steps=30", "--eval-steps=0", *SMALL, "--output-dir", run) == 1
     errors = capsys.readouterr().err

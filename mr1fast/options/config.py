@@ -100,9 +100,13 @@ class TrainConfig(TrainOptions):
         """The key in RECIPES of a task, or of local data, whatever its name."""
         return recipe_name(self.model, name if self.data is None else None)
 
-    def recipe_title(self, name: str) -> str:
+    def defaults_from(self, name: str) -> str:
+        """Which recipe fills in what was not given for a task; "" if everything was."""
+        given = (getattr(self, option) for option in BY_TASK)
+        if all(name in value if isinstance(value, Mapping) else value is not None for value in given):
+            return ""
         recipe = self.recipe(name)
-        return "R1-V's recipe" if recipe == R1_V else f"the recipe of {recipe} for small models"
+        return "defaults of R1-V" if recipe == R1_V else f"defaults of {recipe} for small models"
 
     def for_task(self, name: str) -> TaskConfig:
         """What runs for a task, or for the local data (under any name)."""

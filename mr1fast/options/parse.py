@@ -173,7 +173,7 @@ def printed_config(config: TrainConfig) -> str:
     """The resolved options as YAML, which --config reads."""
     import yaml
 
-    lines = [f"# {name}: {config.recipe_title(name)}\n" for name in config.names]
+    lines = [f"# {name}: {defaults}\n" for name in config.names if (defaults := config.defaults_from(name))]
     for name, value in {"schema_version": SCHEMA_VERSION, **config.resolved()}.items():
         flow = None if isinstance(value, dict) else False
         lines.append(yaml.safe_dump({name: value}, default_flow_style=flow, sort_keys=False))

@@ -93,9 +93,9 @@ def _settings(config: TrainConfig, name: str) -> str:
     task = config.for_task(name)
     completions = f" x {task.num_generations} completions of up to {task.max_completion_length} tokens"
     batch = f"{task.prompts_per_step} prompts{completions if task.method != 'sft' else ''}"
-    return (
-        f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g} ({config.recipe_title(name)})"
-    )
+    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}"
+    defaults = config.defaults_from(name)
+    return f"{line} ({defaults})" if defaults else line
 
 
 def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
