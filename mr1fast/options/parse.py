@@ -50,6 +50,15 @@ def convert(name: str, value: Any, source: str) -> Any:
     return converted
 
 
+class _Once(argparse.Action):
+    """Of two files or runs, argparse would take the second and say nothing."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="python -m mr1fast.train",
@@ -61,7 +70,10 @@ def build_parser() -> Parser:
     )
     run = parser.add_argument_group("the run")
     run.add_argument(
-        "--config", metavar="FILE", help="a YAML file with any of the options below; the command line takes precedence"
+        "--config",
+        action=_Once,
+        metavar="FILE",
+        help="a YAML file with any of the options below; the command line takes precedence",
     )
     run.add_argument(
         "--print-config",
@@ -70,6 +82,7 @@ def build_parser() -> Parser:
     )
     run.add_argument(
         "--resume",
+        action=_Once,
         metavar="DIR",
         nargs="?",
         const="",

@@ -123,9 +123,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
-    if not isinstance(content, dict) or "schema_version" not in content:
-        wanted = "the options of a run of this version of mr1fast or a newer one"
-        raise UserError(f"nothing to resume: {file} does not hold {wanted}")
+    if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+        why = "it is damaged, or an older version of mr1fast wrote it"
+        raise UserError(f"nothing to resume: {file} is not the configuration of a run ({why})")
     return content
 
 
