@@ -1,4 +1,6 @@
 import math
+import random
+import tracemalloc
 
 import pytest
 import torch
@@ -95,6 +97,49 @@ def test_prompts_are_new_each_step_and_all_are_seen_in_an_epoch(processor):
     seen = [name for batch in names[::2] for name in batch]
     assert len(set(seen[:7])) == len(set(seen[7:14])) == 7
     assert seen[:7] != seen[7:14]
+
+
+def test_the_order_of_an_epoch_is_not_kept_for_ever(processor):
+    trainer_module._order.cache_clear()
+    trainer = make_trainer(processor)
+    for step in range(0, 40, 3):
+        trainer.finished_steps = step
+        trainer.examples()
+    assert trainer_module._order.cache_info().currsize <= 2
+    order = list(range(50))
+    random.Random("3/5").shuffle(order)  # the same on every machine and in every version
+    assert list(trainer_module._order(3, 5, 50)) == order
+    tracemalloc.start()
+    for epoch in range(20):
+        trainer_module._order(0, epoch, 5000)
+    assert tracemalloc.get_traced_memory()[0] < 200_000
+    tracemalloc.stop()
+
+
+EXTREMES = [
+    {"temperature": 0.01},
+    {"temperature": 100.0},
+    {"learning_rate": 1.0},
+    {"learning_rate": 1e-12},
+    {"method": "grpo", "beta": 1000.0},
+    {"method": "grpo", "beta": 1e-320},
+    {"max_grad_norm": 1e308},
+    {"max_grad_norm": 1e-6},
+    {"reward_weights": "accuracy=1e6,format=1e-6"},
+    {"kl_schedule": "adaptive", "target_kl": 1e-6},
+    {"kl_schedule": "reversed", "explore_fraction": 1e-320},
+    {"max_steps": 10**9, "num_iterations": 10**9},
+    {"seed": 2**63 - 1, "warmup_steps": 10**9},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+def test_the_bounds_of_the_options_are_numbers_one_can_train_with(extreme, processor):
+    trainer = make_trainer(processor, **{**SMALL, "temperature": 1.5, "learning_rate": 1e-3, **extreme})
+    for _ in range(2):
+        metrics = trainer.step()
+    assert metrics["skipped_steps"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_the_metrics_have_trls_names(processor):

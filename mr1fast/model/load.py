@@ -154,7 +154,7 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
 def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
     """Tokens of the prompt that `encode_prompts` makes of this example, without a look at the image's pixels."""
     text = prompt_text(processor, example.problem, example.image is not None)
-    tokens = len(processor.tokenizer(text)["input_ids"])
+    tokens = len(processor.tokenizer(text, verbose=False)["input_ids"])
     if example.image is None:
         return tokens
     images, (width, height) = processor.image_processor, example.image.size

@@ -143,6 +143,7 @@ def prepare(opened: OpenRun) -> Setup:
     longest = _longest_prompt(config, base)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
+        split[0]  # where no row can be used, it is said now
     return setup
 
 
