@@ -45,6 +45,10 @@ def _train(opened: OpenRun, started: float) -> int:
                 return _fail(f"error: {error}", 1, opened)
             except (OutOfMemoryError, MemoryError):
                 return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
+            except RuntimeError as error:
+                if "can't allocate memory" in str(error):  # as torch says it on a CPU
+                    return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
+                raise
     except ResumeError as error:
         return _fail(f"error: {error}", 2)
     except ModuleNotFoundError as error:

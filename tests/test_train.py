@@ -81,6 +81,19 @@ def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monke
     assert sample["reason"] == "a reward is not a finite number"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_too_little_memory_is_one_sentence(error, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("mr1fast.training.loop.prepare", fail)
+    assert main("--task=vc", "--output-dir", tmp_path / "run") == 1
+    assert re.fullmatch(r"error: there is too little memory; try [^\n]+\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_package_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # "import torch" raises
     for module in (train, evaluate):
@@ -176,7 +189,10 @@ def test_what_does_not_fit(tmp_path, capsys):
         ("--max-completion-length=2048", "a completion of 2048 tokens leaves no room for a prompt"),
         ("--max-prompt-length=2017", "--max-prompt-length must be at most 2016, which is what the model takes beside"),
         ("--max-prompt-length=5 --max-steps=1", "no row that can be used: 16 x prompt is longer than 5 tokens"),
-        ("--prompts-per-step=4096 --num-generations=4096", "16,777,216 completions of up to 32 tokens take"),
+        (
+            "--prompts-per-step=4096 --num-generations=4096",
+            "16,777,216 completions of up to 32 tokens at a time",
+        ),
     ):
         assert main("--task=vc", *arguments.split(), "--output-dir", tmp_path / "run") == 2
         error = capsys.readouterr().err

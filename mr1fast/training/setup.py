@@ -182,19 +182,19 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
 
 
 def check_memory(config: TaskConfig, model: Qwen2VLForConditionalGeneration) -> None:
-    """Raises UserError where the keys and values of a step's completions, alone, are more than the memory there is."""
+    """Raises UserError where there is too little memory to sample a step's completions, however short the prompts."""
     if config.method == "sft":
         return
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * model.dtype.itemsize
+    keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * head * model.dtype.itemsize
     completions = config.prompts_per_step * config.num_generations
-    needed, there = completions * config.max_completion_length * per_token, _memory(model.device)
-    if needed > there:
+    needed = completions * (config.max_completion_length * keys_and_values + 4 * text.vocab_size)  # logits in float32
+    if needed > (there := _memory(model.device)):
         raise UserError(
-            f"the keys and values of a step's {completions:,} completions of up to {config.max_completion_length:,} "
-            f"tokens take {needed / 2**30:,.0f} GiB, and there are {there / 2**30:,.0f}; lower --prompts-per-step, "
-            "--num-generations or --max-completion-length"
+            f"a step samples {completions:,} completions of up to {config.max_completion_length:,} tokens at a time, "
+            f"which takes {needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; lower "
+            "--prompts-per-step, --num-generations or --max-completion-length"
         )
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 import time
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from mr1fast.options.reward_weights import load_rewards
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.order import rows_of_step
 from mr1fast.training.scoring import score, weighted_sum
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -103,9 +101,7 @@ class Trainer:
         """The prompts of this step: the data set in a new order every epoch, the same at every run of this seed."""
         count, total = self.config.prompts_per_step, len(self.dataset)
         first = self.finished_steps // self.config.num_iterations * count
-        return [
-            self.dataset[_order(self.config.seed, i // total, total)[i % total]] for i in range(first, first + count)
-        ]
+        return [self.dataset[row] for row in rows_of_step(self.config.seed, first, count, total)]
 
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
@@ -282,14 +278,6 @@ def _kl_schedule(config: TaskConfig) -> KLSchedule:
         target_kl=config.target_kl,
         horizon=max(1, config.max_steps // 10),  # over a run of any length by a factor of up to e^2
     )
-
-
-@lru_cache(maxsize=2)  # a step may be the end of one epoch and the beginning of the next
-def _order(seed: int, epoch: int, total: int) -> array[int]:
-    """The rows in the order of an epoch."""
-    order = array("q", range(total))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> Batch:
