@@ -1,8 +1,5 @@
-import dataclasses
 import json
 import math
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +8,10 @@ import pytest
 
 from mr1fast import train
 from mr1fast.errors import UserError
-from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import option_string
-from mr1fast.options.parse import FIELDS, build_parser, field_type, parse_arguments, printed_config
+from mr1fast.options.parse import FIELDS, build_parser, field_type, parse_arguments
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, is_small
-from mr1fast.options.reward_weights import load_rewards
 
 
 def config(*arguments) -> TrainConfig:
@@ -92,115 +88,6 @@ def test_command_line_beats_yaml_beats_defaults(tmp_path):
     assert (chosen.num_generations, chosen.seed, chosen.task, chosen.temperature) == (4, 8, "gr", 1.0)
     request = parse_arguments(["--config", str(file), "--seed", "8"])
     assert request.given == {"learning_rate": 1e-6, "num_generations": 4, "task": "gr", "seed": 8}
-
-
-# ---- what is recorded -----------------------------------------------------------------------------------------------
-
-RESOLVED = [
-    "", "--task gr", "--method grpo --beta .01", "--method sft --task vc --max-steps 3", "--kl-schedule linear",
-    "--kl-schedule adaptive --target-kl .1", "--data somewhere --reward-weights accuracy=1,format=0",
-    "--model nobody/large --max-prompt-length 900", "--threads 2 --dtype bfloat16 --max-pixels 3136",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("arguments", RESOLVED)
-def test_the_resolved_options_are_read_back_whatever_the_recipes_have_become(arguments, tmp_path, monkeypatch):
-    before = config(*arguments.split())
-    runs = {name: before.for_task(name) for name in before.names}
-    resolved = before.resolved()
-    assert all(value is not None for value in resolved.values())
-    file = tmp_path / "run.yaml"
-    file.write_text(printed_config(before))
-    for recipe in RECIPES.values():
-        monkeypatch.setitem(recipe, "learning_rate", 0.5)
-        monkeypatch.setitem(recipe, "max_steps", 7)
-    for method in KL_DEFAULTS.values():
-        for name in ("beta", "beta_max"):
-            if name in method:
-                monkeypatch.setitem(method, name, 0.9)
-    after = config("--config", file)
-    assert {name: after.for_task(name) for name in after.names} == runs
-    assert after.resolved() == resolved
-
-
-def test_options_that_differ_by_task(tmp_path):
-    assert config().resolved()["learning_rate"] == {"vc": 3e-4, "gr": 2e-4}
-    assert config().resolved()["max_steps"] == 200
-    assert config().resolved()["task"] == "vc,gr"
-    file = tmp_path / "run.yaml"
-    file.write_text("max_steps: {vc: 10, gr: '20'}\nlearning-rate: {gr: 1e-3}")
-    chosen = config("--config", file)
-    assert [chosen.for_task(name).max_steps for name in ("vc", "gr")] == [10, 20]
-    assert [chosen.for_task(name).learning_rate for name in ("vc", "gr")] == [3e-4, 1e-3]
-    assert config("--config", file, "--max-steps", 5).for_task("gr").max_steps == 5
-
-
-def test_a_task_config_has_no_none_but_the_target_of_the_adaptive_schedule():
-    for method in ("grpo-d", "grpo", "sft"):
-        task = config("--method", method).for_task("vc")
-        assert [field.name for field in dataclasses.fields(TaskConfig) if getattr(task, field.name) is None] == [
-            "target_kl"
-        ]
-
-
-def test_paths_are_recorded_in_full(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model_folder(tmp_path / "mine")
-    recorded = config("--data", "shapes/../shapes", "--model", "mine").resolved()
-    assert (recorded["data"], recorded["model"]) == (str(tmp_path / "shapes"), str(tmp_path / "mine"))
-    assert config("--model", "some/name").resolved()["model"] == "some/name"
-    assert "model" not in config().resolved()
-
-
-def test_print_config_needs_no_torch_and_no_folder(tmp_path):
-    code = "import sys, mr1fast.train; sys.exit(mr1fast.train.main() or 'torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "--print-config", "--data", str(tmp_path), "--output-dir", "new"]
-    path = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | path)
-    assert (printed.returncode, printed.stderr) == (0, "")
-    assert printed.stdout == printed_config(config("--data", tmp_path, "--output-dir", "new"))
-    assert printed.stdout.startswith("# data: defaults of vc for small models\nschema_version: 1\nmethod: grpo-d\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_options_of_a_newer_version_are_said_and_not_fatal(tmp_path, capsys):
-    file = tmp_path / "run.yaml"
-    file.write_text("schema_version: 99\nseed: 3\nfrom_the_future: 1\n")
-    assert config("--config", file).seed == 3
-    assert (
-        f"{file} has options that this version does not know, and ignores: from_the_future" in capsys.readouterr().err
-    )
-
-
-# ---- rewards --------------------------------------------------------------------------------------------------------
-
-
-def test_reward_weights():
-    assert config().rewards == {"accuracy": 1.0, "format": 0.5}
-    assert config("--reward-weights", "format = 2, accuracy=0").rewards == {"format": 2.0}
-    assert config("--reward-weights", "accuracy=1").for_task("vc").reward_weights == {"accuracy": 1.0}
-    (accuracy,) = load_rewards({"accuracy": 1.0})
-    assert (accuracy.name, accuracy.function("<answer>3</answer>", "3")) == ("accuracy_reward", 1.0)
-
-
-def test_a_reward_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rewards.py").write_text("def short(completion, solution):\n    return -len(completion)\nnone = 3\n")
-    (tmp_path / "your_rewards.py").write_text("from my_rewards import short\n")
-    (tmp_path / "my_broken_rewards.py").write_text("def short(:\n")
-    (mine,) = load_rewards({"my_rewards:short": 0.25})
-    assert (mine.name, mine.weight, mine.function("four", "")) == ("short", 0.25, -4)
-    for name, message in (
-        ("my_rewards:long", "my_rewards:long cannot be imported: AttributeError: module 'my_rewards' has no attribute"),
-        ("my_rewards:none", "my_rewards:none is not a function, but of type int"),
-        ("nowhere:short", "nowhere:short cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
-        ("my_broken_rewards:short", "cannot be imported: SyntaxError"),
-        (":short", "cannot be imported: ValueError"),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)):
-            load_rewards({name: 1.0})
-    with pytest.raises(UserError, match="two rewards are called 'short'"):
-        load_rewards({"my_rewards:short": 1.0, "your_rewards:short": 1.0})
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from train_program import main
 
 from mr1fast.errors import UserError
@@ -133,6 +134,22 @@ def test_what_is_no_run(tmp_path, capsys):
     (run / "result.json").write_text("{")
     assert main("--resume", run) == 2
     assert "result.json is damaged; move it away" in capsys.readouterr().err
+
+
+def test_print_config(tmp_path, capsys):
+    run = written_run(tmp_path / "run", "--task=vc", "--seed=3").path
+    assert main("--resume", run, "--print-config", "--threads", 2) == 0
+    options = yaml.safe_load(capsys.readouterr().out)
+    assert options == {**json.loads((run / "config.json").read_text()), "threads": 2}
+    for arguments, message in (
+        (["--data", "nowhere"], "--data nowhere does not exist"),
+        (["--model", "./nowhere"], "--model ./nowhere is not a folder"),
+        (["--max-steps", "0"], "--max-steps must be at least 1"),
+    ):
+        assert main("--print-config", *arguments) == 2
+        output, error = capsys.readouterr()
+        assert output == ""
+        assert message in error
 
 
 def test_a_run_is_open_once(tmp_path, capsys):

@@ -1,6 +1,4 @@
 import math
-import random
-import tracemalloc
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from mr1fast.errors import UserError
 from mr1fast.model.load import load_model, load_processor
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.reward_weights import Reward
-from mr1fast.training import order
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.checkpoint import load_state, save_checkpoint, save_model
 from mr1fast.training.run_folder import checkpoints
@@ -98,23 +95,6 @@ def test_prompts_are_new_each_step_and_all_are_seen_in_an_epoch(processor):
     seen = [name for batch in names[::2] for name in batch]
     assert len(set(seen[:7])) == len(set(seen[7:14])) == 7
     assert seen[:7] != seen[7:14]
-
-
-def test_the_order_of_an_epoch_is_not_kept_for_ever(processor):
-    order._epoch.cache_clear()
-    trainer = make_trainer(processor)
-    for step in range(0, 40, 3):
-        trainer.finished_steps = step
-        trainer.examples()
-    assert order._epoch.cache_info().currsize <= 2
-    rows = list(range(50))
-    random.Random("3/5").shuffle(rows)  # the same on every machine and in every version
-    assert order.rows_of_step(3, 250, 50, 50) == rows
-    tracemalloc.start()
-    for epoch in range(20):
-        order._epoch(0, epoch, 5000)
-    assert tracemalloc.get_traced_memory()[0] < 200_000
-    tracemalloc.stop()
 
 
 EXTREMES = [

@@ -48,15 +48,24 @@ def open_run(request: Request) -> Iterator[OpenRun]:
 
 def requested_config(request: Request) -> TrainConfig:
     """The options of the run that was asked for, without opening it. Raises UserError."""
-    return request.config or _recorded_config(request, _find_run(request)[0])
+    if request.config is None:
+        return _recorded_config(request, _find_run(request)[0])
+    _check_paths(request.config)
+    return request.config
 
 
 def _new_run(config: TrainConfig) -> OpenRun:
-    if config.data is not None and not Path(config.data).exists():
-        raise UserError(f"--data {config.data} does not exist")
+    _check_paths(config)
     load_rewards(config.rewards)
     default = RUNS / time.strftime("%Y-%m-%d-%H-%M-%S")
     return OpenRun(RunFolder(new_folder(config.output_dir, default=default, advice=", or go on with --resume")), config)
+
+
+def _check_paths(config: TrainConfig) -> None:
+    if config.data is not None and not Path(config.data).exists():
+        raise UserError(f"--data {config.data} does not exist")
+    if config.model is not None and config.model.startswith((".", "/")) and not Path(config.model).is_dir():
+        raise UserError(f"--model {config.model} is not a folder")  # else it may be a name on the hub
 
 
 # ---- a run that is resumed ------------------------------------------------------------------------------------------
