@@ -116,12 +116,12 @@ def main() -> int:
             torch.cuda.reset_peak_memory_stats()
         before = trainer.num_tokens
         started = time.perf_counter()
-        sampled = trainer.sample()
+        data = trainer.collect()
         sampling = time.perf_counter() - started
-        assert sampled.batch.advantages is not None
-        advantages = torch.randn_like(sampled.batch.advantages)
-        trainer.sampled = dataclasses.replace(sampled, batch=dataclasses.replace(sampled.batch, advantages=advantages))
-        metrics = trainer.update(trainer.sampled)
+        assert data.batch.advantages is not None
+        advantages = torch.randn_like(data.batch.advantages)
+        data = dataclasses.replace(data, batch=dataclasses.replace(data.batch, advantages=advantages))
+        metrics = trainer.update(data)
         if gpu:
             torch.cuda.synchronize()
         if not metrics["grad_norm"] > 0:

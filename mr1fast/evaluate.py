@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
-from mr1fast.options.config import RECIPES, TASK_NAMES, choice
+from mr1fast.options.fields import check_choice, check_value, option_string
+from mr1fast.options.parse import FIELDS
 from mr1fast.options.program import Parser, at_least, exit_code, prog
+from mr1fast.options.recipes import RECIPES, TASK_NAMES, recipe_name
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 
 if TYPE_CHECKING:
@@ -74,11 +76,14 @@ def _check(options: argparse.Namespace) -> None:
     if (options.task is None) == (options.data is None):
         raise UserError("give either --task vc, --task gr or --data PATH")
     if options.task is not None:
-        choice("--task", options.task, TASK_NAMES)
-    choice("--split", options.split, ("train", "validation", "test", *(["all"] if options.data else [])))
+        check_choice("--task", options.task, TASK_NAMES)
+    check_choice("--split", options.split, ("train", "validation", "test", *(["all"] if options.data else [])))
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         rule = "must be a finite number above 0"
         raise UserError(f"--temperature {rule}, got {options.temperature:g}; greedy decoding is always done")
+    for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
+        if (value := getattr(options, name)) is not None:
+            check_value(FIELDS[name], value, option_string(name))
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
     if options.data is not None and not Path(options.data).exists():
@@ -98,6 +103,7 @@ def run(arguments: Sequence[str] | None) -> None:
     from mr1fast.evaluation.report import result_text, write_report
     from mr1fast.model import load as models
     from mr1fast.model.policy import Policy
+    from mr1fast.training.setup import too_long
 
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
@@ -113,8 +119,9 @@ def run(arguments: Sequence[str] | None) -> None:
     )
     policy = Policy(model, models.load_processor(path, max_pixels=options.max_pixels))
     torch.set_num_threads(options.threads or models.choose_threads(model))
-    recipe = RECIPES["vc" if models.is_small(model) else "model"]
+    recipe = RECIPES[recipe_name(options.model, options.task)]
     longest = options.max_completion_length or recipe["max_completion_length"]
+    dataset.leave_out(too_long(policy.processor, models.longest_prompt(model, longest)))
     folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
     samples: list[Sample] = []
     stopped = False

@@ -88,7 +88,21 @@ class ImageTextDataset:
                 self._seen.add(candidate)
                 self.notes.update(notes)
             return example
-        raise UserError(f"data {self.name!r} ({self.split}) has no image that can be decoded")
+        raise UserError(f"data {self.name!r} ({self.split}) has no row that can be used: {_listed(self.skipped)}")
+
+    def leave_out(self, why_not: Callable[[Example], str | None]) -> None:
+        """From now on, also leave out and count the rows for which `why_not` has a reason; it is asked once a row."""
+        load, good = self._load, set[int]()
+
+        def checked(index: int) -> tuple[Example, list[str]]:
+            example, notes = load(index)
+            if index not in good:
+                if (reason := why_not(example)) is not None:
+                    raise BadImage(reason)
+                good.add(index)
+            return example, notes
+
+        self._load = checked
 
     def summary(self) -> str:
         """One line, such as "shapes/train: 80 examples; skipped 2: 2 x no answer; handled: 1 x ..."."""

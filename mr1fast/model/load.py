@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
@@ -19,6 +19,7 @@ from mr1fast.data.example import Example
 from mr1fast.errors import UserError
 from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.options import recipes
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 
@@ -62,7 +63,7 @@ def choose_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def choose_threads(model: nn.Module) -> int:
+def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
     """CPU threads for a model of this size: in a small one a second thread costs more than it brings.
 
     For others OMP_NUM_THREADS if that is set, else as many as there are processors for this process.
@@ -74,9 +75,9 @@ def choose_threads(model: nn.Module) -> int:
     return (int(wanted) if wanted.isdecimal() else 0) or usable or 1
 
 
-def is_small(model: nn.Module) -> bool:
+def is_small(model: Qwen2VLForConditionalGeneration) -> bool:
     """The embedded model, one trained from it, or one of its size."""
-    return sum(p.numel() for p in model.parameters()) < 10_000_000
+    return recipes.is_small(model.config.to_dict())
 
 
 def load_model(

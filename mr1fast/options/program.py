@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
-from mr1fast.options.config import GREATEST
+from mr1fast.options.fields import GREATEST
 
 IS_CHECKOUT = (Path(__file__).parents[2] / "Makefile").is_file()
 

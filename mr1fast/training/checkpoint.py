@@ -40,10 +40,21 @@ def save_checkpoint(policy: Policy, state: dict[str, Any], folder: Path, *, step
     return saved
 
 
-def load_checkpoint(checkpoint: Path, load: Callable[[Path], Policy]) -> tuple[Policy, dict[str, Any]]:
-    """The policy and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
+def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Policy, dict[str, Any]]:
+    """The policy and the state. Raises ResumeError, which names the checkpoint before it, where it is broken.
+
+    load: path -> policy, which takes another dtype than the run's as a keyword.
+    """
     try:
-        return load(checkpoint), load_state(checkpoint)
+        policy, state = load(checkpoint), load_state(checkpoint)
+        masters = state.get("optimizer", {}).get("masters", [])
+        if policy.model.dtype != torch.float32 and any(master is None for master in masters):
+            # These are the weights of a float32 model, which this one, of less precision, has only rounded.
+            exact = load(checkpoint, dtype=torch.float32).trainable_parameters()
+            state["optimizer"]["masters"] = [
+                p.detach() if m is None else m for p, m in zip(exact, masters, strict=True)
+            ]
+        return policy, state
     except ValueError as error:
         earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
         if earlier:
@@ -55,9 +66,12 @@ def load_checkpoint(checkpoint: Path, load: Callable[[Path], Policy]) -> tuple[P
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint / STATE} holds no state of training")
+    return state
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:

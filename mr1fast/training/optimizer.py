@@ -54,12 +54,15 @@ class Optimizer:
             tensor.grad = None
 
     def state_dict(self) -> dict[str, Any]:
+        """masters: None for a weight that is its own, and is in the checkpoint with the model."""
         masters = [None if master is weight else master for weight, master in zip(self.weights, self.masters)]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The weights become those of the state, too, whatever precision they had when it was saved."""
         self.adamw.load_state_dict(state["adamw"])
         with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"]):
+            for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
                 if saved is not None:
                     master.copy_(saved)
+                    weight.copy_(master)
