@@ -18,7 +18,7 @@ from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
 from mr1fast.options.fields import check_choice, check_value, option_string
 from mr1fast.options.parse import FIELDS
-from mr1fast.options.program import Parser, at_least, exit_code
+from mr1fast.options.program import Parser, at_least, exit_code, prog
 from mr1fast.options.recipes import RECIPES, TASK_NAMES, recipe_name
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 
@@ -30,7 +30,7 @@ DEFAULT_SAMPLES = 400  # problems, of a task that has no end
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="python -m mr1fast.evaluate",
+        prog=prog("evaluate"),
         description="How many questions about images a Qwen2-VL answers right. Prints a table, and writes "
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
@@ -102,6 +102,7 @@ def run(arguments: Sequence[str] | None) -> None:
     from mr1fast.evaluation.evaluate import evaluate
     from mr1fast.evaluation.report import result_text, write_report
     from mr1fast.model import load as models
+    from mr1fast.model.policy import Policy
     from mr1fast.training.setup import too_long
 
     started = time.time()
@@ -116,18 +117,17 @@ def run(arguments: Sequence[str] | None) -> None:
         dtype=models.choose_dtype(options.dtype, device),
         attention=models.choose_attention(options.attention, device),
     )
-    processor = models.load_processor(path, max_pixels=options.max_pixels)
+    policy = Policy(model, models.load_processor(path, max_pixels=options.max_pixels))
     torch.set_num_threads(options.threads or models.choose_threads(model))
     recipe = RECIPES[recipe_name(options.model, options.task)]
     longest = options.max_completion_length or recipe["max_completion_length"]
-    dataset.leave_out(too_long(processor, models.longest_prompt(model, longest)))
+    dataset.leave_out(too_long(policy.processor, models.longest_prompt(model, longest)))
     folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
     samples: list[Sample] = []
     stopped = False
     try:
         evaluate(
-            model,
-            processor,
+            policy,
             dataset,
             max_completion_length=longest,
             sampled=options.sampled,

@@ -21,19 +21,16 @@ from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.evaluation.report import answer_rows, result_text, write_report
 from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
 from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.policy import Policy
+from mr1fast.model.rollout import Sampler
 from mr1fast.rewards import accuracy_reward, format_reward
 
 SETTINGS = {"data": "vc", "split": "test", "model": "a <b> model", "sampled": 1, "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return load_processor()
+def policy():
+    return Policy(load_model(), load_processor())
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +39,19 @@ def dataset():
 
 
 @pytest.fixture(scope="module")
-def result(model, processor, dataset):
-    return evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8)
+def result(policy, dataset):
+    return evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=8)
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_completions_are_those_of_transformers(model, processor, dataset, result):
+def test_greedy_completions_are_those_of_transformers(policy, dataset, result):
+    model, processor = policy.model.eval(), policy.processor
     texts = []
     for index in range(4):
         inputs = encode_prompts(processor, [dataset[index]])
-        ids = model.eval().generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
         texts.append(processor.tokenizer.decode(ids[ids != model.generation_config.eos_token_id]))
     assert [sample.completion for sample in result.samples[:4]] == texts
 
@@ -73,34 +71,32 @@ def test_figures_are_means_of_rewards(result, dataset):
     assert 0 < result.greedy_accuracy < 1, "the embedded model is neither hopeless nor perfect"
 
 
-def test_depends_on_the_seed_alone_and_leaves_no_trace(model, processor, dataset, result, capsys):
+def test_depends_on_the_seed_alone_and_leaves_no_trace(policy, dataset, result, capsys):
     for training in (True, False):
-        model.train(training)
+        policy.model.train(training)
         torch.manual_seed(7)
         state = torch.get_rng_state()
-        again = evaluate(
-            model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8, progress="bar", seed=0
-        )
+        again = evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=8, progress="bar", seed=0)
         assert again == result
         assert torch.equal(torch.get_rng_state(), state)
-        assert model.training is training
+        assert policy.model.training is training
         assert capsys.readouterr().err.startswith("\rbar:   0%|          | 0/80 ")
-    other = evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
+    other = evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
     assert [s.completion for s in other.samples] == [s.completion for s in result.samples]
     assert other.samples != result.samples
 
 
-def test_without_samples_there_is_no_sampled_accuracy(model, processor, dataset):
-    result = evaluate(model, processor, dataset, max_completion_length=2, sampled=0)
+def test_without_samples_there_is_no_sampled_accuracy(policy, dataset):
+    result = evaluate(policy, dataset, max_completion_length=2, sampled=0)
     assert math.isnan(result.sampled_accuracy)
     assert "sampled_accuracy" not in result.figures()
     assert result.format_accuracy == result.accuracy_when_formatted == 0
     assert "sampled" not in result_text(result, SETTINGS)
 
 
-def test_a_problem_that_stands_in_for_a_broken_one_counts_once(model, processor, dataset):
+def test_a_problem_that_stands_in_for_a_broken_one_counts_once(policy, dataset):
     rows = [dataset[0], dataset[1], dataset[1], dataset[0], dataset[2]]
-    result = evaluate(model, processor, rows, max_completion_length=24, sampled=0, batch_size=2)
+    result = evaluate(policy, rows, max_completion_length=24, sampled=0, batch_size=2)
     assert [sample.index for sample in result.samples] == [0, 1, 4]
     assert result.n == 3
 
@@ -228,9 +224,7 @@ def test_program_on_local_data(tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
-    from mr1fast.model import rollout
-
-    calls, generate = [], rollout.generate
+    calls, generate = [], Sampler.generate
 
     def interrupted(*arguments, **keywords):
         calls.append(None)
@@ -238,7 +232,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return generate(*arguments, **keywords)
 
-    monkeypatch.setattr(rollout, "generate", interrupted)
+    monkeypatch.setattr(Sampler, "generate", interrupted)
     threads = torch.get_num_threads()
     arguments = ["--task", "vc", "--samples", "9", "--batch-size", "3", "--output-dir", str(tmp_path / "out")]
     assert main(arguments) == 130

@@ -15,6 +15,7 @@ from mr1fast.evaluation.curves import PANELS, _labels, draw_curves, read_run, sm
 from mr1fast.evaluation.result import Sample
 from mr1fast.evaluation.samples import Shown, before_and_after, clipped, draw_samples
 from mr1fast.model.load import load_model, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.plot import main
 from mr1fast.training.loop import draw_pictures
@@ -201,12 +202,11 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, mes
 
 
 def test_both_models_answer_the_same_problems():
-    base, processor = load_model(), load_processor()
-    broken = load_model()
-    broken.lm_head.weight.data.mul_(-1)
+    base, broken = (Policy(load_model(), load_processor()) for _ in range(2))
+    broken.head_weight.data.mul_(-1)
     dataset = load_split("vc", "test", count=3)
     examples = [dataset[i] for i in range(3)]
-    shown = before_and_after(base, broken, processor, examples, max_completion_length=16)
+    shown = before_and_after(base, broken, examples, max_completion_length=16)
     assert [one.example for one in shown] == examples
     assert [one.before.solution for one in shown] == [example.solution for example in examples]
     assert all(one.before.answer is not None for one in shown)
@@ -214,15 +214,14 @@ def test_both_models_answer_the_same_problems():
 
 
 def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
-    model = load_model()
+    policy = Policy(load_model(), load_processor())
     setup = SimpleNamespace(
         config=TrainConfig(task="vc"),
         folder=RunFolder(write_run(tmp_path / "run", [row(1)])),
         names=["vc"],
-        load=lambda folder: model,
+        load=lambda folder: policy,
         tests={"vc": load_split("vc", "test", count=2)},
-        base=model,
-        processor=load_processor(),
+        base=policy,
     )
     (tmp_path / "run" / "vc" / "model").mkdir(parents=True)
     draw_pictures(setup)

@@ -7,6 +7,7 @@ from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.model.load import load_model, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.reward_weights import Reward
 from mr1fast.training import trainer as trainer_module
@@ -43,16 +44,16 @@ def processor():
 
 def make_trainer(processor, folder=None, **options) -> Trainer:
     config = TrainConfig(**{**SMALL, **options}).for_task("vc")
-    reference = load_model().eval().requires_grad_(False) if needs_reference(config) else None
-    model = load_model() if folder is None else load_model(folder)
-    trainer = Trainer(config, model, reference, processor, Drawings())
+    reference = Policy(load_model(), processor).freeze() if needs_reference(config) else None
+    policy = Policy(load_model() if folder is None else load_model(folder), processor)
+    trainer = Trainer(config, policy, reference, Drawings())
     if folder is not None:
         trainer.load_state_dict(load_state(folder))
     return trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.policy.model.state_dict().items()}
 
 
 SETTINGS = {
@@ -72,7 +73,7 @@ def test_a_resumed_run_ends_with_the_same_weights(setting, processor, tmp_path):
     metrics, states = [], []
     for step in range(1, 6):
         if step in (2, 4):  # stopped after step 1, in the middle of a batch with 2 or 3 iterations, and after 3
-            states.append(save_checkpoint(whole.model, processor, whole.state_dict(), tmp_path, step=step - 1, keep=9))
+            states.append(save_checkpoint(whole.policy, whole.state_dict(), tmp_path, step=step - 1, keep=9))
         metrics.append(whole.step())
     base = load_model().state_dict()
     assert any(not torch.equal(base[name], value) for name, value in weights(whole).items())
@@ -134,6 +135,8 @@ def test_the_ratio_is_one_at_the_first_iteration_only(processor):
     assert trainer.step_data.batch.old_per_token_logps is not None
     second = trainer.step()
     assert first["clip_ratio/region_mean"] == 0
+    assert 0 <= first["sampling/sampling_logp_difference/mean"] <= first["sampling/sampling_logp_difference/max"] < 1e-4
+    assert "sampling/sampling_logp_difference/max" not in second, "the policy is no longer the one that sampled"
     assert second["clip_ratio/region_mean"] > 0
     assert second["rewards/accuracy_reward/mean"] == first["rewards/accuracy_reward/mean"]
 
@@ -168,22 +171,22 @@ class Mixed(Drawings):
 @pytest.mark.parametrize(("dtype", "attention"), [(torch.bfloat16, "sdpa"), (torch.float32, "eager")])
 def test_mixed_data_in_every_dtype_and_attention(dtype, attention, processor):
     options = {**SMALL, "prompts_per_step": 6, "gradient_accumulation_steps": 3, "num_iterations": 2}
-    model, reference = (load_model(dtype=dtype, attention=attention).eval() for _ in range(2))
-    trainer = Trainer(TrainConfig(**options).for_task("vc"), model, reference, processor, Mixed())
+    policy, reference = (Policy(load_model(dtype=dtype, attention=attention), processor) for _ in range(2))
+    trainer = Trainer(TrainConfig(**options).for_task("vc"), policy, reference.freeze(), Mixed())
     for _ in range(2):
         metrics = trainer.step()
         assert metrics["skipped_steps"] == 0
         assert metrics["grad_norm"] > 0
     assert metrics["kl"] > 0
-    assert model.dtype == dtype
+    assert policy.model.dtype == dtype
 
 
 def test_the_reference_does_not_move(processor):
     trainer = make_trainer(processor, temperature=1.5)
-    before = {name: value.clone() for name, value in trainer.reference.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.reference.model.state_dict().items()}
     for _ in range(3):
         metrics = trainer.step()
-    assert all(torch.equal(before[name], value) for name, value in trainer.reference.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in trainer.reference.model.state_dict().items())
     assert metrics["kl"] > 0
 
 
@@ -278,7 +281,7 @@ def test_a_reward_that_is_no_number_skips_the_step(bad, processor, monkeypatch):
 def test_a_gradient_that_is_no_number_skips_the_step(processor):
     trainer = make_trainer(processor, temperature=1.5)
     before = weights(trainer)
-    hook = trainer.model.model.visual.patch_embed.proj.weight.register_hook(lambda grad: grad * math.nan)
+    hook = trainer.policy.model.model.visual.patch_embed.proj.weight.register_hook(lambda grad: grad * math.nan)
     metrics = trainer.step()
     assert math.isnan(metrics["grad_norm"])
     assert trainer.skipped_sample["reason"] == "grad_norm is nan"
@@ -301,9 +304,9 @@ def test_a_loss_that_is_no_number_skips_the_step(processor, monkeypatch):
 
 
 def test_checkpoints_are_whole_and_the_last_are_kept(processor, tmp_path):
-    model = load_model()
+    policy = Policy(load_model(), processor)
     for step in (1, 2, 3, 3):
-        save_checkpoint(model, processor, {"step": step}, tmp_path, step=step, keep=2)
+        save_checkpoint(policy, {"step": step}, tmp_path, step=step, keep=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-000002", "checkpoint-000003"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
     assert load_state(tmp_path / "checkpoint-000003") == {"step": 3}
@@ -311,17 +314,17 @@ def test_checkpoints_are_whole_and_the_last_are_kept(processor, tmp_path):
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(processor, tmp_path):
     resource = pytest.importorskip("resource")  # not on Windows
-    model = load_model()
-    save_checkpoint(model, processor, {}, tmp_path, step=1, keep=1)
+    policy = Policy(load_model(), processor)
+    save_checkpoint(policy, {}, tmp_path, step=1, keep=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         with pytest.raises(UserError, match=r"000002 could not be written .*last whole checkpoint is .*000001"):
-            save_checkpoint(model, processor, {}, tmp_path, step=2, keep=1)
+            save_checkpoint(policy, {}, tmp_path, step=2, keep=1)
         with pytest.raises(UserError, match="model could not be written"):
-            save_model(model, processor, tmp_path / "model")
+            save_model(policy, tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
     loaded = load_model(tmp_path / "checkpoint-000001").state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, loaded[name]) for name, value in policy.model.state_dict().items())

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 from mr1fast.evaluation.result import EvalResult, Sample
 
 if TYPE_CHECKING:
-    from transformers import Qwen2VLForConditionalGeneration
-
     from mr1fast.data.example import Example, Examples
-    from mr1fast.model.processor import Qwen2VLTextImageProcessor
+    from mr1fast.model.policy import Policy
+    from mr1fast.model.prefix import Prefix
 
 
 def evaluate(
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
+    policy: Policy,
     dataset: Examples,
     *,
     max_completion_length: int,
@@ -32,47 +30,38 @@ def evaluate(
 
     max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: what a progress
     bar is called, None for no bar. samples: an empty list that holds what there is if the evaluation is interrupted.
-    Depends on `seed` and no global random state, and leaves the model in the mode it was in.
+    Depends on `seed` and no global random state, and leaves the policy in the mode it was in.
     """
     import torch
     from tqdm import tqdm
 
-    from mr1fast.model.load import encode_prompts, is_small
-    from mr1fast.model.prefix import Prefix, encode_prefix
-    from mr1fast.model.rollout import decode, end_tokens, generate
+    from mr1fast.model.load import is_small
+    from mr1fast.model.rollout import Sampler
     from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
 
     if batch_size is None:
-        batch_size = 64 if is_small(model) else 8
-    generator = torch.Generator(model.device).manual_seed(seed)
-    eos, training = end_tokens(model), model.training
+        batch_size = 64 if is_small(policy.model) else 8
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    sampler = Sampler(policy, max_completion_length=max_completion_length, generator=generator)
+    training = policy.model.training
     total = len(dataset) * (1 + sampled)
     bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)
 
-    def complete(inputs: dict[str, torch.Tensor], prefix: Prefix, num_generations: int, at: float) -> list[str]:
-        rollout = generate(
-            model,
-            inputs,
-            num_generations=num_generations,
-            temperature=at,
-            max_new_tokens=max_completion_length,
-            generator=generator,
-            prefix=prefix,
-        )
-        bar.update(len(rollout.completion_ids))
-        return decode(processor.tokenizer, rollout, eos)
+    def complete(examples: list[Example], prefix: Prefix, num_generations: int, at: float) -> list[str]:
+        rollout = sampler.generate(examples, num_generations=num_generations, temperature=at, prefix=prefix)
+        bar.update(len(rollout.completions))
+        return rollout.completions
 
     samples = [] if samples is None else samples
-    model.eval()
+    policy.model.eval()
     try:
         problems = _distinct(dataset)
         while batch := list(itertools.islice(problems, batch_size)):
             examples = [example for _, example in batch]
-            inputs = encode_prompts(processor, examples)
             with torch.no_grad():
-                prefix = encode_prefix(model, inputs)
-            greedy = complete(inputs, prefix, 1, 0.0)
-            random = complete(inputs, prefix, sampled, temperature) if sampled else []
+                prefix = policy.encode_prefix(policy.encode(examples))
+            greedy = complete(examples, prefix, 1, 0.0)
+            random = complete(examples, prefix, sampled, temperature) if sampled else []
             for row, ((index, example), completion) in enumerate(zip(batch, greedy)):
                 samples.append(
                     Sample(
@@ -92,7 +81,7 @@ def evaluate(
                 )
     finally:
         bar.close()
-        model.train(training)
+        policy.model.train(training)
     return EvalResult.of(samples)
 
 

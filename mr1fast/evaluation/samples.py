@@ -18,9 +18,8 @@ from mr1fast.evaluation.result import Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from transformers import Qwen2VLForConditionalGeneration
 
-    from mr1fast.model.processor import Qwen2VLTextImageProcessor
+    from mr1fast.model.policy import Policy
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 COLUMNS = 4
@@ -38,17 +37,12 @@ class Shown:
 
 
 def before_and_after(
-    base: Qwen2VLForConditionalGeneration,
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    examples: Sequence[Example],
-    *,
-    max_completion_length: int,
+    base: Policy, trained: Policy, examples: Sequence[Example], *, max_completion_length: int
 ) -> list[Shown]:
-    """Let both models answer greedily, in at most `max_completion_length` tokens."""
+    """Let both answer greedily, in at most `max_completion_length` tokens."""
     before, after = (
-        evaluate(each, processor, examples, max_completion_length=max_completion_length, sampled=0).samples
-        for each in (base, model)
+        evaluate(policy, examples, max_completion_length=max_completion_length, sampled=0).samples
+        for policy in (base, trained)
     )
     return [Shown(*row) for row in zip(examples, before, after)]
 

@@ -18,7 +18,7 @@ from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import check_value, option_string
-from mr1fast.options.program import Parser
+from mr1fast.options.program import Parser, prog
 from mr1fast.options.recipes import SMALL_MODEL
 from mr1fast.options.train_options import BY_TASK, GROUPS
 
@@ -61,7 +61,7 @@ class _Once(argparse.Action):
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="python -m mr1fast.train",
+        prog=prog("train"),
         description="Train a Qwen2-VL with GRPO-D on questions about images whose answers can be verified.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

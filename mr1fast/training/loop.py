@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.summary import load_snippet, result_table
+from mr1fast.model.policy import Policy
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
@@ -77,9 +77,9 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
     folder = setup.folder
     result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
     folder.write_result(result)
-    model = train_task(setup, name, checkpoint)
-    save_model(model, setup.processor, folder.model(name))
-    figures = {data: evaluate_on_test_split(setup, model, data, f"trained on {name}") for data in setup.tests}
+    policy = train_task(setup, name, checkpoint)
+    save_model(policy, folder.model(name))
+    figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
     result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
     result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
     result["steps"][name] = setup.config.for_task(name).max_steps
@@ -96,28 +96,28 @@ def closing_words(setup: Setup, result: dict[str, Any]) -> str:
     )
 
 
-def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForConditionalGeneration:
+def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     """Train a model on one task, from this checkpoint, or the task's newest, or the beginning."""
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
-    model, state = (
+    policy, state = (
         (setup.load(setup.base_path), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
     )
-    trainer = Trainer(config, model, setup.base if needs_reference(config) else None, setup.processor, dataset)
+    trainer = Trainer(config, policy, setup.base if needs_reference(config) else None, dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
     _remove_after(folder, trainer.finished_steps)
     log = MetricsLog(setup.folder, name, first_step=0 if state is None else trainer.finished_steps + 1)
     if validation is not None and state is None:
-        log.log(0, setup.validate(model, validation, name))
+        log.log(0, setup.validate(policy, validation, name))
     bar = tqdm(total=config.max_steps, initial=trainer.finished_steps, desc=f"{config.method} on {name}", unit="step")
     with finishing_steps() as stop, bar:
         while trainer.finished_steps < config.max_steps:
             metrics = trainer.step()
             step, last = trainer.finished_steps, trainer.finished_steps == config.max_steps
             if validation is not None and (step % config.eval_steps == 0 or last):
-                metrics |= setup.validate(model, validation, name)
+                metrics |= setup.validate(policy, validation, name)
             log.log(step, metrics)
             bar.set_postfix_str(postfix(metrics), refresh=False)
             bar.update()
@@ -127,13 +127,13 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Qwen2VLForCo
                     raise TrainingError(_gave_up(trainer.skipped_sample["reason"], folder))
             if step % config.save_steps == 0 or last or stop.signal_number is not None:
                 state = trainer.state_dict()
-                save_checkpoint(model, setup.processor, state, folder, step=step, keep=config.save_total_limit)
+                save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
                 log.close()
                 draw_pictures(setup)
                 raise Stopped(stop.signal_number)
     log.close()
-    return model
+    return policy
 
 
 def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
@@ -162,11 +162,9 @@ def postfix(metrics: dict[str, float]) -> str:
     return ", ".join(f"{title} {value:.3g}" for title, value in shown.items())
 
 
-def evaluate_on_test_split(
-    setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: str
-) -> dict[str, float]:
+def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, what: str) -> dict[str, float]:
     """The figures of result.json."""
-    return setup.evaluate(model, setup.tests[data], data, progress=f"test on {data}, {what}")
+    return setup.evaluate(policy, setup.tests[data], data, progress=f"test on {data}, {what}")
 
 
 def draw_pictures(setup: Setup) -> None:
@@ -180,8 +178,8 @@ def draw_pictures(setup: Setup) -> None:
         if trained:
             examples = [setup.tests[name][index] for index in range(min(PICTURED, len(setup.tests[name])))]
             longest = setup.config.for_task(name).max_completion_length
-            model = setup.load(trained[-1])
-            shown += before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
+            after = setup.load(trained[-1])
+            shown += before_and_after(setup.base, after, examples, max_completion_length=longest)
             titles.append(TASKS[name].title if name in setup.config.tasks else name)
     title = f"{' and '.join(titles)}, trained with {setup.config.method}"
     try:

@@ -79,6 +79,15 @@ def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
     }
 
 
+def sampling_metrics(per_token_logps: Tensor, sampling_per_token_logps: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far policy and sampler are apart in the tokens' log-probabilities [B, L] (nats), which should be rounding."""
+    difference = (per_token_logps - sampling_per_token_logps).abs()[mask]
+    return {
+        "sampling/sampling_logp_difference/mean": difference.mean().item(),
+        "sampling/sampling_logp_difference/max": difference.max().item(),
+    }
+
+
 def mean_metrics(rows: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
     """The weighted mean of each metric over the pieces of a step."""
     total = sum(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ class Optimizer:
     At a learning rate of 1e-6 a bfloat16 weight would never move: it has 8 bits, the update is below the last of them.
     """
 
-    def __init__(self, model: nn.Module, *, max_grad_norm: float):
+    def __init__(self, weights: Iterable[nn.Parameter], *, max_grad_norm: float):
         self.max_grad_norm = max_grad_norm
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.weights = list(weights)
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         self.adamw = torch.optim.AdamW(self.masters, weight_decay=0.0, fused=True)
 

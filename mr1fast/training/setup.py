@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
+from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.recipes import TASK_NAMES
@@ -33,9 +34,8 @@ class Setup:
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
-    base: Qwen2VLForConditionalGeneration  # frozen: what training starts from, and its reference
-    processor: Qwen2VLTextImageProcessor
-    load: Any  # path -> a model for this device
+    base: Policy  # frozen: what training starts from, and its reference
+    load: Callable[..., Policy]  # of a path, for this device; dtype= takes another one than the run's
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
@@ -46,16 +46,11 @@ class Setup:
         return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
 
     def evaluate(
-        self,
-        model: Qwen2VLForConditionalGeneration,
-        dataset: ImageTextDataset,
-        name: str,
-        progress: str | None = None,
-    ):
+        self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None
+    ) -> dict[str, float]:
         config = self.config.for_task(name)
         result = evaluate(
-            model,
-            self.processor,
+            policy,
             dataset,
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -64,17 +59,16 @@ class Setup:
         )
         return result.figures()
 
-    def validate(
-        self, model: Qwen2VLForConditionalGeneration, dataset: ImageTextDataset, name: str
-    ) -> dict[str, float]:
+    def validate(self, policy: Policy, dataset: ImageTextDataset, name: str) -> dict[str, float]:
         """The same under the names of metrics.jsonl."""
-        return {f"eval/{name}/{key}": value for key, value in self.evaluate(model, dataset, name).items()}
+        return {f"eval/{name}/{key}": value for key, value in self.evaluate(policy, dataset, name).items()}
 
     def description(self) -> str:
         """The first lines of a run."""
-        parameters = sum(p.numel() for p in self.base.parameters())
+        model = self.base.model
+        parameters = sum(p.numel() for p in model.parameters())
         what = f"{self.config.method} on {', then '.join(self.names)}"
-        threads, dtype = torch.get_num_threads(), str(self.base.dtype).removeprefix("torch.")
+        threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
@@ -108,18 +102,18 @@ def prepare(opened: OpenRun) -> Setup:
     config = opened.config
     transformers.utils.logging.disable_progress_bar()
     device = models.choose_device(config.device)
-    load = partial(
+    load_model = partial(
         models.load_model,
         device=device,
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
     )
     base_path = models.EMBEDDED if config.model is None else config.model
-    base = load(base_path).eval().requires_grad_(False)
+    model = load_model(base_path)
     processor = models.load_processor(base_path, max_pixels=config.max_pixels)
-    torch.set_num_threads(min(config.threads or models.choose_threads(base), os.cpu_count() or 1))
+    torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
-        check_memory(config.for_task(name), base)
+        check_memory(config.for_task(name), model)
     # In full, so that a folder that is called like a task is not taken for it.
     data = None if config.data is None else os.path.abspath(config.data)
     tests = [load_split(source, "test", count=config.eval_samples) for source in ([data] if data else TASK_NAMES)]
@@ -132,15 +126,14 @@ def prepare(opened: OpenRun) -> Setup:
         config=config,
         folder=opened.folder,
         base_path=base_path,
-        base=base,
-        processor=processor,
-        load=load,
+        base=Policy(model, processor).freeze(),
+        load=lambda path, **other: Policy(load_model(path, **other), processor),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
         tests={dataset.name: dataset for dataset in tests},
     )
-    longest = _longest_prompt(config, base)
+    longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
         split[0]  # where no row can be used, it is said now
@@ -155,7 +148,7 @@ def _drawings(config: TaskConfig) -> int:
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
 
-def _longest_prompt(config: TrainConfig, model: Qwen2VLForConditionalGeneration) -> int:
+def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
     completion = max(config.for_task(name).max_completion_length for name in config.names)
     room = models.longest_prompt(model, completion)
     if config.max_prompt_length is not None and config.max_prompt_length > room:
@@ -181,7 +174,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
     return reason
 
 
-def check_memory(config: TaskConfig, model: Qwen2VLForConditionalGeneration) -> None:
+def check_memory(config: TaskConfig, model: PreTrainedModel) -> None:
     """Raises UserError where there is too little memory to sample a step's completions, however short the prompts."""
     if config.method == "sft":
         return

@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.data.example import Example, Examples
 from mr1fast.losses.kl_weight import KLSchedule
 from mr1fast.losses.logits import group_advantages
-from mr1fast.model.load import encode_prompts
-from mr1fast.model.prefix import encode_prefix, place_inputs
-from mr1fast.model.processor import Qwen2VLTextImageProcessor
-from mr1fast.model.rollout import decode, end_tokens, generate, pad_token
+from mr1fast.model.policy import Policy
+from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
-from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics
+from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.scoring import score, weighted_sum
@@ -54,18 +51,18 @@ class Trainer:
     def __init__(
         self,
         config: TaskConfig,
-        model: Qwen2VLForConditionalGeneration,
-        reference: Qwen2VLForConditionalGeneration | None,
-        processor: Qwen2VLTextImageProcessor,
+        policy: Policy,
+        reference: Policy | None,
         dataset: Examples,
     ):
-        self.config, self.processor, self.dataset = config, processor, dataset
+        self.config, self.policy, self.reference, self.dataset = config, policy, reference, dataset
         # eval() for good: policy, sampler and reference are to be the same network, so no dropout.
-        self.model, self.reference = model.eval(), reference
+        policy.model.eval()
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
-        self.optimizer = Optimizer(model, max_grad_norm=config.max_grad_norm)
-        self.generator = torch.Generator(model.device).manual_seed(config.seed)
+        self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
+        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length, generator=self.generator)
         self.finished_steps = 0
         self.num_tokens = 0
         self.skipped_steps = 0
@@ -106,7 +103,7 @@ class Trainer:
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
         examples = self.examples()
-        inputs = place_inputs(self.model, encode_prompts(self.processor, examples))
+        inputs = self.policy.encode(examples)
         data = self._targets(examples, inputs) if self.config.method == "sft" else self._rollout(examples, inputs)
         self.num_tokens += int(inputs["attention_mask"].sum()) * data.batch.num_generations
         self.num_tokens += int(data.batch.completion_mask.sum())
@@ -114,20 +111,15 @@ class Trainer:
 
     def _rollout(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         config, G = self.config, self.config.num_generations
-        # Sampler and policy are one network at this point: prompts and images are computed once for both. But not in
-        # pieces, whose point is to hold the activations of one at a time.
-        prefix = encode_prefix(self.model, inputs) if config.gradient_accumulation_steps == 1 else None
-        rollout = generate(
-            self.model,
-            inputs,
-            num_generations=G,
-            temperature=config.temperature,
-            max_new_tokens=config.max_completion_length,
-            generator=self.generator,
-            prefix=prefix and prefix.detach(),
+        # Sampler and policy are one network at this point: prompts and images are computed once for both. But an update
+        # in pieces computes them again, because its point is to hold the activations of one piece at a time.
+        whole = config.gradient_accumulation_steps == 1
+        with torch.set_grad_enabled(whole):
+            prefix = self.policy.encode_prefix(inputs)
+        rollout = self.sampler.generate(
+            examples, num_generations=G, temperature=config.temperature, prefix=prefix.detach()
         )
-        eos = end_tokens(self.model)
-        completions = decode(self.processor.tokenizer, rollout, eos)
+        completions = rollout.completions
         solutions = [example.solution for example in examples for _ in range(G)]
         scores = score(self.rewards, completions, solutions)
         total = weighted_sum(self.rewards, scores)
@@ -136,31 +128,23 @@ class Trainer:
             num_generations=G,
             completion_ids=rollout.completion_ids,
             completion_mask=rollout.completion_mask,
-            advantages=group_advantages(total, G).to(self.model.device),
-            prefix=prefix,
+            advantages=group_advantages(total, G).to(self.policy.device),
+            sampling_per_token_logps=rollout.per_token_logps,
+            prefix=prefix if whole else None,
         )
         if self.reference is not None:
             with torch.no_grad():
                 pieces = split_batch(batch, config.gradient_accumulation_steps)
                 reference = torch.cat([batch_logps(self.reference, piece, config.temperature) for piece in pieces])
             batch = dataclasses.replace(batch, ref_per_token_logps=reference)
-        metrics = reward_metrics(scores, total, G) | completion_metrics(batch, eos)
+        metrics = reward_metrics(scores, total, G) | completion_metrics(batch, self.policy.end_ids)
         return StepData(batch, completions, total.tolist(), metrics)
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         """What supervised fine-tuning imitates: the solution in the wanted form."""
-        tokenizer, device = self.processor.tokenizer, self.model.device
         completions = [sft_target(example.solution) for example in examples]
-        eos = int(end_tokens(self.model)[0])
-        rows = [torch.tensor([*tokenizer(text, add_special_tokens=False)["input_ids"], eos]) for text in completions]
-        pad = torch.nn.utils.rnn.pad_sequence
-        batch = Batch(
-            inputs=inputs,
-            num_generations=1,
-            completion_ids=pad(rows, batch_first=True, padding_value=pad_token(self.model)).to(device),
-            completion_mask=pad([torch.ones_like(row).bool() for row in rows], batch_first=True).to(device),
-        )
-        return StepData(batch, completions, [], completion_metrics(batch, end_tokens(self.model)))
+        batch = Batch(inputs, 1, *self.policy.encode_completions(completions))
+        return StepData(batch, completions, [], completion_metrics(batch, self.policy.end_ids))
 
     # ---- loss and update --------------------------------------------------------------------------------------------
 
@@ -183,13 +167,15 @@ class Trainer:
         """The optimizer's step on the batch, taken in pieces; none if loss or gradient is not finite."""
         config, batch = self.config, data.batch
         pieces = split_batch(batch, config.gradient_accumulation_steps)
-        share = 1 / len(pieces)  # the loss is a mean over completions, and the pieces are equally large
+        scale = 1 / len(pieces)  # the loss is a mean over completions, and the pieces are equally large
         total, rows, logps = 0.0, [], []
         for piece in pieces:
             if config.method == "sft":
-                loss = sft_batch_loss(self.model, piece) * share
+                loss = sft_batch_loss(self.policy, piece) * scale
             else:
-                output = grpo_batch_loss(self.model, piece, beta=self.beta, temperature=config.temperature, share=share)
+                output = grpo_batch_loss(
+                    self.policy, piece, beta=self.beta, temperature=config.temperature, scale=scale
+                )
                 loss = output.loss
                 rows.append(output.metrics())
                 logps.append(output.per_token_logps)
@@ -198,6 +184,8 @@ class Trainer:
         metrics = {"loss": total}
         if rows:  # means over tokens
             metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces])
+        if batch.sampling_per_token_logps is not None:
+            metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
@@ -208,9 +196,8 @@ class Trainer:
             metrics["grad_norm"] = math.nan
             self.optimizer.zero_grad()
         # The graph of the prefix is used up.
-        self.step_data = dataclasses.replace(
-            data, batch=dataclasses.replace(batch, old_per_token_logps=old, prefix=None)
-        )
+        used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None, prefix=None)
+        self.step_data = dataclasses.replace(data, batch=used)
         return metrics
 
     def _count(self, reason: str) -> None:
@@ -255,7 +242,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
         if (data := state["step_data"]) is not None:
-            self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.model.device)})
+            self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
 
 
 def sft_target(solution: str) -> str:
