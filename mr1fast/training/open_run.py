@@ -91,19 +91,11 @@ def _find_run(request: Request) -> tuple[RunFolder, Path | None]:
 
 
 def _newest_run(root: Path) -> RunFolder:
-    newest = max(
-        (
-            found
-            for pattern in ("*/checkpoint-*", "*/*/checkpoint-*")
-            for found in root.glob(pattern)
-            if is_checkpoint(found)
-        ),
-        key=lambda checkpoint: checkpoint.stat().st_mtime_ns,
-        default=None,
-    )
-    if newest is None:
+    found = [path for pattern in ("*/checkpoint-*", "*/*/checkpoint-*") for path in root.glob(pattern)]
+    checkpoints = [path for path in found if is_checkpoint(path)]
+    if not checkpoints:
         raise UserError(f"nothing to resume: there is no checkpoint under {root}")
-    return RunFolder(newest.parent.parent)
+    return RunFolder(max(checkpoints, key=lambda checkpoint: checkpoint.stat().st_mtime_ns).parent.parent)
 
 
 def _recorded_config(request: Request, folder: RunFolder) -> TrainConfig:
@@ -130,7 +122,7 @@ def _recorded_config(request: Request, folder: RunFolder) -> TrainConfig:
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
         why = "it is damaged, or an older version of mr1fast wrote it"
@@ -140,7 +132,8 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def how_to_train_longer(folder: RunFolder, config: TrainConfig) -> str:
     """Advice to append to an error; nothing while there is no trained model."""
-    models = sorted(folder.path.glob("*/model"))
+    tasks = [folder.model(task) for task in config.tasks if folder.model(task).exists()]
+    models = tasks or sorted(folder.path.glob("*/model"))
     if not models:
         return ""
     task = f" --task {models[0].parent.name}" if len(config.tasks) > 1 else ""

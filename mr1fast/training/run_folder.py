@@ -60,7 +60,7 @@ class RunFolder:
             result = json.loads(self.result_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             result = None
         if not isinstance(result, dict):
             raise ResumeError(f"{self.result_file} is damaged; move it away, and --resume evaluates again")
