@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mr1fast.evaluation.result import EvalResult, Sample
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Qwen2VLForConditionalGeneration
 
-if TYPE_CHECKING:
-    from transformers import Qwen2VLForConditionalGeneration
+from mr1fast.data.dataset import problems
+from mr1fast.data.example import Example, Examples
+from mr1fast.evaluation.result import Answered, EvalResult
+from mr1fast.model import rollout
+from mr1fast.model.load import encode_prompts, is_small
+from mr1fast.model.prefix import Prefix, encode_prefix
+from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
 
-    from mr1fast.data.example import Example, Examples
-    from mr1fast.model.processor import Qwen2VLTextImageProcessor
+
+class EvaluationStopped(KeyboardInterrupt):
+    """Ctrl-C in the middle of an evaluation; `result` is that of the problems which were done."""
+
+    def __init__(self, result: EvalResult):
+        super().__init__()
+        self.result = result
 
 
 def evaluate(
@@ -26,81 +40,81 @@ def evaluate(
     batch_size: int | None = None,
     progress: str | None = None,
     seed: int = 0,
-    samples: list[Sample] | None = None,
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
     max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: what a progress
-    bar is called, None for no bar. samples: an empty list that holds what there is if the evaluation is interrupted.
-    Depends on `seed` and no global random state, and leaves the model in the mode it was in.
+    bar is called, None for no bar. Depends on `seed` and no global random state, and leaves the model in the mode it
+    was in. Raises EvaluationStopped (a KeyboardInterrupt) if it is interrupted when problems are done, and UserError if
+    there is no problem.
     """
-    import torch
-    from tqdm import tqdm
-
-    from mr1fast.model.load import encode_prompts, is_small
-    from mr1fast.model.prefix import Prefix, encode_prefix
-    from mr1fast.model.rollout import decode, end_tokens, generate
-    from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
-
-    if batch_size is None:
-        batch_size = 64 if is_small(model) else 8
-    generator = torch.Generator(model.device).manual_seed(seed)
-    eos, training = end_tokens(model), model.training
     total = len(dataset) * (1 + sampled)
     bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    asked = _Asked(model, processor, max_completion_length, sampled, temperature, generator, bar)
+    answered: list[Answered] = []
+    left, training = problems(dataset), model.training
+    model.eval()
+    try:
+        with bar:
+            while batch := list(itertools.islice(left, batch_size or (64 if is_small(model) else 8))):
+                answered += asked.answers(batch)
+    except KeyboardInterrupt:
+        if not answered:
+            raise
+        raise EvaluationStopped(EvalResult.of(answered)) from None
+    finally:
+        model.train(training)
+    return EvalResult.of(answered)
 
-    def complete(inputs: dict[str, torch.Tensor], prefix: Prefix, num_generations: int, at: float) -> list[str]:
-        rollout = generate(
-            model,
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model that is asked problems, a batch at a time."""
+
+    model: Qwen2VLForConditionalGeneration
+    processor: Qwen2VLTextImageProcessor
+    max_completion_length: int
+    sampled: int
+    temperature: float
+    generator: torch.Generator
+    bar: tqdm
+
+    def answers(self, batch: Sequence[tuple[int, Example]]) -> list[Answered]:
+        inputs = encode_prompts(self.processor, [example for _, example in batch])
+        with torch.no_grad():
+            prefix = encode_prefix(self.model, inputs)
+        G = self.sampled
+        greedy = self._complete(inputs, prefix, 1, 0.0)
+        drawn = self._complete(inputs, prefix, G, self.temperature) if G else []
+        return [
+            _judged(index, example, greedy[row], drawn[row * G : (row + 1) * G])
+            for row, (index, example) in enumerate(batch)
+        ]
+
+    def _complete(self, inputs: dict[str, Tensor], prefix: Prefix, num_generations: int, at: float) -> list[str]:
+        completed = rollout.generate(
+            self.model,
             inputs,
             num_generations=num_generations,
             temperature=at,
-            max_new_tokens=max_completion_length,
-            generator=generator,
+            max_new_tokens=self.max_completion_length,
+            generator=self.generator,
             prefix=prefix,
         )
-        bar.update(len(rollout.completion_ids))
-        return decode(processor.tokenizer, rollout, eos)
-
-    samples = [] if samples is None else samples
-    model.eval()
-    try:
-        problems = _distinct(dataset)
-        while batch := list(itertools.islice(problems, batch_size)):
-            examples = [example for _, example in batch]
-            inputs = encode_prompts(processor, examples)
-            with torch.no_grad():
-                prefix = encode_prefix(model, inputs)
-            greedy = complete(inputs, prefix, 1, 0.0)
-            random = complete(inputs, prefix, sampled, temperature) if sampled else []
-            for row, ((index, example), completion) in enumerate(zip(batch, greedy)):
-                samples.append(
-                    Sample(
-                        index=index,
-                        name=example.name,
-                        problem=example.problem,
-                        solution=example.solution,
-                        completion=completion,
-                        answer=extract_answer(completion),
-                        correct=accuracy_reward(completion, example.solution) > 0,
-                        formatted=format_reward(completion) > 0,
-                        sampled_correct=tuple(
-                            accuracy_reward(text, example.solution) > 0
-                            for text in random[row * sampled : (row + 1) * sampled]
-                        ),
-                    )
-                )
-    finally:
-        bar.close()
-        model.train(training)
-    return EvalResult.of(samples)
+        self.bar.update(len(completed.completion_ids))
+        return rollout.decode(self.processor.tokenizer, completed, rollout.end_tokens(self.model))
 
 
-def _distinct(dataset: Examples) -> Iterator[tuple[int, Example]]:
-    """Each problem once: a data set gives the next one again in place of one whose image turns out to be broken."""
-    seen: set[str] = set()
-    for index in range(len(dataset)):
-        example = dataset[index]
-        if example.name not in seen:
-            seen.add(example.name)
-            yield index, example
+def _judged(index: int, example: Example, completion: str, drawn: Sequence[str]) -> Answered:
+    return Answered(
+        index=index,
+        name=example.name,
+        problem=example.problem,
+        solution=example.solution,
+        completion=completion,
+        answer=extract_answer(completion),
+        correct=accuracy_reward(completion, example.solution) > 0,
+        formatted=format_reward(completion) > 0,
+        sampled_correct=tuple(accuracy_reward(text, example.solution) > 0 for text in drawn),
+    )

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mr1fast.checks import not_one_of
+from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import ALL_SCHEDULES
 
 GREATEST = 2**63 - 1  # what torch takes as a whole number
-TASK_NAMES = ("vc", "gr")
+TASK_NAMES = tuple(TASKS)
 METHODS = ("grpo-d", "grpo", "sft")
 
 # What an option is when nobody sets it: by task for the embedded model, after R1-V for any other. Local data takes the
 # recipe of visual counting.
 RECIPES: dict[str, dict[str, Any]] = {
-    "vc": {"prompts_per_step": 16, "learning_rate": 3e-4, "max_steps": 200, "max_completion_length": 32},
-    "gr": {"prompts_per_step": 32, "learning_rate": 2e-4, "max_steps": 200, "max_completion_length": 32},
+    **{name: task.recipe for name, task in TASKS.items()},
     "model": {"prompts_per_step": 16, "learning_rate": 1e-6, "max_steps": 200, "max_completion_length": 512},
 }
 KL_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -50,8 +50,13 @@ def option(
 
 
 def _by_case(name: str) -> str:
-    values = {case: recipe[name] for case, recipe in RECIPES.items()}
-    return f"{values['vc']} for vc and local data, {values['gr']} for gr, {values['model']} with --model"
+    cases = {"vc": "for vc and local data", "model": "with --model"}
+    return ", ".join(f"{recipe[name]} {cases.get(case, f'for {case}')}" for case, recipe in RECIPES.items())
+
+
+def _bounds(split: str) -> str:
+    """The number of problems of this split, for the tasks in which it is bounded."""
+    return "".join(f"; {name} has {task.splits[split]}" for name, task in TASKS.items() if task.splits[split])
 
 
 def _of_method(name: str) -> str:
@@ -68,7 +73,9 @@ class TrainConfig:
 
     method: str = option("grpo-d", "GRPO-D, GRPO with a constant KL weight, or supervised fine-tuning", choices=METHODS)
     task: str | None = option(
-        None, "the embedded tasks to train on, one model each: vc, gr or vc,gr", shown="vc,gr, or none with --data"
+        None,
+        f"the embedded tasks to train on, one model each: {', '.join(TASKS)} or {','.join(TASKS)}",
+        shown=f"{','.join(TASKS)}, or none with --data",
     )
     data: str | None = option(
         None,
@@ -128,9 +135,9 @@ class TrainConfig:
     warmup_steps: int = option(10, "steps in which the learning rate rises", at_least=0)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this norm", above=0)
 
-    eval_samples: int = option(400, "problems of the test split, before and after", at_least=1)
+    eval_samples: int = option(400, f"problems of the test split, before and after{_bounds('test')}", at_least=1)
     eval_steps: int = option(50, "steps between evaluations on the validation split; 0 for none", at_least=0)
-    eval_validation_samples: int = option(128, "problems of the validation split", at_least=1)
+    eval_validation_samples: int = option(128, f"problems of the validation split{_bounds('validation')}", at_least=1)
     save_steps: int = option(50, "steps between checkpoints; the last step is always saved", at_least=1)
     save_total_limit: int = option(2, "checkpoints that are kept, the newest", at_least=1)
 

@@ -10,19 +10,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import Qwen2VLForConditionalGeneration
 
-from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
-from mr1fast.data.tasks import TASKS
+from mr1fast.data.dataset import ImageTextDataset, load_split, problems, split_sizes
+from mr1fast.data.tasks import SPLITS, TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
-from mr1fast.evaluation.summary import load_snippet, result_table
+from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model import load as models
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TASK_NAMES, TrainConfig
@@ -40,6 +41,9 @@ from mr1fast.training.run_folder import (
 )
 from mr1fast.training.stop import Stopped, finishing_steps
 from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
+
+if TYPE_CHECKING:
+    from mr1fast.evaluation.samples import BeforeAfter
 
 PICTURED = 8  # problems of each task in samples.png
 
@@ -82,7 +86,7 @@ def run(opened: OpenRun, started: float) -> None:
         with suppress(OSError):  # a full disk has been reported, or is about to be
             folder.write_result(result)
 
-    print(f"\n{result_table(result)}\n")
+    print(f"\n{training_table(result)}\n")
     for name in setup.names:
         print(f"the model trained on {name} is in {folder.model(name)}")
     print(f"to load one (docs/training.md goes on from there):\n\n{load_snippet(str(folder.model(setup.names[0])))}\n")
@@ -155,24 +159,33 @@ def test(setup: Setup, model: Qwen2VLForConditionalGeneration, data: str, what: 
 
 def draw_pictures(setup: Setup) -> None:
     """curves.png, and samples.png of every model that the run has so far. A run is not lost for a picture."""
-    from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
-    from mr1fast.evaluation.samples import before_and_after, draw_samples
+    try:
+        from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
+        from mr1fast.evaluation.samples import draw_samples
+
+        draw_curves([setup.folder.path], setup.folder.curves)
+        shown, title = _samples(setup)
+        if shown:
+            draw_samples(setup.folder.samples, shown, title)
+    except Exception as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+
+
+def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
+    """The first problems of the tests as each model answers them, and a title."""
+    from mr1fast.evaluation.samples import before_and_after
 
     folder, shown, titles = setup.folder, [], []
     for name in setup.names:
         trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
         if trained:
-            examples = [setup.tests[name][index] for index in range(min(PICTURED, len(setup.tests[name])))]
+            examples = [example for _, example in islice(problems(setup.tests[name]), PICTURED)]
             longest = setup.config.for_task(name).max_completion_length
             model = setup.load(trained[-1])
             shown += before_and_after(setup.base, model, setup.processor, examples, max_completion_length=longest)
             titles.append(TASKS[name].title if name in TASKS else name)
     title = f"{' and '.join(titles)}, trained with {setup.config.method}"
-    try:
-        draw_curves([folder.path], folder.curves)
-        draw_samples(folder.samples, shown, title[:1].upper() + title[1:])
-    except OSError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
+    return shown, title[:1].upper() + title[1:]
 
 
 # ---- preparation ----------------------------------------------------------------------------------------------------
@@ -249,11 +262,15 @@ def prepare(opened: OpenRun) -> Setup:
     base = load(base_path).eval().requires_grad_(False)
     torch.set_num_threads(config.threads or models.choose_threads(base))
     sources = [config.data] if config.data is not None else TASK_NAMES
-    tests = [load_split(source, "test", count=config.eval_samples) for source in sources]
+    used = SPLITS if config.eval_steps else ("train", "test")
+    tests = [load_split(source, "test", count=config.eval_samples, used=used) for source in sources]
     names = list(config.tasks) or [tests[0].name]
 
     def splits(split: str, count: Callable[[TrainConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {name: load_split(config.data or name, split, count=count(config.for_task(name))) for name in names}
+        return {
+            name: load_split(config.data or name, split, count=count(config.for_task(name)), used=used)
+            for name in names
+        }
 
     return Setup(
         config=config,
