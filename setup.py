@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "safetensors>=0.5",
     "accelerate>=1.10",
     "datasets>=4.0",
+    "jinja2>=3.1",
     "math-verify>=0.8",
     "matplotlib>=3.9",
     "numpy>=2.0",
@@ -99,7 +100,7 @@ setup(
     # mr1fast/kernels is a symlink to kernels/, so that the sources stand at the top level of the repository
     # while `import kernels` still finds Hugging Face's package of that name.
     package_dir={"mr1fast": "mr1fast", "mr1fast.kernels": "kernels"},
-    package_data={"mr1fast": ["embedded/*"]},
+    package_data={"mr1fast": ["embedded/*", "evaluation/*.jinja"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOrWarn},
     install_requires=REQUIREMENTS,

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,14 +13,20 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from data_files import encoded, row, write_jsonl
+from jinja2 import UndefinedError
 from PIL import Image
 
-from mr1fast.data.dataset import load_split
+from mr1fast.data.dataset import load_split, problems
 from mr1fast.data.example import Example
+from mr1fast.data.tasks import TASKS
+from mr1fast.errors import UserError
 from mr1fast.evaluate import main
 from mr1fast.evaluation.evaluate import evaluate
-from mr1fast.evaluation.report import answer_rows, result_text, write_report
-from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
+from mr1fast.evaluation.figures import answer_rows
+from mr1fast.evaluation.report import write_report
+from mr1fast.evaluation.result import Answered, EvalResult, wilson_interval
+from mr1fast.evaluation.terminal import evaluation_table
 from mr1fast.model.load import encode_prompts, load_model, load_processor
 from mr1fast.rewards import accuracy_reward, format_reward
 
@@ -55,21 +62,21 @@ def test_greedy_completions_are_those_of_transformers(model, processor, dataset,
         inputs = encode_prompts(processor, [dataset[index]])
         ids = model.eval().generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
         texts.append(processor.tokenizer.decode(ids[ids != model.generation_config.eos_token_id]))
-    assert [sample.completion for sample in result.samples[:4]] == texts
+    assert [one.completion for one in result.answered[:4]] == texts
 
 
 def test_figures_are_means_of_rewards(result, dataset):
-    assert [sample.index for sample in result.samples] == list(range(20))
-    assert [sample.solution for sample in result.samples] == [dataset[i].solution for i in range(20)]
-    correct = [accuracy_reward(s.completion, s.solution) for s in result.samples]
-    formatted = [format_reward(s.completion) for s in result.samples]
+    assert [one.index for one in result.answered] == list(range(20))
+    assert [one.solution for one in result.answered] == [dataset[i].solution for i in range(20)]
+    correct = [accuracy_reward(s.completion, s.solution) for s in result.answered]
+    formatted = [format_reward(s.completion) for s in result.answered]
     assert result.n == 20
     assert result.greedy_accuracy == pytest.approx(sum(correct) / 20)
     assert result.format_accuracy == pytest.approx(sum(formatted) / 20)
     both = sum(a * b for a, b in zip(correct, formatted))
     assert result.accuracy_when_formatted == pytest.approx(both / sum(formatted))
-    assert all(len(s.sampled_correct) == 3 for s in result.samples)
-    assert result.sampled_accuracy == pytest.approx(sum(sum(s.sampled_correct) for s in result.samples) / 60)
+    assert all(len(s.sampled_correct) == 3 for s in result.answered)
+    assert result.sampled_accuracy == pytest.approx(sum(sum(s.sampled_correct) for s in result.answered) / 60)
     assert 0 < result.greedy_accuracy < 1, "the embedded model is neither hopeless nor perfect"
 
 
@@ -86,8 +93,8 @@ def test_depends_on_the_seed_alone_and_leaves_no_trace(model, processor, dataset
         assert model.training is training
         assert capsys.readouterr().err.startswith("\rbar:   0%|          | 0/80 ")
     other = evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
-    assert [s.completion for s in other.samples] == [s.completion for s in result.samples]
-    assert other.samples != result.samples
+    assert [s.completion for s in other.answered] == [s.completion for s in result.answered]
+    assert other.answered != result.answered
 
 
 def test_without_samples_there_is_no_sampled_accuracy(model, processor, dataset):
@@ -95,14 +102,47 @@ def test_without_samples_there_is_no_sampled_accuracy(model, processor, dataset)
     assert math.isnan(result.sampled_accuracy)
     assert "sampled_accuracy" not in result.figures()
     assert result.format_accuracy == result.accuracy_when_formatted == 0
-    assert "sampled" not in result_text(result, SETTINGS)
+    assert "sampled" not in evaluation_table(result, SETTINGS)
 
 
-def test_a_problem_that_stands_in_for_a_broken_one_counts_once(model, processor, dataset):
-    rows = [dataset[0], dataset[1], dataset[1], dataset[0], dataset[2]]
-    result = evaluate(model, processor, rows, max_completion_length=24, sampled=0, batch_size=2)
-    assert [sample.index for sample in result.samples] == [0, 1, 4]
-    assert result.n == 3
+def test_problems_are_told_apart_by_their_index(model, processor, dataset):
+    """Not by their names, which they need not have, nor by what is asked."""
+    examples = [Example(dataset[i].image, dataset[i].problem, dataset[i].solution) for i in (0, 1, 2, 1, 0)]
+    result = evaluate(model, processor, examples, max_completion_length=24, sampled=1, batch_size=2)
+    assert [one.index for one in result.answered] == [0, 1, 2, 3, 4]
+    assert result.n == 5
+    assert result.answered[0].completion == result.answered[4].completion
+
+
+@pytest.fixture
+def broken(folder):
+    """Ten rows, of which those with an odd number have an image that breaks only when it is decoded."""
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    rows = [row(n) for n in range(10)]
+    for number in range(1, 10, 2):
+        rows[number]["image"] = f"{number}.jpg"
+        (folder / f"{number}.jpg").write_bytes(encoded(noise, "JPEG")[:1500])
+    return write_jsonl(folder / "data.jsonl", rows)
+
+
+def test_a_problem_whose_image_breaks_is_not_asked_and_no_other_twice(model, processor, broken):
+    result = evaluate(model, processor, load_split(broken, "all"), max_completion_length=4, sampled=0, batch_size=3)
+    assert [(one.index, one.solution) for one in result.answered] == [(n, str(n)) for n in range(0, 10, 2)]
+    assert result.n == 5
+
+
+def test_without_any_problem_there_is_one_sentence(model, processor, broken):
+    for number in range(0, 10, 2):
+        (broken.parent / f"{number}.png").write_bytes((broken.parent / "1.jpg").read_bytes())
+    with pytest.raises(UserError, match="there is no problem with an image that can be decoded"):
+        evaluate(model, processor, load_split(broken, "all"), max_completion_length=4)
+
+
+def test_the_test_split_of_gr_has_200_problems(processor):
+    """Not 400: each would come twice, in two drawings, and the interval be too narrow."""
+    assert len({tuple(sorted(TASKS["gr"].triangle("test", i).angles)) for i in range(200)}) == 200
+    assert len(list(problems(load_split("gr", "test", count=400)))) == 200
+    assert len(list(problems(load_split("vc", "test", count=400)))) == 400
 
 
 @pytest.mark.parametrize(("accuracy", "n"), [(0.0, 10), (1.0, 10), (0.5, 1), (0.4, 400), (0.97, 30)])
@@ -114,21 +154,23 @@ def test_wilson_interval_is_where_the_observation_is_z_deviations_away(accuracy,
             assert abs(accuracy - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n), rel=1e-6)
 
 
-def sample(solution, answer, index=0, **changes):
+def answered(solution, answer, index=0, **changes):
     completion = f"<think></think><answer>{answer}</answer>"
-    made = Sample(index, f"row {index}", "How many?", solution, completion, answer, solution == answer, True, (True,))
+    made = Answered(index, f"row {index}", "How many?", solution, completion, answer, solution == answer, True, (True,))
     return replace(made, **changes)
 
 
 def test_accuracy_by_answer():
-    few = EvalResult.of([sample("10", "10"), sample("2", "3"), sample("2", "2"), sample("2", "3"), sample("b", "a")])
+    few = EvalResult.of(
+        [answered("10", "10"), answered("2", "3"), answered("2", "2"), answered("2", "3"), answered("b", "a")]
+    )
     assert few.by_answer() == {"2": (1, 3), "10": (1, 1), "b": (0, 1)}
     assert answer_rows(few) == [("2", 1, 3), ("10", 1, 1), ("b", 0, 1)]
     assert few.confusions() == [("2", "3", 2)]
-    numbers = EvalResult.of([sample(str(n), "4") for n in range(32)])
+    numbers = EvalResult.of([answered(str(n), "4") for n in range(32)])
     assert answer_rows(numbers)[:2] == [("0 to 3", 0, 4), ("4 to 7", 1, 4)]
     assert sum(n for _, _, n in answer_rows(numbers)) == 32
-    words = EvalResult.of([sample(letter, "a") for letter in "aaabcdefghijklmnop"])
+    words = EvalResult.of([answered(letter, "a") for letter in "aaabcdefghijklmnop"])
     assert answer_rows(words)[0] == ("a", 3, 3)
     assert answer_rows(words)[-1] == ("5 others", 0, 5)
 
@@ -169,29 +211,60 @@ def test_page_shows_every_mistake_and_nothing_from_elsewhere(tmp_path):
         Image.new("RGB", (6, 4), (1, 2, 3)),
     ]
     examples = [Example(image, HOSTILE, "4", HOSTILE) for image in images]
-    samples = [
-        sample("4", HOSTILE, 0, problem=HOSTILE, completion=HOSTILE, name=HOSTILE),
-        sample(HOSTILE, None, 1, completion="", formatted=False),
-        sample("4", "4", 2),
+    found = [
+        answered("4", HOSTILE, 0, problem=HOSTILE, completion=HOSTILE, name=HOSTILE),
+        answered(HOSTILE, None, 1, completion="", formatted=False),
+        answered("4", "4", 2),
     ]
-    file = write_report(tmp_path / "report.html", EvalResult.of(samples), SETTINGS, examples)
+    file = write_report(tmp_path / "report.html", EvalResult.of(found), SETTINGS, examples)
     text = file.read_text(encoding="utf-8")
     page = Page(text)
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert page.text.count(HOSTILE) == 6  # problem, answer, completion, name; truth; and one in the table by answer
     assert "Wrong answers (2)" in page.text
     assert "no answer in tags" in page.text
+    csp = re.search('<meta http-equiv="Content-Security-Policy" content="([^"]+)">', text).group(1)
+    assert csp == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert "not well formed" in page.text
     assert all(source.startswith("data:image/") for source in page.images)
     shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.images]
     assert [image.size for image in shown] == [(6, 4), (480, 240), (6, 4)]
     assert shown[0].getpixel((0, 0)) == (10, 20, 30)
-    assert len(re.findall('class="sample wrong"', text)) == 2
+    assert len(re.findall('class="problem wrong"', text)) == 2
+
+
+def test_nothing_stops_the_page(tmp_path, broken, folder):
+    """Images that are not there or have broken since, and texts that no encoding takes."""
+    gone = Image.new("RGB", (6, 4))
+    gone.load = gone.convert = None
+    examples = [Example(gone, "?", "4"), Example(None, "?", "4"), Example(Image.new("F", (9, 9)), "?", "4")]
+    examples += [Example(Image.new(mode, (300, 200)), "?", "4") for mode in ("RGBA", "I;16", "CMYK", "1", "LA")]
+    odd = "\ud83d \0 \x1b[31m \u202e ]]> <!-- {{ 1 }} {% raw %} 每个 " + "x" * 100_000
+    found = [answered("4", odd, i, problem=odd, completion=odd, name=odd) for i in range(len(examples))]
+    settings = SETTINGS | {"model": "name \udcff"}
+    page = Page(write_report(tmp_path / "r.html", EvalResult.of(found), settings, examples).read_text("utf-8"))
+    assert len(page.images) == 6
+    assert page.text.count("(no image)") == 2
+    assert "{{ 1 }} {% raw %} 每个" in page.text
+    # A row whose image breaks after it was asked does not get the image of another row.
+    dataset = load_split(broken, "all")
+    (folder / "0.png").write_bytes((folder / "1.jpg").read_bytes())
+    found = [answered("0", "7", 0), answered("2", "7", 2)]
+    page = Page(write_report(tmp_path / "r.html", EvalResult.of(found), SETTINGS, dataset).read_text("utf-8"))
+    (image,) = page.images
+    assert Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).getpixel((0, 0)) == (2, 50, 90)
+
+
+def test_a_name_that_the_page_does_not_have_is_an_error(tmp_path):
+    settings = {name: value for name, value in SETTINGS.items() if name != "model"}
+    result = EvalResult.of([answered("4", "4")])
+    with pytest.raises(UndefinedError, match="model"):
+        write_report(tmp_path / "r.html", result, settings, load_split("vc", "test"))
 
 
 def test_page_of_a_perfect_model(tmp_path):
     file = write_report(
-        tmp_path / "r.html", EvalResult.of([sample("4", "4")]), SETTINGS, load_split("vc", "test", count=1)
+        tmp_path / "r.html", EvalResult.of([answered("4", "4")]), SETTINGS, load_split("vc", "test", count=1)
     )
     text = Page(file.read_text(encoding="utf-8")).text
     assert "Wrong answers" not in text
@@ -227,6 +300,44 @@ def test_program_on_local_data(tmp_path, capsys, monkeypatch):
     assert "shapes, test split, 6 problems" in Page((tmp_path / "out" / "report.html").read_text()).text
 
 
+def evaluated(tmp_path, *arguments):
+    """evaluation.json of the program, which says one token a problem."""
+    threads = torch.get_num_threads()
+    arguments = [
+        *map(str, arguments),
+        "--sampled=0",
+        "--max-completion-length=1",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 0
+    torch.set_num_threads(threads)
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    shutil.rmtree(tmp_path / "out")
+    return figures
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "n", "said"),
+    [
+        ("test.jsonl", "--split=test", 10, "test, test split, 10 problems"),
+        ("test.jsonl", None, 10, "test, test split, 10 problems"),
+        ("test.jsonl", "--split=all", 10, "test, all rows, 10 problems"),
+        ("rows.jsonl", None, 10, "rows, all rows, 10 problems"),
+        ("rows.jsonl", "--split=test", 1, "rows, test split (cut from the unnamed rows), 1 problem"),
+        ("train.jsonl", "--split=train", 10, "train, train split, 10 problems"),
+        ("train.jsonl", "--split=test", 1, "train, test split (cut from train), 1 problem"),
+        ("val.json", None, 10, "val, all rows, 10 problems"),
+    ],
+)
+def test_a_file_is_evaluated_whole_unless_the_split_is_cut(folder, tmp_path, capsys, name, split, n, said):
+    file = write_jsonl(folder / name, [row(number) for number in range(10)])
+    figures = evaluated(tmp_path, "--data", file, *([split] if split else []))
+    assert figures["n"] == n
+    assert ("cut_from" in figures["settings"]) == ("cut from" in said)
+    assert capsys.readouterr().out.startswith(said + "\n")
+
+
 def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
     from mr1fast.model import rollout
 
@@ -257,7 +368,10 @@ def test_more_problems_than_there_are(tmp_path, capsys):
     threads = torch.get_num_threads()
     assert main([*arguments, "--max-completion-length", "1", "--output-dir", str(tmp_path / "out")]) == 0
     torch.set_num_threads(threads)
-    assert "gr has 80 problems in this split; the others were the same in another drawing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gr, validation split, 80 problems\n" in out
+    assert "gr has 80 problems in this split, fewer than --samples 81" in out
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["n"] == 80
 
 
 MISTAKES = [

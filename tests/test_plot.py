@@ -4,20 +4,23 @@ import json
 import warnings
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
+from data_files import as_jsonl, encoded
+from data_files import row as data_row
 from PIL import Image
 
 from mr1fast.data.dataset import load_split
 from mr1fast.data.example import Example
-from mr1fast.evaluation import curves
+from mr1fast.evaluation import curves, samples
 from mr1fast.evaluation.curves import PANELS, _labels, draw_curves, read_run, smoothed
-from mr1fast.evaluation.result import Sample
-from mr1fast.evaluation.samples import Shown, before_and_after, clipped, draw_samples
+from mr1fast.evaluation.result import Answered
+from mr1fast.evaluation.samples import BeforeAfter, before_and_after, clipped, draw_samples
 from mr1fast.model.load import load_model, load_processor
 from mr1fast.options.config import TrainConfig
 from mr1fast.plot import main
-from mr1fast.training.loop import draw_pictures
+from mr1fast.training import loop
 from mr1fast.training.run_folder import RunFolder
 
 
@@ -213,28 +216,45 @@ def test_both_models_answer_the_same_problems():
     assert all(one.after.answer is None and not one.after.correct for one in shown)
 
 
-def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
+def setup_of(folder, tests, **config):
+    """As much of the training loop's setup as pictures need."""
+    write_run(folder, [row(1)])
+    for name in tests:
+        (folder / name / "model").mkdir(parents=True)
     model = load_model()
-    setup = SimpleNamespace(
-        config=TrainConfig(task="vc"),
-        folder=RunFolder(write_run(tmp_path / "run", [row(1)])),
-        names=["vc"],
+    return SimpleNamespace(
+        config=TrainConfig(**config, max_completion_length=4),
+        folder=RunFolder(folder),
+        names=list(tests),
         load=lambda folder: model,
-        tests={"vc": load_split("vc", "test", count=2)},
+        tests=tests,
         base=model,
         processor=load_processor(),
     )
-    (tmp_path / "run" / "vc" / "model").mkdir(parents=True)
-    draw_pictures(setup)
+
+
+def test_pictures_of_a_run(tmp_path):
+    loop.draw_pictures(setup_of(tmp_path / "run", {"vc": load_split("vc", "test", count=2)}, task="vc"))
     assert not_blank(tmp_path / "run" / "curves.png")
     assert not_blank(tmp_path / "run" / "samples.png")
 
-    def full_disk(*_):
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(curves, "draw_curves", full_disk)
-    draw_pictures(setup)
-    assert capsys.readouterr().err.endswith("no pictures: No space left on device\n")
+@pytest.mark.parametrize(
+    ("module", "function", "error"),
+    [
+        (curves, "draw_curves", OSError("No space left on device")),
+        (samples, "before_and_after", RuntimeError("out of memory")),
+        (samples, "draw_samples", KeyError("x")),
+    ],
+)
+def test_a_run_is_not_lost_for_a_picture(tmp_path, monkeypatch, capsys, module, function, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module, function, fails)
+    loop.draw_pictures(setup_of(tmp_path / "run", {"vc": load_split("vc", "test", count=2)}, task="vc"))
+    assert capsys.readouterr().err.endswith(f"no pictures: {error}\n")
+    assert (tmp_path / "run" / "curves.png").exists() == (module is not curves)
 
 
 def shown(number, **changes):
@@ -242,9 +262,9 @@ def shown(number, **changes):
         Image.new("RGB", (56, 56), (30 * number, 90, 90)), "How many $x_1$ \\frac{?", "4", f"row {number}"
     )
     arguments = {"index": number, "name": "", "problem": "", "solution": "4", "sampled_correct": (), "formatted": True}
-    after = Sample(**arguments, completion="<answer>4</answer>", answer="4", correct=True)
-    before = Sample(**arguments, completion=changes.pop("completion", ""), answer=None, correct=False)
-    return Shown(Example(**{**vars(example), **changes}), before, after)
+    after = Answered(**arguments, completion="<answer>4</answer>", answer="4", correct=True)
+    before = Answered(**arguments, completion=changes.pop("completion", ""), answer=None, correct=False)
+    return BeforeAfter(Example(**{**vars(example), **changes}), before, after)
 
 
 @pytest.mark.parametrize("number", [1, 3, 12])
@@ -266,6 +286,57 @@ def test_samples_with_odd_texts_and_images(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not_blank(draw_samples(tmp_path / "samples.png", odd, "odd"))
+
+
+ODD = "\ud83d\0\x1b[31m $a_{$ $\\frac$ \u202e\u2028\x85\U000e0001\U0010ffff\ufeff 每个 مرحبا 🙂 \udcff" + "́" * 200
+
+
+@pytest.fixture
+def hostile_settings(tmp_path, monkeypatch):
+    """A user's matplotlibrc that no picture could be drawn with here."""
+    matplotlib.rcParams.update({"text.usetex": True, "font.family": "No Such Font", "savefig.dpi": 1e6})
+    yield
+    matplotlib.rcdefaults()
+
+
+def test_no_text_image_or_setting_stops_samples(tmp_path, hostile_settings):
+    lost = Image.new("RGB", (6, 4))
+    lost.convert = None
+    odd = [
+        shown(0, problem=ODD, solution=ODD, completion=ODD, name=ODD),
+        shown(1, problem="x" * 1_000_000, completion=" ".join("abc" * 100_000)),
+        shown(2, image=lost),
+        shown(3, image=Image.new("F", (9, 9))),
+        shown(4, image=Image.new("RGBA", (1, 3000))),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not_blank(draw_samples(tmp_path / "samples.png", odd, ODD))
+
+
+def test_no_text_number_or_setting_stops_curves(tmp_path, hostile_settings):
+    rows = [row(1, ODD), row(2, ODD, reward=10**400, kl=1e300, loss=-(10**350)), row(3, "$\\frac{$", step_time=True)]
+    runs = [
+        write_run(tmp_path / name, rows, result)
+        for name, result in (("$a_{$ 每个", []), ("_b", {"config": {"method": "$x^$"}}))
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not_blank(draw_curves(runs, tmp_path / "a.png"))
+
+
+def test_samples_show_each_picture_with_its_own_answer(folder):
+    """Also where an image breaks: no problem is shown twice, none with the answer to another."""
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    (folder / "1.png").write_bytes(encoded(noise, "JPEG")[:1500])
+    (folder / "4.png").write_bytes((folder / "1.png").read_bytes())
+    dataset = load_split(as_jsonl(folder, [data_row(n) for n in range(8)]), "all")
+    setup = setup_of(folder / "run", {"data": dataset}, data="somewhere")
+    pairs, _ = loop._samples(setup)
+    assert [one.example.solution for one in pairs] == ["0", "2", "3", "5", "6", "7"]
+    for one in pairs:
+        assert one.example.image.getpixel((0, 0))[0] == int(one.example.solution)
+        assert one.before.problem == one.after.problem == one.example.problem == f"question {one.example.solution}?"
 
 
 def test_clipped():

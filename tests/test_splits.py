@@ -1,5 +1,7 @@
 """Which rows of local data, and which problems of the embedded tasks, are in which split."""
 
+import base64
+import random
 from itertools import chain
 
 import datasets
@@ -16,12 +18,11 @@ from data_files import (
     with_bytes,
     write_jsonl,
 )
+from PIL import Image
 
 from mr1fast.data.dataset import ENDLESS, load_split, split_sizes
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
-
-EMBEDDING = [as_jsonl, as_parquet_of_bytes, as_parquet_of_images, as_saved, as_saved_of_image_lists]
 
 
 def test_unnamed_data_is_cut_80_10_10_disjoint_and_the_same_every_time(folder):
@@ -119,6 +120,206 @@ def test_embedded_tasks():
     assert (dataset.name, len(dataset), dataset.summary()) == ("vc", 3, "vc/test: 3 examples")
     assert dataset[2].solution == TASKS["vc"].example("test", 2).solution
     assert len(load_split("vc", "train")) == ENDLESS
-    assert len(load_split("gr", "test")) == TASKS["gr"].split_size("test")
+    assert len(load_split("gr", "train")) == ENDLESS
+    assert len(load_split("gr", "test")) == 200
+    assert len(load_split("gr", "test", count=400)) == 200, "a problem would come twice"
+    assert len(load_split("gr", "test", count=7)) == 7
+    assert len(load_split("gr", "validation", count=128)) == 80
     with pytest.raises(IndexError):
         dataset[3]
+
+
+# ---- one image, spelt and kept in many ways -------------------------------------------------------------------------
+
+
+def spellings(folder, number):
+    """The image `number`.png in every way that a row can name it."""
+    path = folder / f"{number}.png"
+    (folder / "links").mkdir(exist_ok=True)
+    copy, link, link_to_link = (folder / "links" / f"{name}{number}.png" for name in ("copy", "link", "again"))
+    copy.write_bytes(path.read_bytes())
+    for name, target in ((link, path), (link_to_link, link)):
+        name.unlink(missing_ok=True)
+        name.symlink_to(target)
+    content = base64.b64encode(path.read_bytes()).decode()
+    return [
+        path.name,
+        f"./{path.name}",
+        f"links/../{path.name}",
+        f".//{path.name}",
+        str(path),
+        path.as_uri(),
+        f"file:{path.name}",
+        str(copy),
+        f"links/{link.name}",
+        link_to_link.as_uri(),
+        f"data:image/png;base64,{content}",
+        {"path": path.name},
+        [str(path)],
+    ]
+
+
+def shown(dataset):
+    """The numbers of the images, which `picture` has painted."""
+    return {dataset[i].image.getpixel((0, 0))[0] for i in range(len(dataset))}
+
+
+def test_rows_with_the_same_image_stay_together_however_it_is_spelt(folder):
+    rows = [row(number, image=image) for number in range(10) for image in spellings(folder, number)]
+    random.Random(0).shuffle(rows)
+    file = as_jsonl(folder, rows)
+    splits = [load_split(file, split) for split in ("train", "validation", "test")]
+    assert [len(one) for one in splits] == [8 * 13, 13, 13]
+    assert [len(shown(one)) for one in splits] == [8, 1, 1]
+    assert len(set.union(*map(shown, splits))) == 10
+
+
+def test_bytes_in_parquet_and_a_file_are_the_same_image(folder):
+    rows = [row(n) for n in range(10)]
+    as_jsonl(folder, rows)
+    with_bytes(folder, rows).to_parquet(folder / "more.parquet")
+    splits = [load_split(folder, split) for split in ("train", "validation", "test")]
+    assert [len(one) for one in splits] == [16, 2, 2]
+    assert len(set.union(*map(shown, splits))) == sum(len(shown(one)) for one in splits) == 10
+
+
+def test_images_that_differ_only_in_the_middle_are_different(folder):
+    """As uncompressed ones on a plain background do: their ends and their lengths are the same."""
+    rows = []
+    for number in range(10):
+        image = Image.new("RGB", (100, 100), "white")
+        image.putpixel((50, 50), (number, 0, 0))
+        image.save(folder / f"{number}.bmp")
+        rows.append(row(number, image=f"{number}.bmp"))
+    assert [len(load_split(as_jsonl(folder, rows), split)) for split in ("train", "validation", "test")] == [8, 1, 1]
+
+
+NAMED = [("train.jsonl", range(20)), ("test.jsonl", (3, 4, 25)), ("val.jsonl", (4, 5, 26, 27))]
+
+
+@pytest.fixture
+def overlapping(folder):
+    for name, numbers in NAMED:
+        rows = [row(n, image=spellings(folder, n)[7 if name == "test.jsonl" else 0]) for n in numbers]
+        write_jsonl(folder / "parts" / name, [r | {"image": str(folder / r["image"])} for r in rows])
+    return folder / "parts"
+
+
+def test_an_image_of_a_named_split_is_not_trained_on(overlapping):
+    train, validation, test = (load_split(overlapping, split) for split in ("train", "validation", "test"))
+    assert shown(test) == {3, 4, 25}
+    assert shown(validation) == {4, 5, 26, 27}
+    assert shown(train) == set(range(20)) - {3, 4, 5}
+    assert train.skipped == {"image is also in the test split": 2, "image is also in the validation split": 1}
+    assert "parts/train: 17 examples; skipped 3: 2 x image is also in the test split, 1 x" in train.summary()
+    assert not test.skipped
+    assert not validation.skipped
+
+
+def test_a_split_that_is_not_used_takes_nothing_away(overlapping):
+    train = load_split(overlapping, "train", used=("train", "test"))
+    assert shown(train) == set(range(20)) - {3, 4}
+    assert train.skipped == {"image is also in the test split": 2}
+    assert shown(load_split(overlapping, "train", used=("train",))) == set(range(20))
+
+
+def test_validation_is_cut_from_what_the_test_split_leaves(overlapping):
+    (overlapping / "val.jsonl").unlink()
+    train, validation, test = (load_split(overlapping, split) for split in ("train", "validation", "test"))
+    assert (len(train), len(validation), validation.cut_from) == (16, 2, "train")
+    assert not shown(test) & (shown(train) | shown(validation))
+    assert shown(train) | shown(validation) == set(range(20)) - {3, 4}
+
+
+def test_training_on_nothing_but_test_images_is_refused(folder):
+    for name in ("train.jsonl", "test.jsonl"):
+        write_jsonl(folder / name, [row(n) for n in range(3)])
+    with pytest.raises(UserError, match="no readable row for train: 3 x image is also in the test split"):
+        load_split(folder, "train")
+
+
+# ---- what is cut, and when ------------------------------------------------------------------------------------------
+
+
+def test_without_validation_its_share_is_trained_on(folder):
+    file = as_jsonl(folder, [row(n) for n in range(30)])
+    everything = {split: shown(load_split(file, split)) for split in ("train", "validation", "test")}
+    assert shown(load_split(file, "train", used=("train", "test"))) == everything["train"] | everything["validation"]
+    assert shown(load_split(file, "test", used=("train", "test"))) == everything["test"]
+    assert shown(load_split(file, "train", used=("train",))) == set(range(30))
+
+
+def test_with_a_test_split_of_its_own_and_without_validation_all_is_trained_on(folder):
+    write_jsonl(folder / "train.jsonl", [row(n) for n in range(20)])
+    write_jsonl(folder / "test.jsonl", [row(n) for n in range(20, 30)])
+    assert len(load_split(folder, "train", used=("train", "test"))) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test.jsonl", "test"),
+        ("test-00000-of-00001.jsonl", "test"),
+        ("clevr_test_200.jsonl", "test"),
+        ("eval.jsonl", "test"),
+        ("val.jsonl", "validation"),
+        ("dev.jsonl", "validation"),
+        ("test/metadata.jsonl", "test"),
+        ("validation/metadata.jsonl", "validation"),
+    ],
+)
+def test_a_lone_file_is_the_split_that_its_name_says(folder, name, split):
+    file = write_jsonl(folder / name, [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
+    dataset = load_split(file, split)
+    assert (len(dataset), dataset.split, dataset.cut_from) == (10, split, "")
+    for other in {"train", "validation", "test"} - {split}:
+        with pytest.raises(UserError, match=f"no readable row for {other}: all rows are of {split}"):
+            load_split(file, other)
+    assert len(load_split(file, "all")) == 10
+    assert (len(load_split(file, None)), load_split(file, None).split) == (10, "test" if split == "test" else "all")
+
+
+@pytest.mark.parametrize(("name", "cut_from"), [("train.jsonl", "train"), ("rows.jsonl", "the unnamed rows")])
+def test_a_lone_file_of_another_name_is_cut_for_training_alone(folder, name, cut_from):
+    file = write_jsonl(folder / name, [row(n) for n in range(10)])
+    splits = [load_split(file, split) for split in ("train", "validation", "test")]
+    assert [(len(one), one.cut_from) for one in splits] == [(8, ""), (1, cut_from), (1, cut_from)]
+    dataset = load_split(file, None)
+    assert (len(dataset), dataset.split, dataset.cut_from) == (10, "all", "")
+
+
+@pytest.mark.parametrize(("name", "split"), [("test", "test"), ("val", "validation"), ("Evaluation", "test")])
+def test_a_folder_named_after_a_split_is_that_split(folder, name, split):
+    write_jsonl(folder / name / "rows.jsonl", [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
+    assert len(load_split(folder / name, split)) == 10
+    with pytest.raises(UserError, match=f"all rows are of {split}"):
+        load_split(folder / name, "train")
+
+
+def test_a_word_in_the_name_of_the_whole_folder_says_nothing(folder):
+    for name in ("my-test-project", "training_data_val"):
+        write_jsonl(folder / name / "rows.jsonl", [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
+        assert len(load_split(folder / name, "train")) == 8
+
+
+def test_a_saved_split_alone(folder):
+    data = datasets.DatasetDict({name: with_bytes(folder, [row(n) for n in range(6)]) for name in ("train", "test")})
+    data.save_to_disk(folder / "saved")
+    assert len(load_split(folder / "saved" / "test", "test")) == 6
+    with pytest.raises(UserError, match="no readable row for train: 6 x image is also in the test split"):
+        load_split(folder / "saved", "train")
+
+
+def test_no_split_is_the_test_split_where_there_is_one(folder):
+    write_jsonl(folder / "parts" / "train.jsonl", [row(f"../{n}") for n in range(20)])
+    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None)]] == [("test", 2, "train")]
+    write_jsonl(folder / "parts" / "test.jsonl", [row(f"../{n}") for n in range(20, 25)])
+    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None)]] == [("test", 5, "")]
+    assert load_split("gr", None).split == "test"
+
+
+def test_a_named_split_without_rows_says_so(folder):
+    write_jsonl(folder / "train.jsonl", [row(n) for n in range(20)])
+    write_jsonl(folder / "test.jsonl", [])
+    with pytest.raises(UserError, match="no readable row for test: there are no rows"):
+        load_split(folder, "test")

@@ -6,6 +6,8 @@ import sys
 import time
 
 import pytest
+from data_files import row as data_row
+from data_files import write_jsonl
 from PIL import Image
 from train_program import SMALL, main, metrics, program
 
@@ -157,6 +159,17 @@ def test_local_data(tmp_path, capsys):
     assert re.search(rf"shapes: train \d+, validation 2 {re.escape(rest)}, test \d+ {re.escape(rest)}\n", output)
     assert sum(map(int, re.findall(r"(\d+) x no answer", output.partition("before")[0]))) == 6
     assert output.count("shapes/train: ") <= 1
+
+
+def test_what_is_not_used_is_not_cut_and_what_is_left_out_is_said(folder, capsys):
+    """Without validation its share is trained on; no image of the test split is."""
+    write_jsonl(folder / "data" / "train.jsonl", [data_row(n, image=f"../{n}.png") for n in range(20)])
+    write_jsonl(folder / "data" / "test.jsonl", [data_row(n, image=f".././{n}.png") for n in range(18, 25)])
+    arguments = ["--data", folder / "data", "--max-steps=1", *SMALL, "--eval-steps=0", "--output-dir", folder / "run"]
+    assert main(*arguments) == 0
+    output = capsys.readouterr().out
+    assert "data: train 18, test 4\n" in output  # of the test split, as many as --eval-samples says
+    assert "data/train: 18 examples; skipped 2: 2 x image is also in the test split\n" in output
 
 
 def test_a_data_folder_with_a_test_split_alone_leaves_nothing(tmp_path, capsys):

@@ -69,11 +69,14 @@ def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(file) as parquet:
-            names, length = parquet.schema_arrow.names, parquet.metadata.num_rows
+            schema, length = parquet.schema_arrow, parquet.metadata.num_rows
         if not length:
             return []  # `datasets` takes it for an error
-        known = [name for name in names if name in columns]
-        return ArrowRows(datasets.Dataset.from_parquet(str(file), columns=known or None), names)
+        known = [name for name in schema.names if name in columns] or schema.names
+        features = datasets.Features.from_arrow_schema(
+            pyarrow.schema([schema.field(name) for name in known], metadata=schema.metadata)
+        )
+        return ArrowRows(datasets.Dataset.from_parquet(str(file), columns=known, features=features), schema.names)
     except Exception as error:  # pyarrow's and datasets' own, by version
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise Unreadable(f"is not readable as Parquet: {reason}") from None

@@ -64,7 +64,7 @@ def _text(value: Any, what: str, notes: list[str]) -> str:
         value = value[0]
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
-    if value is None or value == []:
+    if value is None or (isinstance(value, list | tuple) and not value):
         raise BadRow(f"no {what}")
     if isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool):
         if value != value:  # NaN

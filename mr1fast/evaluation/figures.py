@@ -21,7 +21,7 @@ def heading(result: EvalResult, settings: dict[str, Any]) -> str:
     rows = "all rows" if settings["split"] == "all" else f"{settings['split']} split"
     cut = f" (cut from {settings['cut_from']})" if "cut_from" in settings else ""
     stopped = f" (stopped {settings['stopped']})" if "stopped" in settings else ""
-    return f"{settings['data']}, {rows}{cut}, {result.n} problems{stopped}"
+    return f"{settings['data']}, {rows}{cut}, {result.n} problem{'s' * (result.n != 1)}{stopped}"
 
 
 def percent(fraction: float) -> str:
