@@ -1,21 +1,16 @@
-"""Evaluation: the figures, the page with the mistakes, and the program."""
+"""Evaluation: the figures, and the program."""
 
-import base64
-import io
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
-from data_files import encoded, row, write_jsonl
-from jinja2 import UndefinedError
-from PIL import Image
+from data_files import row, write_jsonl
+from report_page import SETTINGS, Page, answered
 
 from mr1fast.data.dataset import load_split, problems
 from mr1fast.data.example import Example
@@ -24,13 +19,10 @@ from mr1fast.errors import UserError
 from mr1fast.evaluate import main
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.evaluation.figures import answer_rows
-from mr1fast.evaluation.report import write_report
-from mr1fast.evaluation.result import Answered, EvalResult, wilson_interval
+from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
 from mr1fast.model.load import encode_prompts, load_model, load_processor
 from mr1fast.rewards import accuracy_reward, format_reward
-
-SETTINGS = {"data": "vc", "split": "test", "model": "a <b> model", "sampled": 1, "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +106,6 @@ def test_problems_are_told_apart_by_their_index(model, processor, dataset):
     assert result.answered[0].completion == result.answered[4].completion
 
 
-@pytest.fixture
-def broken(folder):
-    """Ten rows, of which those with an odd number have an image that breaks only when it is decoded."""
-    noise = Image.effect_noise((64, 64), 90).convert("RGB")
-    rows = [row(n) for n in range(10)]
-    for number in range(1, 10, 2):
-        rows[number]["image"] = f"{number}.jpg"
-        (folder / f"{number}.jpg").write_bytes(encoded(noise, "JPEG")[:1500])
-    return write_jsonl(folder / "data.jsonl", rows)
-
-
 def test_a_problem_whose_image_breaks_is_not_asked_and_no_other_twice(model, processor, broken):
     result = evaluate(model, processor, load_split(broken, "all"), max_completion_length=4, sampled=0, batch_size=3)
     assert [(one.index, one.solution) for one in result.answered] == [(n, str(n)) for n in range(0, 10, 2)]
@@ -154,16 +135,9 @@ def test_wilson_interval_is_where_the_observation_is_z_deviations_away(accuracy,
             assert abs(accuracy - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n), rel=1e-6)
 
 
-def answered(solution, answer, index=0, **changes):
-    completion = f"<think></think><answer>{answer}</answer>"
-    made = Answered(index, f"row {index}", "How many?", solution, completion, answer, solution == answer, True, (True,))
-    return replace(made, **changes)
-
-
 def test_accuracy_by_answer():
-    few = EvalResult.of(
-        [answered("10", "10"), answered("2", "3"), answered("2", "2"), answered("2", "3"), answered("b", "a")]
-    )
+    pairs = [("10", "10"), ("2", "3"), ("2", "2"), ("2", "3"), ("b", "a")]
+    few = EvalResult.of([answered(*pair) for pair in pairs])
     assert few.by_answer() == {"2": (1, 3), "10": (1, 1), "b": (0, 1)}
     assert answer_rows(few) == [("2", 1, 3), ("10", 1, 1), ("b", 0, 1)]
     assert few.confusions() == [("2", "3", 2)]
@@ -173,102 +147,6 @@ def test_accuracy_by_answer():
     words = EvalResult.of([answered(letter, "a") for letter in "aaabcdefghijklmnop"])
     assert answer_rows(words)[0] == ("a", 3, 3)
     assert answer_rows(words)[-1] == ("5 others", 0, 5)
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order; collects images and text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.images, self.text = [], set(), [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        if tag == "img":
-            self.images.append(dict(attrs)["src"])
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-HOSTILE = '<script>alert("1")</script><img src=http://example.org/x> & </div>'
-
-
-def test_page_shows_every_mistake_and_nothing_from_elsewhere(tmp_path):
-    images = [
-        Image.new("RGB", (6, 4), (10, 20, 30)),
-        Image.new("RGB", (2000, 1000), (200, 20, 30)),
-        Image.new("RGB", (6, 4), (1, 2, 3)),
-    ]
-    examples = [Example(image, HOSTILE, "4", HOSTILE) for image in images]
-    found = [
-        answered("4", HOSTILE, 0, problem=HOSTILE, completion=HOSTILE, name=HOSTILE),
-        answered(HOSTILE, None, 1, completion="", formatted=False),
-        answered("4", "4", 2),
-    ]
-    file = write_report(tmp_path / "report.html", EvalResult.of(found), SETTINGS, examples)
-    text = file.read_text(encoding="utf-8")
-    page = Page(text)
-    assert not page.tags & {"script", "link", "iframe", "object"}
-    assert page.text.count(HOSTILE) == 6  # problem, answer, completion, name; truth; and one in the table by answer
-    assert "Wrong answers (2)" in page.text
-    assert "no answer in tags" in page.text
-    csp = re.search('<meta http-equiv="Content-Security-Policy" content="([^"]+)">', text).group(1)
-    assert csp == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert "not well formed" in page.text
-    assert all(source.startswith("data:image/") for source in page.images)
-    shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.images]
-    assert [image.size for image in shown] == [(6, 4), (480, 240), (6, 4)]
-    assert shown[0].getpixel((0, 0)) == (10, 20, 30)
-    assert len(re.findall('class="problem wrong"', text)) == 2
-
-
-def test_nothing_stops_the_page(tmp_path, broken, folder):
-    """Images that are not there or have broken since, and texts that no encoding takes."""
-    gone = Image.new("RGB", (6, 4))
-    gone.load = gone.convert = None
-    examples = [Example(gone, "?", "4"), Example(None, "?", "4"), Example(Image.new("F", (9, 9)), "?", "4")]
-    examples += [Example(Image.new(mode, (300, 200)), "?", "4") for mode in ("RGBA", "I;16", "CMYK", "1", "LA")]
-    odd = "\ud83d \0 \x1b[31m \u202e ]]> <!-- {{ 1 }} {% raw %} 每个 " + "x" * 100_000
-    found = [answered("4", odd, i, problem=odd, completion=odd, name=odd) for i in range(len(examples))]
-    settings = SETTINGS | {"model": "name \udcff"}
-    page = Page(write_report(tmp_path / "r.html", EvalResult.of(found), settings, examples).read_text("utf-8"))
-    assert len(page.images) == 6
-    assert page.text.count("(no image)") == 2
-    assert "{{ 1 }} {% raw %} 每个" in page.text
-    # A row whose image breaks after it was asked does not get the image of another row.
-    dataset = load_split(broken, "all")
-    (folder / "0.png").write_bytes((folder / "1.jpg").read_bytes())
-    found = [answered("0", "7", 0), answered("2", "7", 2)]
-    page = Page(write_report(tmp_path / "r.html", EvalResult.of(found), SETTINGS, dataset).read_text("utf-8"))
-    (image,) = page.images
-    assert Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).getpixel((0, 0)) == (2, 50, 90)
-
-
-def test_a_name_that_the_page_does_not_have_is_an_error(tmp_path):
-    settings = {name: value for name, value in SETTINGS.items() if name != "model"}
-    result = EvalResult.of([answered("4", "4")])
-    with pytest.raises(UndefinedError, match="model"):
-        write_report(tmp_path / "r.html", result, settings, load_split("vc", "test"))
-
-
-def test_page_of_a_perfect_model(tmp_path):
-    file = write_report(
-        tmp_path / "r.html", EvalResult.of([answered("4", "4")]), SETTINGS, load_split("vc", "test", count=1)
-    )
-    text = Page(file.read_text(encoding="utf-8")).text
-    assert "Wrong answers" not in text
-    assert "100.0 %" in text
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
