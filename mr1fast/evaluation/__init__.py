@@ -7,4 +7,5 @@ terminal.py     what is printed: of an evaluation, and of a training run before 
 report.py       report.html of an evaluation: the mistakes with their images
 samples.py      samples.png of a training run: a few problems, answered before and after
 curves.py       curves.png: what training runs logged, over their steps
+drawing.py      what these two pictures share
 """

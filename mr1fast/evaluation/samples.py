@@ -121,7 +121,7 @@ def _draw_cell(axis: Axes, example: Example, texts: Sequence[Text], heights: Seq
     y = IMAGE + GAP
     for text, height in zip(texts, heights):
         style: dict[str, Any] = {"color": text.colour, "fontsize": text.size, "fontweight": text.weight}
-        axis.text(0.04, y, drawable(text.text), va="top", linespacing=1.15, parse_math=False, **style)
+        axis.text(0.04, y, drawable(text.text), va="top", linespacing=1.15, clip_on=True, parse_math=False, **style)
         y += height + (GAP if text.gap else 0)
 
 
