@@ -19,22 +19,22 @@ from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
-from mr1fast.options.config import RECIPES, TASK_NAMES, choice
-from mr1fast.options.program import Parser, at_least, exit_code
+from mr1fast.options.fields import check_choice, check_value, option_string
+from mr1fast.options.parse import FIELDS
+from mr1fast.options.program import Parser, at_least, exit_code, prog
+from mr1fast.options.recipes import RECIPES, TASK_NAMES, recipe_name
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 
 if TYPE_CHECKING:
-    from transformers import Qwen2VLForConditionalGeneration
-
     from mr1fast.data.dataset import ImageTextDataset
-    from mr1fast.model.processor import Qwen2VLTextImageProcessor
+    from mr1fast.model.policy import Policy
 
 DEFAULT_SAMPLES = 400  # problems, of a task that has no end
 
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="python -m mr1fast.evaluate",
+        prog=prog("evaluate"),
         description="How many questions about images a Qwen2-VL answers right. Prints a table, and writes "
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
@@ -91,12 +91,15 @@ def _check(options: argparse.Namespace) -> None:
     if (options.task is None) == (options.data is None):
         raise UserError(f"give either {', '.join(f'--task {name}' for name in TASK_NAMES)} or --data PATH")
     if options.task is not None:
-        choice("--task", options.task, TASK_NAMES)
+        check_choice("--task", options.task, TASK_NAMES)
     if options.split is not None:
-        choice("--split", options.split, (*SPLITS, *(["all"] if options.data else [])))
+        check_choice("--split", options.split, (*SPLITS, *(["all"] if options.data else [])))
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         rule = "must be a finite number above 0"
         raise UserError(f"--temperature {rule}, got {options.temperature:g}; greedy decoding is always done")
+    for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
+        if (value := getattr(options, name)) is not None:
+            check_value(FIELDS[name], value, option_string(name))
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
     if options.data is not None and not Path(options.data).exists():
@@ -108,19 +111,21 @@ def run(arguments: Sequence[str] | None) -> None:
     options = build_parser().parse(arguments)
     _check(options)
     from mr1fast.evaluation.evaluate import EvaluationStopped, evaluate
-    from mr1fast.model.load import is_small
+    from mr1fast.model.load import longest_prompt
+    from mr1fast.training.setup import too_long
 
     started = time.time()
     dataset = _load_data(options)
-    model, processor = _load_model(options)
-    recipe = RECIPES[options.task or TASK_NAMES[0]] if is_small(model) else RECIPES["model"]
-    longest = options.max_completion_length or recipe["max_completion_length"]
+    policy = _load_policy(options)
+    longest = (
+        options.max_completion_length or RECIPES[recipe_name(options.model, options.task)]["max_completion_length"]
+    )
+    dataset.leave_out(too_long(policy.processor, longest_prompt(policy.model, longest)))
     folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
-    settings = _settings(options, longest, dataset, model)
+    settings = _settings(options, longest, dataset, policy)
     try:
         result = evaluate(
-            model,
-            processor,
+            policy,
             dataset,
             max_completion_length=longest,
             sampled=options.sampled,
@@ -148,11 +153,12 @@ def _load_data(options: argparse.Namespace) -> ImageTextDataset:
     return load_split(options.data or options.task, options.split, count=count, used=used)
 
 
-def _load_model(options: argparse.Namespace) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLTextImageProcessor]:
+def _load_policy(options: argparse.Namespace) -> Policy:
     import torch
     import transformers
 
     from mr1fast.model import load
+    from mr1fast.model.policy import Policy
 
     transformers.utils.logging.disable_progress_bar()
     device = load.choose_device(options.device)
@@ -164,15 +170,13 @@ def _load_model(options: argparse.Namespace) -> tuple[Qwen2VLForConditionalGener
         attention=load.choose_attention(options.attention, device),
     )
     torch.set_num_threads(options.threads or load.choose_threads(model))
-    return model, load.load_processor(path, max_pixels=options.max_pixels)
+    return Policy(model, load.load_processor(path, max_pixels=options.max_pixels))
 
 
-def _settings(
-    options: argparse.Namespace, longest: int, dataset: ImageTextDataset, model: Qwen2VLForConditionalGeneration
-) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, longest: int, dataset: ImageTextDataset, policy: Policy) -> dict[str, Any]:
     """What the figures depend on."""
     return {
-        "model": whole_characters(str(model.name_or_path)),
+        "model": whole_characters(str(policy.model.name_or_path)),
         "data": dataset.name,
         "split": dataset.split,
         **({"cut_from": dataset.cut_from} if dataset.cut_from else {}),
@@ -180,8 +184,8 @@ def _settings(
         "temperature": options.temperature,
         "max_completion_length": longest,
         "seed": options.seed,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(policy.device),
+        "dtype": str(policy.model.dtype).removeprefix("torch."),
     }
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mr1fast.errors import UserError
-from mr1fast.options.program import Parser, exit_code
+from mr1fast.options.program import Parser, exit_code, prog
 
 
 def run(arguments: Sequence[str] | None) -> None:
     """Raises UserError."""
     parser = Parser(
-        prog="python -m mr1fast.plot",
+        prog=prog("plot"),
         description="Draw rewards, accuracies, KL, entropy, lengths and times of a run over its steps, or of several "
         "runs over each other.",
         allow_abbrev=False,

@@ -126,7 +126,7 @@ def test_an_image_that_breaks_late_is_replaced_and_counted_once(folder):
     assert dataset.summary() == "data/all: 2 examples; skipped 2: 2 x image file is truncated"
     (folder / "0.png").unlink()
     (folder / "3.png").unlink()
-    with pytest.raises(ValueError, match="no image that can be decoded"):
+    with pytest.raises(ValueError, match="no row that can be used: 2 x image"):
         dataset[0]
 
 

@@ -22,17 +22,14 @@ from mr1fast.evaluation.figures import answer_rows
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
 from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.policy import Policy
+from mr1fast.model.rollout import Sampler
 from mr1fast.rewards import accuracy_reward, format_reward
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return load_processor()
+def policy():
+    return Policy(load_model(), load_processor())
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +38,19 @@ def dataset():
 
 
 @pytest.fixture(scope="module")
-def result(model, processor, dataset):
-    return evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8)
+def result(policy, dataset):
+    return evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=8)
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_completions_are_those_of_transformers(model, processor, dataset, result):
+def test_greedy_completions_are_those_of_transformers(policy, dataset, result):
+    model, processor = policy.model.eval(), policy.processor
     texts = []
     for index in range(4):
         inputs = encode_prompts(processor, [dataset[index]])
-        ids = model.eval().generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
         texts.append(processor.tokenizer.decode(ids[ids != model.generation_config.eos_token_id]))
     assert [one.completion for one in result.answered[:4]] == texts
 
@@ -72,54 +70,55 @@ def test_figures_are_means_of_rewards(result, dataset):
     assert 0 < result.greedy_accuracy < 1, "the embedded model is neither hopeless nor perfect"
 
 
-def test_depends_on_the_seed_alone_and_leaves_no_trace(model, processor, dataset, result, capsys):
+def test_depends_on_the_seed_alone_and_leaves_no_trace(policy, dataset, result, capsys):
     for training in (True, False):
-        model.train(training)
+        policy.model.train(training)
         torch.manual_seed(7)
         state = torch.get_rng_state()
-        again = evaluate(
-            model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8, progress="bar", seed=0
-        )
+        again = evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=8, progress="bar", seed=0)
         assert again == result
         assert torch.equal(torch.get_rng_state(), state)
-        assert model.training is training
+        assert policy.model.training is training
         assert capsys.readouterr().err.startswith("\rbar:   0%|          | 0/80 ")
-    other = evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
+    other = evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
     assert [s.completion for s in other.answered] == [s.completion for s in result.answered]
     assert other.answered != result.answered
 
 
-def test_without_samples_there_is_no_sampled_accuracy(model, processor, dataset):
-    result = evaluate(model, processor, dataset, max_completion_length=2, sampled=0)
+def test_without_samples_there_is_no_sampled_accuracy(policy, dataset):
+    result = evaluate(policy, dataset, max_completion_length=2, sampled=0)
     assert math.isnan(result.sampled_accuracy)
     assert "sampled_accuracy" not in result.figures()
     assert result.format_accuracy == result.accuracy_when_formatted == 0
     assert "sampled" not in evaluation_table(result, SETTINGS)
 
 
-def test_problems_are_told_apart_by_their_index(model, processor, dataset):
+def test_problems_are_told_apart_by_their_index(policy, dataset):
     """Not by their names, which they need not have, nor by what is asked."""
     examples = [Example(dataset[i].image, dataset[i].problem, dataset[i].solution) for i in (0, 1, 2, 1, 0)]
-    result = evaluate(model, processor, examples, max_completion_length=24, sampled=1, batch_size=2)
+    result = evaluate(policy, examples, max_completion_length=24, sampled=1, batch_size=2)
     assert [one.index for one in result.answered] == [0, 1, 2, 3, 4]
     assert result.n == 5
     assert result.answered[0].completion == result.answered[4].completion
 
 
-def test_a_problem_whose_image_breaks_is_not_asked_and_no_other_twice(model, processor, broken):
-    result = evaluate(model, processor, load_split(broken, "all"), max_completion_length=4, sampled=0, batch_size=3)
+def test_a_problem_whose_image_breaks_is_not_asked_and_no_other_twice(policy, broken):
+    result = evaluate(policy, load_split(broken, "all"), max_completion_length=4, sampled=0, batch_size=3)
     assert [(one.index, one.solution) for one in result.answered] == [(n, str(n)) for n in range(0, 10, 2)]
     assert result.n == 5
 
 
-def test_without_any_problem_there_is_one_sentence(model, processor, broken):
+def test_without_any_problem_there_is_one_sentence(policy, broken):
     for number in range(0, 10, 2):
         (broken.parent / f"{number}.png").write_bytes((broken.parent / "1.jpg").read_bytes())
-    with pytest.raises(UserError, match="there is no problem with an image that can be decoded"):
-        evaluate(model, processor, load_split(broken, "all"), max_completion_length=4)
+    with pytest.raises(
+        UserError,
+        match="there is no problem that can be asked: data/all: 0 examples; skipped 10: ",
+    ):
+        evaluate(policy, load_split(broken, "all"), max_completion_length=4)
 
 
-def test_the_test_split_of_gr_has_200_problems(processor):
+def test_the_test_split_of_gr_has_200_problems():
     """Not 400: each would come twice, in two drawings, and the interval be too narrow."""
     assert len({tuple(sorted(TASKS["gr"].triangle("test", i).angles)) for i in range(200)}) == 200
     assert len(list(problems(load_split("gr", "test", count=400)))) == 200
@@ -217,9 +216,7 @@ def test_a_file_is_evaluated_whole_unless_the_split_is_cut(folder, tmp_path, cap
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
-    from mr1fast.model import rollout
-
-    calls, generate = [], rollout.generate
+    calls, generate = [], Sampler.generate
 
     def interrupted(*arguments, **keywords):
         calls.append(None)
@@ -227,7 +224,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return generate(*arguments, **keywords)
 
-    monkeypatch.setattr(rollout, "generate", interrupted)
+    monkeypatch.setattr(Sampler, "generate", interrupted)
     threads = torch.get_num_threads()
     arguments = ["--task", "vc", "--samples", "9", "--batch-size", "3", "--output-dir", str(tmp_path / "out")]
     assert main(arguments) == 130

@@ -16,18 +16,18 @@ from mr1fast.evaluation import curves, samples
 from mr1fast.evaluation.result import Answered
 from mr1fast.evaluation.samples import BeforeAfter, before_and_after, clipped, draw_samples
 from mr1fast.model.load import load_model, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.training import loop
 from mr1fast.training.run_folder import RunFolder
 
 
 def test_both_models_answer_the_same_problems():
-    base, processor = load_model(), load_processor()
-    broken = load_model()
-    broken.lm_head.weight.data.mul_(-1)
+    base, broken = (Policy(load_model(), load_processor()) for _ in range(2))
+    broken.head_weight.data.mul_(-1)
     dataset = load_split("vc", "test", count=3)
     examples = [dataset[i] for i in range(3)]
-    shown = before_and_after(base, broken, processor, examples, max_completion_length=16)
+    shown = before_and_after(base, broken, examples, max_completion_length=16)
     assert [one.example for one in shown] == examples
     assert [one.before.solution for one in shown] == [example.solution for example in examples]
     assert all(one.before.answer is not None for one in shown)
@@ -39,15 +39,14 @@ def setup_of(folder, tests, **config):
     write_run(folder, [row(1)])
     for name in tests:
         (folder / name / "model").mkdir(parents=True)
-    model = load_model()
+    policy = Policy(load_model(), load_processor())
     return SimpleNamespace(
         config=TrainConfig(**config, max_completion_length=4),
         folder=RunFolder(folder),
         names=list(tests),
-        load=lambda folder: model,
+        load=lambda folder: policy,
         tests=tests,
-        base=model,
-        processor=load_processor(),
+        base=policy,
     )
 
 

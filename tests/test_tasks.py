@@ -129,13 +129,15 @@ tasks.TASKS["other"] = Other()
 import sys
 from mr1fast import evaluate
 from mr1fast.data.dataset import load_split
-from mr1fast.options.config import RECIPES, TrainConfig
+from mr1fast.options.config import TrainConfig
+from mr1fast.options.recipes import RECIPES
 from mr1fast.options.parse import build_parser
 assert TrainConfig().tasks == ("vc", "gr", "other")
 assert TrainConfig(task="other").for_task("other").max_steps == 6
 assert len(load_split("other", "test", count=400)) == 7
 text = " ".join(build_parser().format_help().split())
-assert "5e-05 for other" in text and "gr has 200; other has 7" in text and "vc, gr, other or vc,gr,other" in text, text
+assert "other: 5e-05)" in text and "gr has 200; other has 7" in text, text
+assert "other (another task), or vc,gr,other: a model for each" in text, text
 text = " ".join(evaluate.build_parser().format_help().split())
 assert "other (another task)" in text and "other has 7 to test" in text, text
 assert "torch" not in sys.modules

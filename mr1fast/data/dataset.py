@@ -42,7 +42,7 @@ class ImageTextDataset:
 
     name: "vc", "gr", or the folder's or file's name. skipped, notes: what was left out, and what was put right, as
     reason -> number of rows; both may still grow while images are decoded. cut_from: whose share the split is, "" if it
-    is there by name.
+    is there by name. shown_in: how many rows of train show an image that a held-out split shows as well, by split.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class ImageTextDataset:
         self.name = name
         self.split = split
         self.cut_from = cut_from
+        self.shown_in: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self._length = length
@@ -62,15 +63,15 @@ class ImageTextDataset:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        """Row `index`, or the next good one after it if its image turns out to be broken: the same in every run."""
+        """Row `index`, or the next good one after it if it turns out to be of no use: the same in every run."""
         for offset in range(self._length):
             example = self.own(index if offset == 0 else (index + offset) % self._length)
             if example is not None:
                 return example
-        raise UserError(f"data {self.name!r} ({self.split}) has no image that can be decoded")
+        raise UserError(f"data {self.name!r} ({self.split}) has no row that can be used: {_listed(self.skipped)}")
 
     def own(self, index: int) -> Example | None:
-        """Row `index` itself, None if its image turns out to be broken."""
+        """Row `index` itself; None if its image turns out to be broken, or `leave_out` leaves it out."""
         if not 0 <= index < self._length:
             raise IndexError(f"{self.name}/{self.split} has {self._length} examples, got index {index}")
         if index in self._broken:
@@ -86,6 +87,20 @@ class ImageTextDataset:
             self.notes.update(notes)
         return example
 
+    def leave_out(self, why_not: Callable[[Example], str | None]) -> None:
+        """From now on, also leave out and count the rows for which `why_not` has a reason; it is asked once a row."""
+        load, good = self._load, set[int]()
+
+        def checked(index: int) -> tuple[Example, list[str]]:
+            example, notes = load(index)
+            if index not in good:
+                if (reason := why_not(example)) is not None:
+                    raise BadImage(reason)
+                good.add(index)
+            return example, notes
+
+        self._load = checked
+
     def summary(self) -> str:
         """One line, such as "shapes/train: 80 examples; skipped 2: 2 x no answer; handled: 1 x ..."."""
         number = "endless" if self._length == ENDLESS else f"{self._length - len(self._broken)}"
@@ -94,6 +109,7 @@ class ImageTextDataset:
             parts.append(f"skipped {self.skipped.total()}: {_listed(self.skipped)}")
         if self.notes:
             parts.append(f"handled: {_listed(self.notes)}")
+        parts += [f"warning: {rows} of them show an image of the {name} split" for name, rows in self.shown_in.items()]
         return "; ".join(parts)
 
 
@@ -115,7 +131,7 @@ def load_split(
     source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders that
     are named after a split are that split; what has no name is train, see `splits.share_of`. "all" is every row. None
     is "test", but "all" of a single file that is not named after it.
-    used: the splits that the caller uses. `train` is cut for no other, and keeps what it has in common with another.
+    used: the splits that the caller uses; for no other is `train` cut, or compared with its images.
 
     Raises UserError (a ValueError) for an unknown split, for a source that is missing, empty or without a readable row
     in the split, and where a package is missing that its format or its solutions need.
@@ -142,7 +158,7 @@ def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
 
 
 def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
-    """(index, example) of each problem, once: a broken image has none, though `dataset[index]` puts another there.
+    """(index, example) of each problem, once: a row of no use has none, though `dataset[index]` puts another there.
 
     Raises UserError if there is none at all.
     """
@@ -153,11 +169,12 @@ def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
             found = True
             yield index, example
     if not found:
-        raise UserError("there is no problem with an image that can be decoded")
+        why = f": {dataset.summary()}" if isinstance(dataset, ImageTextDataset) else ""
+        raise UserError(f"there is no problem that can be asked{why}")
 
 
 def problem_at(dataset: Examples, index: int) -> Example | None:
-    """The problem with this index and no other; None if its image turns out to be broken."""
+    """The problem with this index and no other; None if the row turns out to be of no use."""
     return dataset.own(index) if isinstance(dataset, ImageTextDataset) else dataset[index]
 
 
@@ -169,7 +186,6 @@ def _local(
 ) -> ImageTextDataset:
     share = share_of(tables, split, used)
     records, skipped, notes = _checked(tables, share.places, count)
-    skipped.update(share.left_out)
     skipped.update(table.unreadable for table in share.tables if table.unreadable)
     notes.update(table.note for table in share.tables if table.note)
     if not records:
@@ -185,6 +201,7 @@ def _local(
     dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
     dataset.skipped.update(skipped)
     dataset.notes.update(notes)
+    dataset.shown_in.update(share.shown_in)
     return dataset
 
 

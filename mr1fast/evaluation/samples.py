@@ -19,9 +19,8 @@ from mr1fast.evaluation.result import Answered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from transformers import Qwen2VLForConditionalGeneration
 
-    from mr1fast.model.processor import Qwen2VLTextImageProcessor
+    from mr1fast.model.policy import Policy
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 COLUMNS = 4
@@ -39,17 +38,12 @@ class BeforeAfter:
 
 
 def before_and_after(
-    base: Qwen2VLForConditionalGeneration,
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    examples: Sequence[Example],
-    *,
-    max_completion_length: int,
+    base: Policy, trained: Policy, examples: Sequence[Example], *, max_completion_length: int
 ) -> list[BeforeAfter]:
-    """Let both models answer greedily, in at most `max_completion_length` tokens."""
+    """Let both answer greedily, in at most `max_completion_length` tokens."""
     before, after = (
-        evaluate(each, processor, examples, max_completion_length=max_completion_length, sampled=0).answered
-        for each in (base, model)
+        evaluate(policy, examples, max_completion_length=max_completion_length, sampled=0).answered
+        for policy in (base, trained)
     )
     return [BeforeAfter(*row) for row in zip(examples, before, after, strict=True)]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.options.program import at_least
+from mr1fast.options.program import at_least, missing_package, prog
 
 # Relative; float32 rounding, accumulated over the layers and over a few optimizer steps.
 TOLERANCE = 1e-3
@@ -198,7 +198,7 @@ def check_liger(loss_types: Sequence[str]) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mr1fast.integrations.check", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=prog("integrations.check"), description=__doc__.split("\n")[0])
     parser.add_argument("--trl", action="store_true", help="train a few steps with TRL's trainer and with ours")
     parser.add_argument("--liger", action="store_true", help="one batch per loss type through Liger and through us")
     parser.add_argument("--steps", type=at_least(1), default=4, help="optimizer steps for --trl")
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 rows = check_liger(options.loss_type or LOSS_TYPES)
         except ModuleNotFoundError as error:
-            print(f"--{library.lower()} needs a package that is not installed: {error.name}", file=sys.stderr)
+            print(f"error: --{library.lower()}: {missing_package(error, 'integrations')}", file=sys.stderr)
             return 2
         print(table(rows, library))
         different += sum(row.difference > TOLERANCE for row in rows)
