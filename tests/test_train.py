@@ -6,6 +6,8 @@ import sys
 import time
 
 import pytest
+from data_files import row as data_row
+from data_files import write_jsonl
 from PIL import Image
 from train_program import SMALL, main, metrics, program
 
@@ -182,6 +184,17 @@ def test_local_data(tmp_path, capsys):
     assert re.search(rf"shapes: train \d+, validation 2 {re.escape(rest)}, test \d+ {re.escape(rest)}\n", output)
     assert sum(map(int, re.findall(r"(\d+) x no answer", output.partition("before")[0]))) == 6
     assert output.count("shapes/train: ") <= 1
+
+
+def test_what_is_not_used_is_not_cut_and_what_two_splits_share_is_said(folder, capsys):
+    """Without validation its share is trained on; that images of the test split are trained on is said."""
+    write_jsonl(folder / "data" / "train.jsonl", [data_row(n, image=f"../{n}.png") for n in range(20)])
+    write_jsonl(folder / "data" / "test.jsonl", [data_row(n, image=f".././{n}.png") for n in range(18, 25)])
+    arguments = ["--data", folder / "data", "--max-steps=1", *SMALL, "--eval-steps=0", "--output-dir", folder / "run"]
+    assert main(*arguments) == 0
+    output = capsys.readouterr().out
+    assert "data: train 20, test 4\n" in output  # of the test split, as many as --eval-samples says
+    assert output.count("data/train: 20 examples; warning: 2 of them show an image of the test split\n") == 1
 
 
 def test_what_does_not_fit(tmp_path, capsys):

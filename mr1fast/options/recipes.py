@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TASK_NAMES = ("vc", "gr")
+from mr1fast.data.tasks import TASKS
+
+TASK_NAMES = tuple(TASKS)
 SMALL_MODEL = 10_000_000  # parameters; the smallest Qwen2-VL that was published has two billion
 
 R1_V = "r1-v"
 RECIPES: dict[str, dict[str, Any]] = {
-    "vc": {"prompts_per_step": 16, "learning_rate": 3e-4, "max_steps": 200, "max_completion_length": 32},
-    "gr": {"prompts_per_step": 32, "learning_rate": 2e-4, "max_steps": 200, "max_completion_length": 32},
+    **{name: task.recipe for name, task in TASKS.items()},
     R1_V: {"prompts_per_step": 16, "learning_rate": 1e-6, "max_steps": 200, "max_completion_length": 512},
 }
 KL_DEFAULTS: dict[str, dict[str, Any]] = {

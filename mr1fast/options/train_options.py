@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
@@ -32,9 +33,19 @@ GROUPS = {
 
 
 def _by_recipe(name: str) -> str:
-    vc, gr, large = (RECIPES[recipe][name] for recipe in (*TASK_NAMES, R1_V))
-    small = str(vc) if vc == gr else f"{vc} (gr: {gr})"
-    return small if vc == gr == large else f"{small} for small models, {large} for others"
+    first, *others = TASK_NAMES
+    small, large = str(RECIPES[first][name]), str(RECIPES[R1_V][name])
+    values = {task: str(RECIPES[task][name]) for task in others}
+    differ = ", ".join(f"{task}: {value}" for task, value in values.items() if value != small)
+    if not differ and small == large:
+        return small
+    small = f"{small} ({differ})" if differ else small
+    return f"{small} for small models, {large} for others"
+
+
+def _at_most(split: str) -> str:
+    """What a split has, of the tasks in which it has an end."""
+    return "".join(f"; {name} has {task.splits[split]}" for name, task in TASKS.items() if task.splits[split])
 
 
 def _of_method(name: str) -> str:
@@ -61,10 +72,11 @@ class TrainOptions:
     )
     task: str | None = option(
         None,
-        "an embedded task, vc (visual counting) or gr (geometry reasoning), or vc,gr: two models, one after the other",
+        f"an embedded task, {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}, or "
+        f"{','.join(TASKS)}: a model for each, one after the other",
         group="data",
         metavar="NAME",
-        shown="vc,gr, or none with --data",
+        shown=f"{','.join(TASKS)}, or none with --data",
     )
     data: str | None = option(
         None,
@@ -204,7 +216,7 @@ class TrainOptions:
 
     eval_samples: int = option(
         400,
-        "problems of the test split, answered before and after training",
+        f"problems of the test split, answered before and after training{_at_most('test')}",
         group="evaluation",
         at_least=1,
         at_most=1_000_000,
@@ -218,7 +230,7 @@ class TrainOptions:
     )
     eval_validation_samples: int = option(
         128,
-        "problems of the validation split that each of these answers",
+        f"problems of the validation split that each of these answers{_at_most('validation')}",
         group="evaluation",
         at_least=1,
         at_most=1_000_000,

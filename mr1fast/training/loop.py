@@ -7,14 +7,16 @@ import shutil
 import sys
 import time
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from mr1fast.data.dataset import problems
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
-from mr1fast.evaluation.summary import load_snippet, result_table
+from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
 from mr1fast.training.metrics import MetricsLog
@@ -23,6 +25,9 @@ from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versi
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.stop import Stopped, finishing_steps
 from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
+
+if TYPE_CHECKING:
+    from mr1fast.evaluation.samples import BeforeAfter
 
 PICTURED = 8  # problems of each task in samples.png
 
@@ -91,7 +96,7 @@ def closing_words(setup: Setup, result: dict[str, Any]) -> str:
     models = "\n".join(f"the model trained on {name} is in {folder.model(name)}" for name in setup.names)
     snippet = load_snippet(str(folder.model(setup.names[0])))
     return (
-        f"\n{result_table(result)}\n\n{models}\nto load one (docs/training.md goes on from there):\n\n{snippet}\n\n"
+        f"\n{training_table(result)}\n\n{models}\nto load one (docs/training.md goes on from there):\n\n{snippet}\n\n"
         f"pictures: {folder.curves} and {folder.samples}"
     )
 
@@ -169,24 +174,33 @@ def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, what: str) -
 
 def draw_pictures(setup: Setup) -> None:
     """curves.png, and samples.png of every model that the run has so far. A run is not lost for a picture."""
-    from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
-    from mr1fast.evaluation.samples import before_and_after, draw_samples
+    try:
+        from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
+        from mr1fast.evaluation.samples import draw_samples
+
+        draw_curves([setup.folder.path], setup.folder.curves)
+        shown, title = _samples(setup)
+        if shown:
+            draw_samples(setup.folder.samples, shown, title)
+    except Exception as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+
+
+def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
+    """The first problems of the test splits as they were answered before and after, and a title."""
+    from mr1fast.evaluation.samples import before_and_after
 
     folder, shown, titles = setup.folder, [], []
     for name in setup.names:
         trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
         if trained:
-            examples = [setup.tests[name][index] for index in range(min(PICTURED, len(setup.tests[name])))]
+            examples = [example for _, example in islice(problems(setup.tests[name]), PICTURED)]
             longest = setup.config.for_task(name).max_completion_length
             after = setup.load(trained[-1])
             shown += before_and_after(setup.base, after, examples, max_completion_length=longest)
             titles.append(TASKS[name].title if name in setup.config.tasks else name)
     title = f"{' and '.join(titles)}, trained with {setup.config.method}"
-    try:
-        draw_curves([folder.path], folder.curves)
-        draw_samples(folder.samples, shown, title[:1].upper() + title[1:])
-    except OSError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
+    return shown, title[:1].upper() + title[1:]
 
 
 def new_result(setup: Setup) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
 from mr1fast.data.example import Example
+from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
@@ -93,8 +94,8 @@ def _settings(config: TrainConfig, name: str) -> str:
 
 
 def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
-    """What was left out of the splits, and what was put right."""
-    return [split.summary() for split in splits if split.skipped or split.notes]
+    """What was left out of the splits, what was put right, and what is doubtful about them."""
+    return [split.summary() for split in splits if split.skipped or split.notes or split.shown_in]
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -116,11 +117,13 @@ def prepare(opened: OpenRun) -> Setup:
         check_memory(config.for_task(name), model)
     # In full, so that a folder that is called like a task is not taken for it.
     data = None if config.data is None else os.path.abspath(config.data)
-    tests = [load_split(source, "test", count=config.eval_samples) for source in ([data] if data else TASK_NAMES)]
+    used = SPLITS if config.eval_steps else ("train", "test")
+    sources = [data] if data else TASK_NAMES
+    tests = [load_split(source, "test", count=config.eval_samples, used=used) for source in sources]
     names = list(config.tasks) or [tests[0].name]
 
     def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {name: load_split(data or name, split, count=count(config.for_task(name))) for name in names}
+        return {name: load_split(data or name, split, count=count(config.for_task(name)), used=used) for name in names}
 
     setup = Setup(
         config=config,
