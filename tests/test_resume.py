@@ -7,14 +7,14 @@ import shutil
 import signal
 import subprocess
 import time
-from functools import partial
 
 import pytest
 import torch
 from train_program import SMALL, main, metrics, program
 
 from mr1fast.data.tasks import TASKS
-from mr1fast.model.load import load_model, load_processor
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint
 from mr1fast.training.loop import _go_on
@@ -197,26 +197,29 @@ class TwoOf:
         return TASKS["vc"].example("train", index)
 
 
-def small_trainer(model, **options) -> Trainer:
+def small_trainer(policy: Policy, length=2) -> Trainer:
     small = {"method": "sft", "max_steps": 4, "prompts_per_step": 2, "warmup_steps": 0, "learning_rate": 1e-4}
-    config = TrainConfig(**{**small, **options}, task="vc").for_task("vc")
-    return Trainer(config, model, None, load_processor(), TwoOf())
+    return Trainer(TrainConfig(**small, task="vc").for_task("vc"), policy, None, TwoOf(length))
+
+
+def load(path=EMBEDDED, dtype=torch.float32) -> Policy:
+    return Policy(load_model(path, dtype=dtype), load_processor(path))
 
 
 @pytest.mark.parametrize(("first", "then"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_float32_weights_survive_a_change_of_dtype(first, then, tmp_path, one_thread):
     """Saved in one precision, resumed in another and in the first again: not a bit of what AdamW steps on is lost."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    trainer = small_trainer(load_model(dtype=dtypes[first]))
+    trainer = small_trainer(load(dtype=dtypes[first]))
     for _ in range(2):
         trainer.step()
     exact = [master.detach().clone() for master in trainer.optimizer.masters]
     assert any(not torch.equal(master, master.bfloat16().float()) for master in exact)
     for step, dtype in enumerate((then, first, then), start=2):
-        folder = save_checkpoint(trainer.model, load_processor(), trainer.state_dict(), tmp_path, step=step, keep=9)
-        model, state = load_checkpoint(folder, partial(load_model, dtype=dtypes[dtype]))
-        assert model.dtype == dtypes[dtype]
-        trainer = small_trainer(model)
+        folder = save_checkpoint(trainer.policy, trainer.state_dict(), tmp_path, step=step, keep=9)
+        policy, state = load_checkpoint(folder, lambda path, dtype=dtypes[dtype]: load(path, dtype))
+        assert policy.model.dtype == dtypes[dtype]
+        trainer = small_trainer(policy)
         trainer.load_state_dict(state)
         for weight, master, one in zip(trainer.optimizer.weights, trainer.optimizer.masters, exact, strict=True):
             assert master.dtype == torch.float32
@@ -226,17 +229,16 @@ def test_float32_weights_survive_a_change_of_dtype(first, then, tmp_path, one_th
 
 
 def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path, one_thread, capsys):
-    trainer = small_trainer(load_model())
+    trainer = small_trainer(load())
     trainer.step()
     state = trainer.state_dict()
-    _go_on(small_trainer(load_model()), state, tmp_path)
-    assert capsys.readouterr().err == ""
+    _go_on(small_trainer(load()), state, tmp_path)
+    assert "warning" not in capsys.readouterr().err
     optimizer = {"adamw": torch.optim.AdamW([torch.zeros(3)]).state_dict(), "masters": [None]}
     for broken in ({}, state | {"optimizer": optimizer}, state | {"generator": 3}, state | {"kl_schedule": None}):
         with pytest.raises(ResumeError, match=re.escape(f"{tmp_path} is not a checkpoint of this run")):
-            _go_on(small_trainer(load_model()), broken, tmp_path)
+            _go_on(small_trainer(load()), broken, tmp_path)
     with pytest.raises(ResumeError, match="is beyond the run's last step, 4"):
-        _go_on(small_trainer(load_model()), state | {"finished_steps": 5}, tmp_path)
-    more = Trainer(trainer.config, load_model(), None, load_processor(), TwoOf(3))
-    _go_on(more, state, tmp_path)
+        _go_on(small_trainer(load()), state | {"finished_steps": 5}, tmp_path)
+    _go_on(small_trainer(load(), length=3), state, tmp_path)
     assert "there were 2 examples to train on when the run began, and are 3 now" in capsys.readouterr().err

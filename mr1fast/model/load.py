@@ -221,7 +221,7 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
 
 def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
     """Tokens of the prompt that `encode_prompts` makes of this example, without a look at the image's pixels."""
-    tokens = len(processor.tokenizer(_prompt_of(processor, example))["input_ids"])
+    tokens = len(processor.tokenizer(_prompt_of(processor, example), verbose=False)["input_ids"])
     if example.image is None:
         return tokens
     images, (width, height) = processor.image_processor, example.image.size
