@@ -54,7 +54,7 @@ def grpo(
     else:
         # A leaf cannot be marked dirty, and a view may not be where a Function has several outputs.
         mark_dirty = inplace and not (torch.compiler.is_compiling() or logits.is_leaf or logits._is_view())
-        outputs = _OnePass.apply(logits, batch, spec, backend, inplace, mark_dirty)
+        outputs = _OnePass.apply(logits, batch, spec, backend, inplace, mark_dirty)[:-1]
         loss, *per_token = outputs[1:] if mark_dirty else outputs
         if inplace and not torch.compiler.is_compiling():
             _mark_consumed(_owner(logits))
@@ -94,7 +94,7 @@ def token_logprobs(
     _refuse_consumed(logits)
     if backend == "torch":
         return reference.score(logits, ids, mask, temperature)
-    logps, entropies, _ = _Score.apply(logits, ids, mask, temperature, inplace_backward, backend)
+    logps, entropies, *_ = _Score.apply(logits, ids, mask, temperature, inplace_backward, backend)
     return logps, entropies
 
 
@@ -114,10 +114,10 @@ def _direct(logits: Tensor) -> bool:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients as they are, which cannot be differentiated."""
+    """Gradients as they are, in whose own derivative an error stands in the way to the link."""
 
     @staticmethod
-    def forward(ctx: Any, needs_gradient: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, link: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(gradient.view_as(gradient) for gradient in gradients)
 
     @staticmethod
@@ -131,24 +131,28 @@ class _NoSecondDerivative(torch.autograd.Function):
 def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Of an autograd Function's backward: whoever differentiates its result gets an error, not a constant in silence.
 
-    torch's own `once_differentiable` raises only where the incoming gradient needs a gradient. That of a loss is 1,
-    and what the result depends on is the saved logits. (torch.compile refuses double backward by itself.)
+    torch's `once_differentiable` raises only where the incoming gradient needs a gradient, and that of a loss is 1. The
+    Function's last output and last saved tensor is a `new_link`, by which the error stands between the result and
+    whatever the Function was applied to. (torch.compile refuses double backward by itself.)
     """
 
     @functools.wraps(backward)
     def once(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *incoming)
+        *_, link = ctx.saved_tensors
         with torch.no_grad():
             results = backward(ctx, *incoming)
         found = [result for result in results if result is not None]
-        if not found:
-            return results
-        needs_gradient = torch.zeros((), requires_grad=True)
-        guarded = iter(_NoSecondDerivative.apply(needs_gradient, *found))
+        guarded = iter(_NoSecondDerivative.apply(link, *found) if found else ())
         return tuple(None if result is None else next(guarded) for result in results)
 
     return once
+
+
+def new_link(like: Tensor) -> Tensor:
+    """For `differentiable_once`: an output without elements, which nobody sees and hence nobody changes."""
+    return like.new_empty(0)
 
 
 class _OnePass(torch.autograd.Function):
@@ -172,8 +176,9 @@ class _OnePass(torch.autograd.Function):
         if mark_dirty:
             ctx.mark_dirty(logits)
             outputs = (logits, *outputs)
-        ctx.save_for_backward(gradient)
-        return tuple(outputs)
+        link = new_link(logits)
+        ctx.save_for_backward(gradient, link)
+        return *outputs, link
 
     @staticmethod
     @differentiable_once
@@ -199,20 +204,21 @@ class _Score(torch.autograd.Function):
         temperature: float,
         inplace_backward: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         logps, entropies, lse = score_op(logits, ids, mask, temperature, backend)
-        ctx.save_for_backward(logits, ids, mask, lse, entropies)
+        link = new_link(logits)
+        ctx.save_for_backward(logits, ids, mask, lse, entropies, link)
         ctx.temperature, ctx.inplace_backward, ctx.backend = temperature, inplace_backward, backend
         ctx.mark_non_differentiable(lse)
         # What save_for_backward hands back is another object, on which a mark would be lost.
         ctx.owner = None if torch.compiler.is_compiling() else weakref.ref(_owner(logits))
-        return logps, entropies, lse
+        return logps, entropies, lse, link
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, _: Any) -> tuple[Any, ...]:
-        logits, ids, mask, lse, entropies = ctx.saved_tensors
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        logits, ids, mask, lse, entropies, _link = ctx.saved_tensors
         if grad_logps is None:
             grad_logps = torch.zeros_like(lse)
         if grad_entropies is not None:
@@ -232,7 +238,7 @@ class _Score(torch.autograd.Function):
 
 def hand_on(ctx: Any, factor: Tensor | None) -> list[Tensor | None]:
     """The saved gradients times the loss's own gradient (0-d), in place; from the second backward on, in new memory."""
-    gradients = ctx.saved_tensors
+    *gradients, _link = ctx.saved_tensors
     if factor is None:
         return [None for _ in gradients]
     if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 from mr1fast.kernels import autograd, dispatch, linear, reference
-from mr1fast.kernels.autograd import LossOutputs, differentiable_once
+from mr1fast.kernels.autograd import LossOutputs, differentiable_once, new_link
 from mr1fast.kernels.linear import Found, How, Needed
 from mr1fast.kernels.ops import CALL_SCHEMA, unflat
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
@@ -43,7 +43,7 @@ def grpo(
         )
         return autograd.objective(logps, entropies, batch, spec, reduction)
     args = (hidden, weight, bias, batch, spec, How(backend, dtype, chunk_bytes), needed)
-    loss, *per_token = _OnePass.apply(*args) if any(needed) else _grpo(*args)[:6]
+    loss, *per_token = (_OnePass.apply if any(needed) else _grpo)(*args)[:6]
     logps, entropies, kl, is_low, is_high = per_token
     return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
 
@@ -66,7 +66,7 @@ def token_logprobs(
         return reference.score(_logits(hidden, weight, bias, mask, dtype), ids, mask, temperature)
     args = (hidden, weight, bias, ids, mask, temperature, How(backend, dtype, chunk_bytes))
     needed = _needed(hidden, weight, bias)
-    logps, entropies, _ = _Score.apply(*args, needed) if any(needed) else _score(*args)
+    logps, entropies, *_ = _Score.apply(*args, needed) if any(needed) else _score(*args)
     return logps, entropies
 
 
@@ -109,8 +109,9 @@ class _OnePass(torch.autograd.Function):
         ctx.needed, ctx.handed_on = needed, False
         *outputs, dhidden, dweight, dbias = _grpo(hidden, weight, bias, batch, spec, how, needed)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(dhidden, dweight, dbias)
-        return tuple(outputs)
+        link = new_link(hidden)
+        ctx.save_for_backward(dhidden, dweight, dbias, link)
+        return *outputs, link
 
     @staticmethod
     @differentiable_once
@@ -131,18 +132,19 @@ class _Score(torch.autograd.Function):
         temperature: float,
         how: How,
         needed: Needed,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.how, ctx.needed = temperature, how, needed
         logps, entropies, lse = _score(hidden, weight, bias, ids, mask, temperature, how)
-        ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies)
+        link = new_link(hidden)
+        ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies, link)
         ctx.mark_non_differentiable(lse)
-        return logps, entropies, lse
+        return logps, entropies, lse, link
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, _: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # hidden, weight, bias, ids, mask, lse, entropies
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        *saved, _link = ctx.saved_tensors  # hidden, weight, bias, ids, mask, lse, entropies
         if grad_logps is None:
             grad_logps = torch.zeros_like(saved[-1])
         args = (*saved, grad_logps, grad_entropies, ctx.temperature, ctx.how, ctx.needed)

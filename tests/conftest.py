@@ -2,6 +2,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# In CI the same examples at every run, so that nobody's change fails by bad luck; elsewhere new ones.
+settings.register_profile("ci", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("ci" if os.environ.get("CI") else "search")
 
 if torch.cuda.is_available():
     # Otherwise matrix products refuse to run where memory is poisoned. Must be set before the first of them.
