@@ -3,6 +3,7 @@
 # make check    lint, format, types
 # make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
 # make compile-check, compile-check-old    every GPU kernel through its compiler, no GPU needed; old: on Triton 3.6.0
+# make device-dry-run    benchmarks/device.sh without a GPU, on tiny shapes: does every stage run?
 # Each sets up .venv first if it is missing or out of date.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help train test check asan compile-check compile-check-old format setup clean
+.PHONY: help train test check asan compile-check compile-check-old device-dry-run format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +59,14 @@ compile-check-old:
 	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet triton==3.6.0 numpy==2.3.5
 	@env -u TRITON_INTERPRET $(OLD)/bin/python -m benchmarks.compile_check
 
+# In Python 3.12, which machines with a GPU tend to have, where there is one; else in .venv.
+PYTHON312 = $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null)
+device-dry-run: DRY = $(if $(PYTHON312),.venv312,$(VENV))
+device-dry-run:
+	@$(MAKE) --no-print-directory setup VENV=$(DRY) PYTHON=$(or $(PYTHON312),$(PYTHON))
+	@rm -rf build/device-dry-run
+	@DRY_RUN=1 PYTHON=$(DRY)/bin/python bash benchmarks/device.sh build/device-dry-run
+
 # Leaks are not looked for: Python and torch leave much behind on purpose. libstdc++ must be there before libasan looks for
 # the functions it replaces, or the first C++ exception aborts.
 ASAN_LIBRARIES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)
@@ -74,3 +83,4 @@ format: $(READY)
 
 clean:
 	rm -rf $(VENV) $(OLD) build *.egg-info mr1fast/*.so
+	rm -rf .venv312
