@@ -59,13 +59,12 @@ compile-check-old:
 	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet triton==3.6.0 numpy==2.3.5
 	@env -u TRITON_INTERPRET $(OLD)/bin/python -m benchmarks.compile_check
 
-# In Python 3.12, which machines with a GPU tend to have, where there is one; else in .venv.
-PYTHON312 = $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null)
-device-dry-run: DRY = $(if $(PYTHON312),.venv312,$(VENV))
-device-dry-run:
-	@$(MAKE) --no-print-directory setup VENV=$(DRY) PYTHON=$(or $(PYTHON312),$(PYTHON))
+# In .venv312 where there is such an environment (make setup VENV=.venv312 PYTHON=python3.12): machines with a GPU tend to
+# have Python 3.12.
+device-dry-run: $(READY)
 	@rm -rf build/device-dry-run
-	@DRY_RUN=1 PYTHON=$(DRY)/bin/python bash benchmarks/device.sh build/device-dry-run
+	@DRY_RUN=1 PYTHON=$(firstword $(wildcard .venv312/bin/python) $(BIN)/python) \
+	    bash benchmarks/device.sh build/device-dry-run
 
 # Leaks are not looked for: Python and torch leave much behind on purpose. libstdc++ must be there before libasan looks for
 # the functions it replaces, or the first C++ exception aborts.

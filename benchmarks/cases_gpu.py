@@ -29,6 +29,7 @@ from benchmarks.cases_loss import (
 )
 from mr1fast import token_logprobs
 from mr1fast.kernels import cuda, dispatch
+from mr1fast.kernels.self_test import model_output
 
 SHAPES = ((8, 1024, 151936), (16, 1024, 32000), (64, 1024, 256))  # B, L, V
 QUICK_SHAPES = ((2, 2, 512),)
@@ -77,7 +78,7 @@ def liger_triton(x: Inputs, inplace: bool) -> Call:
 
     def run() -> None:
         loss, *_ = triton_grpo_loss(
-            x.longer.detach().requires_grad_(),
+            model_output(x.longer),
             x.old_logps,
             x.ref_logps,
             x.ids,
@@ -102,7 +103,7 @@ def flash_linear_attention(x: Inputs, inplace: bool) -> Call:
     from fla.modules.grpo import fused_grpo_loss
 
     def run() -> None:
-        logits = x.longer.detach().requires_grad_()
+        logits = model_output(x.longer)
         per_token = fused_grpo_loss(logits, x.ref_logps, x.ids, x.advantages, beta=BETA, inplace=inplace)
         per_token.mean().backward()  # every completion is as long
 

@@ -24,7 +24,7 @@ CPU_SHAPES = ((8, 128, 256, 151936), (8, 128, 1536, 32000))  # B, L, H, V; the f
 GPU_SHAPES = tuple((8, 1024, H, 151936) for H in (1536, 3584, 4096))
 MEMORY_SHAPE = (8, 1024, 256, 151936)  # whose logits alone are 4.6 GiB in float32
 QUICK_CPU_SHAPES = ((2, 64, 16, 1024),)
-QUICK_GPU_SHAPES = ((2, 8, 16, 2048),)
+QUICK_GPU_SHAPES = ((2, 2, 16, 512),)
 DTYPES = (torch.float32, torch.bfloat16)
 FLOOR = "three GEMMs"
 

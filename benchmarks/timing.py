@@ -121,6 +121,7 @@ def measure(
 
 def _first_turns(case: Case, inputs: object, device: str, budget: float) -> list[_Turn]:
     """The case in each of its modes. On a GPU the call that warms it up counts: there may be no time for another."""
+    gc.collect()
     try:
         call = case.prepare(inputs)
         with memory_pages("fresh"):
@@ -233,7 +234,6 @@ def _cache_flush() -> torch.Tensor:
 
 def _with_peak(call: Call, device: str) -> tuple[Times, float | None]:
     """(times, bytes by which memory grew at most) of one call."""
-    gc.collect()
     if device == "cuda":
         call.reset()
         _cache_flush()
