@@ -1,5 +1,7 @@
 """When is an answer right?"""
 
-from mr1fast.rewards.accuracy import accuracy_reward, check_solutions, extract_answer, format_reward
+from mr1fast.rewards.accuracy import accuracy_reward, check_solutions, extract_answer
+from mr1fast.rewards.format import format_reward
+from mr1fast.rewards.worker import unanswered
 
-__all__ = ["accuracy_reward", "check_solutions", "extract_answer", "format_reward"]
+__all__ = ["accuracy_reward", "check_solutions", "extract_answer", "format_reward", "unanswered"]
