@@ -27,6 +27,7 @@ REQUIREMENTS = [
     "math-verify>=0.8",
     "matplotlib>=3.9",
     "numpy>=2.0",
+    "pebble>=5.1",
     "pillow>=11",
     "pyyaml>=6",
     "tensorboard>=2.18",

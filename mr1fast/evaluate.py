@@ -97,6 +97,7 @@ def run(arguments: Sequence[str] | None) -> None:
     from mr1fast.evaluation.evaluate import evaluate
     from mr1fast.evaluation.report import result_text, write_report
     from mr1fast.model import load as models
+    from mr1fast.rewards import unanswered, unanswered_summary
 
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
@@ -156,6 +157,8 @@ def run(arguments: Sequence[str] | None) -> None:
         print(f"\n{dataset.summary()}")
     if options.task and (there := TASKS[options.task].split_size(options.split)) and result.n > there:
         print(f"\n{options.task} has {there} problems in this split; the others were the same in another drawing")
+    if unanswered():
+        print(f"\n{unanswered_summary()}")
     print(f"\nthe mistakes with their images: {page}\nthe figures:                    {folder / 'evaluation.json'}")
     if stopped:
         raise KeyboardInterrupt

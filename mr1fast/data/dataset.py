@@ -6,10 +6,12 @@ and the images' headers up front, the rest when an image is decoded.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,7 @@ class Record:
     problem: str
     solution: str
     image: Callable[[], Path | bytes]
+    choices: tuple[str, ...] | None
 
 
 class ImageTextDataset:
@@ -171,7 +174,7 @@ def _local(path: Path, split: str, tables: Sequence[Table], count: int | None) -
     def load(index: int) -> tuple[Example, list[str]]:
         record = records[index]
         image, image_notes = load_image(record.image())
-        return Example(image, record.problem, record.solution, record.name), image_notes
+        return Example(image, record.problem, record.solution, record.name, record.choices), image_notes
 
     name = path.resolve().stem if path.is_file() else path.resolve().name
     dataset = ImageTextDataset(name, split, len(records), load, cut_from(tables, split))
@@ -226,7 +229,8 @@ def _record(table: Table, row: int) -> tuple[Record, list[str]]:
     solution = _answer(_text(values.get("solution"), "answer", notes), notes)
     if not problem:
         raise BadRow("no question")
-    return Record(f"{table.name}, row {row + 1}", problem, solution, _image(table, row, values)), notes
+    choices = _choices(values.get("choices"), notes)
+    return Record(f"{table.name}, row {row + 1}", problem, solution, _image(table, row, values), choices), notes
 
 
 def _text(value: Any, what: str, notes: list[str]) -> str:
@@ -255,6 +259,19 @@ def _answer(text: str, notes: list[str]) -> str:
     if not answer:
         raise BadRow("no answer")
     return answer
+
+
+def _choices(value: Any, notes: list[str]) -> tuple[str, ...] | None:
+    """A list of texts or numbers, or one in JSON; None if there is none."""
+    if value is None or value in ("", []):
+        return None
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, list | tuple) and all(isinstance(one, str | int | float) for one in value):
+        return tuple(str(one) for one in value)
+    notes.append("choices that are no list, ignored")
+    return None
 
 
 def _image(table: Table, row: int, values: dict[str, Any]) -> Callable[[], Path | bytes]:

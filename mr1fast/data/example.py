@@ -16,6 +16,7 @@ class Example:
     problem: str  # the question, without the prompt suffix
     solution: str  # the answer alone, e.g. "3"
     name: str  # for reports: "vc/test/17", or file and row
+    choices: tuple[str, ...] | None = None  # what the answers A, B, ... stand for
 
 
 class Examples(Protocol):

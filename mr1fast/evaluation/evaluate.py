@@ -82,10 +82,10 @@ def evaluate(
                         solution=example.solution,
                         completion=completion,
                         answer=extract_answer(completion),
-                        correct=accuracy_reward(completion, example.solution) > 0,
+                        correct=accuracy_reward(completion, example.solution, choices=example.choices) > 0,
                         formatted=format_reward(completion) > 0,
                         sampled_correct=tuple(
-                            accuracy_reward(text, example.solution) > 0
+                            accuracy_reward(text, example.solution, choices=example.choices) > 0
                             for text in random[row * sampled : (row + 1) * sampled]
                         ),
                     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from mr1fast.errors import UserError
 from mr1fast.rewards import worker
 from mr1fast.rewards.answers import needs_math_verify, same_answer
+
+_TAG = re.compile("</?answer>")
 
 
 def accuracy_reward(completion: str, solution: str, *, choices: Sequence[str] | None = None) -> float:
@@ -26,8 +29,13 @@ def accuracy_reward(completion: str, solution: str, *, choices: Sequence[str] | 
 
 def extract_answer(text: str) -> str | None:
     """What stands in `<answer>...</answer>`, stripped: the first integer so tagged, else the first of any kind."""
-    tagged = [before.rpartition("<answer>") for before in text.split("</answer>")[:-1]]
-    answers = [answer.strip() for _, tag, answer in tagged if tag]
+    answers, start = [], None
+    for tag in _TAG.finditer(text):
+        if tag[0] == "<answer>":
+            start = tag.end()
+        elif start is not None:
+            answers.append(text[start : tag.start()].strip())
+            start = None
     # R1-V's evaluation of counting: an integer between answer tags, wherever they are, is the answer.
     return next((answer for answer in answers if answer.isdecimal()), answers[0] if answers else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -13,8 +14,10 @@ from mr1fast.rewards import worker
 from mr1fast.rewards.formula import Formula
 from mr1fast.rewards.reading import Answer, Choice, Relation, Several, Value, read
 
-MAX_LENGTH = 500  # characters; what is longer is compared letter for letter
-FLOAT32_ROUNDING = Fraction(1, 2**24)  # the relative error of a number that went through a float32
+MAX_LENGTH = 200  # characters; what is longer is text
+FLOAT32_MAX = 3.4e38
+FLOAT64_ROUNDING = Fraction(1, 2**50)  # relative: a few units in the last place, for a number that was computed
+FLOAT64_DIGITS = 15
 
 
 def same_answer(answer: str, solution: str, choices: Sequence[str] | None = None) -> bool:
@@ -34,9 +37,9 @@ def equal(first: str, second: str) -> bool:
     """`same_answer` of a question without choices. Symmetric."""
     if first == second:
         return True
-    if max(len(first), len(second)) > MAX_LENGTH:
-        return False
-    return _same(read(first), read(second))
+    if max(len(first), len(second)) <= MAX_LENGTH:
+        return _same(read(first), read(second))
+    return min(len(first), len(second)) > MAX_LENGTH and first.casefold().split() == second.casefold().split()
 
 
 def needs_math_verify(solution: str) -> bool:
@@ -53,7 +56,7 @@ def _values(answer: Answer) -> Iterator[Value]:
 
 
 def _letter(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that `text` names; None if it names none, "" if letter and text contradict each other."""
+    """The letter of the choice that `text` names; None if it names none, "" if its letter and its text are of two."""
     contents = [choice.text if isinstance(choice := read(text), Choice) else text for text in choices]
     letters = "ABCDEFGHIJ"[: len(contents)]
     answer = read(text) if len(text) <= MAX_LENGTH else text
@@ -66,7 +69,7 @@ def _letter(text: str, choices: Sequence[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-# ---- comparing what has been read -------------------------------------------------------------------------------------
+# ---- comparing what has been read ---------------------------------------------------------------------------------
 
 
 def _same(a: Answer, b: Answer) -> bool:
@@ -101,13 +104,26 @@ def _agree(a: str, b: str) -> bool:
 
 
 def _same_number(a: Value, b: Value) -> bool:
-    x, y, rounded = a.number, b.number, a.rounded or b.rounded
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y or (rounded and abs(x - y) <= FLOAT32_ROUNDING * max(abs(x), abs(y)))
-    x, y = _as_formula(x), _as_formula(y)
+    if a.number == b.number or _is_float_of(a, b) or _is_float_of(b, a):
+        return True
+    if isinstance(a.number, Fraction) and isinstance(b.number, Fraction):
+        return False
+    x, y = _as_formula(a.number), _as_formula(b.number)
     if x.names != y.names or abs(x.value - y.value) > 1e-6 * max(abs(x.value), abs(y.value), 1e-6):
         return False  # the values are NaN, and never differ, where there are names
-    return worker.equal(*sorted((x.latex, y.latex)), float(FLOAT32_ROUNDING) if rounded and not x.names else 0.0)
+    return worker.equal(*sorted((x.latex, y.latex)))
+
+
+def _is_float_of(a: Value, b: Value) -> bool:
+    """Whether `a` is what a float32 or float64 of `b` looks like: 0.10000000149011612 of 0.1, 3.1415927 of pi."""
+    value = _as_formula(b.number).value
+    if not a.half_digit or not isinstance(a.number, Fraction) or not abs(value) < FLOAT32_MAX:
+        return False
+    (float32,) = struct.unpack("f", struct.pack("f", value))
+    if abs(a.number - Fraction(float32)) <= a.half_digit:
+        return True
+    has_digits = a.half_digit * 10 ** (FLOAT64_DIGITS - 1) <= abs(a.number)
+    return has_digits and abs(a.number - Fraction(value)) <= abs(a.number) * FLOAT64_ROUNDING
 
 
 def _as_formula(number: Fraction | Formula) -> Formula:

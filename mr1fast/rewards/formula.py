@@ -1,9 +1,9 @@
 """What is a formula, and its LaTeX for math-verify.
 
-A small grammar of its own, because math-verify reads anything: words as products of letters, the last of several numbers.
-What is not wholly a formula is not one. Everything is written out with signs of multiplication and in brackets, decimals
-as fractions, and the value of what has no letters in it is computed on the way: a formula whose value a float cannot
-hold, such as 9^9^9^9, is none, and two that differ are never asked about.
+A small grammar of its own, because math-verify reads anything: words as products of letters, the last of several
+numbers. What is not wholly a formula is not one. The LaTeX has all brackets and signs of multiplication, and fractions
+for decimals. The value of what has no letters in it is computed on the way: a formula whose value a float cannot hold,
+such as 9^9^9^9, is none, and math-verify is never asked about two that clearly differ.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MAX_LENGTH = 200
 MAX_EXPONENT = 999
-# float32 has no more digits: a decimal that is this long may be rounded, and 0.10000000149011612 means 0.1.
-FLOAT_DIGITS = 8
 
 _FUNCTIONS: dict[str, Callable[[float], float]] = {
-    **{"sin": math.sin, "cos": math.cos, "tan": math.tan, "exp": math.exp, "ln": math.log, "log": math.log10},
-    **{"arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "cot": lambda x: 1 / math.tan(x)},
+    "sin": math.sin,
+    "cos": math.cos,
+    "tan": math.tan,
+    "cot": lambda x: 1 / math.tan(x),
+    "arcsin": math.asin,
+    "arccos": math.acos,
+    "arctan": math.atan,
+    "exp": math.exp,
+    "ln": math.log,
+    "log": math.log10,
 }
 _TOKEN = re.compile(
     r" ?(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<command>\\[a-z]+)|(?P<name>[A-Za-zα-ωΩΔ]+'*(?:_(?:\{\w+\}|\w))?)"
@@ -36,7 +41,6 @@ class Formula:
     latex: str
     value: float  # NaN if there are names in it
     names: frozenset[str]  # of variables, points and lines
-    rounded: bool = False  # it has a decimal that may be a rounded float
     degrees: bool = False  # it is an angle: it has degree signs outside of functions
 
 
@@ -46,19 +50,13 @@ class _NoFormula(ValueError):
 
 def read_formula(text: str) -> Formula | None:
     """`text` (normalised) as a formula; None if it is none: a word, a date, something with a gap in it."""
-    if len(text) > MAX_LENGTH or _WORD_BY_WORD.search(text) or _DATE.fullmatch(text):
+    if _WORD_BY_WORD.search(text) or _DATE.fullmatch(text):
         return None
     try:
         formula = _Parser(text).formula()
     except (ValueError, ArithmeticError):
         return None
-    return None if math.isinf(formula.value) else formula
-
-
-def is_rounded(decimal: str) -> bool:
-    """Whether this decimal, without sign and exponent, has as many digits as a printed float32."""
-    whole, _, fraction = decimal.partition(".")
-    return bool(fraction) and len((whole + fraction).strip("0")) >= FLOAT_DIGITS
+    return formula if formula.names or math.isfinite(formula.value) else None
 
 
 _Node = tuple[str, float]  # LaTeX that binds like a factor, and the value
@@ -84,7 +82,9 @@ class _Parser:
             self.tokens += _pieces(str(match.lastgroup), match[str(match.lastgroup)])
         self.at = 0
         self.names: set[str] = set()
-        self.rounded = self.degrees = self.loose = False
+        self.degrees = False
+        self.loose = False  # what comes next as a factor would be a guess
+        self.in_bars = False
         self.in_function = 0
 
     def formula(self) -> Formula:
@@ -93,9 +93,9 @@ class _Parser:
         latex, value = self.sum()
         if self.at < len(self.tokens):
             raise _NoFormula
-        return Formula(latex, value, frozenset(self.names), self.rounded, self.degrees)
+        return Formula(latex, value, frozenset(self.names), self.degrees)
 
-    # ---- tokens -------------------------------------------------------------------------------------------------------
+    # ---- tokens ----------------------------------------------------------------------------------------------------
 
     @property
     def kind(self) -> str:
@@ -117,7 +117,7 @@ class _Parser:
         if not self.take(text):
             raise _NoFormula
 
-    # ---- rules --------------------------------------------------------------------------------------------------------
+    # ---- rules -----------------------------------------------------------------------------------------------------
 
     def sum(self) -> _Node:
         latex, value = self.signed(self.product)
@@ -183,17 +183,20 @@ class _Parser:
             return rf"\frac{{{top}}}{{{bottom}}}", x / y
         if text[1:] in _FUNCTIONS:
             return self.function(text)
-        if text in ("(", "{", "|"):
-            latex, value = self.sum()
-            self.expect({"(": ")", "{": "}", "|": "|"}[text])
-            return (f"|{latex}|", abs(value)) if text == "|" else (f"({latex})", value)
+        if text in ("(", "{"):
+            latex, value = self.inside(text)
+            return f"({latex})", value
+        if text == "|" and not self.in_bars:
+            self.in_bars = True
+            latex, value = self.inside(text)
+            self.in_bars = False
+            return f"|{latex}|", abs(value)
         raise _NoFormula
 
     def number(self, text: str) -> _Node:
         whole, _, fraction = text.partition(".")
         if len(whole) > 1 and whole[0] == "0":  # a date, a number of a house
             raise _NoFormula
-        self.rounded |= is_rounded(text)
         if not fraction:
             return whole, float(whole)
         return rf"\frac{{{int(whole + fraction)}}}{{{10 ** len(fraction)}}}", float(text)
@@ -231,20 +234,23 @@ class _Parser:
 
     def argument(self) -> _Node:
         """What a root, a power or a function takes: something in brackets, or one signed number or name."""
-        if self.text in ("(", "{"):
-            return self.braces("(" if self.text == "(" else "{")
+        if opening := self.take("(", "{"):
+            return self.inside(opening)
         sign = self.take("-", "+")
         if self.kind not in ("number", "name") and self.text != "\\pi":
             raise _NoFormula
         latex, value = self.atom()
         return (f"-{latex}", -value) if sign == "-" else (latex, value)
 
-    def braces(self, opening: str = "{") -> _Node:
-        self.expect(opening)
-        loose = self.loose
-        self.loose = False
+    def braces(self) -> _Node:
+        self.expect("{")
+        return self.inside("{")
+
+    def inside(self, opening: str) -> _Node:
+        """What is in brackets, the first of which has been taken."""
+        loose, self.loose = self.loose, False
         node = self.sum()
-        self.expect(")" if opening == "(" else "}")
+        self.expect({"(": ")", "{": "}", "|": "|"}[opening])
         self.loose = loose
         return node
 

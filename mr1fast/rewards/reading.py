@@ -1,6 +1,6 @@
-"""What does an answer say? A small grammar of numbers, units, lists, relations and choices; docs/answers.md explains it.
+"""What does an answer say? A small grammar of numbers, units, lists, relations and choices, for docs/answers.md's rule.
 
-`read` never raises, and takes all of a text or nothing: what is left over makes it text, which equals only itself.
+`read` never raises, and takes all of a text or nothing: something left over makes it text, which equals only itself.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
-from mr1fast.rewards.formula import Formula, is_rounded, read_formula
+from mr1fast.rewards.formula import Formula, read_formula
 from mr1fast.rewards.spelling import normalise
 from mr1fast.rewards.units import MAX_LENGTH as MAX_UNIT
 from mr1fast.rewards.units import read_unit
 
-MAX_ITEMS = 50
+MAX_LENGTH = 300  # characters, normalised; more than that, and anything deeper or with more items, is text
 MAX_DEPTH = 8  # of brackets
+MAX_ITEMS = 50
+FLOAT_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Value:
     number: Fraction | Formula
     unit: str = ""
     name: str = ""
-    rounded: bool = False  # a decimal that may have gone through a float32
+    half_digit: Fraction = Fraction(0)  # half a unit of its last digit, if it may be a printed float; else 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def read(text: str) -> Answer:
     for character in text:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
-    return text if deepest > MAX_DEPTH else _read(text)
+    return text if len(text) > MAX_LENGTH or deepest > MAX_DEPTH else _read(text)
 
 
 def _read(text: str) -> Answer:
@@ -79,7 +81,7 @@ def _read(text: str) -> Answer:
     )
 
 
-# ---- choices ----------------------------------------------------------------------------------------------------------
+# ---- choices ------------------------------------------------------------------------------------------------------
 
 _CHOICE = re.compile(
     r"(?:(?:option|choice|选项?|选择) ?:? ?)?"
@@ -97,10 +99,10 @@ def _choice(text: str) -> Choice | None:
     return Choice((match["bracketed"] or match["bare"]).upper(), match["text"])
 
 
-# ---- several answers --------------------------------------------------------------------------------------------------
+# ---- several answers ----------------------------------------------------------------------------------------------
 
 _BRACKETS = r"[(\[{]|[)\]}]"
-_OR = r"(?:(?<![A-Za-z])(?:or|and)(?![A-Za-z])|或者?|以及|[和与及&])"
+_OR = r"(?:(?<![A-Za-z])(?:or|and)(?![A-Za-z])|或者?|以及|[和与及且&])"
 _SEPARATOR = re.compile(rf"{_BRACKETS}| ?[,;、] ?{_OR}?| ?{_OR}")
 _COMMA = re.compile(rf"{_BRACKETS}| ?[,;]")
 _RELATION = re.compile(rf"{_BRACKETS}| ?[=<>≤≥≠∈]")
@@ -172,7 +174,7 @@ def _ratio(text: str) -> Several | None:
     return Several(items, ":") if len(items) == len(parts) > 1 else None
 
 
-# ---- relations --------------------------------------------------------------------------------------------------------
+# ---- relations ----------------------------------------------------------------------------------------------------
 
 _TURNED = {">": "<", "≥": "≤"}
 _NAME = re.compile(
@@ -209,7 +211,7 @@ def _chain(sides: Sequence[str], signs: str, name: str = "") -> Relation:
     return Relation(answers, signs, name)
 
 
-# ---- values -----------------------------------------------------------------------------------------------------------
+# ---- values -------------------------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+(?!\d|,\d)|(?: \d{3})+(?! ?\d))", re.ASCII)
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -252,7 +254,7 @@ def _number(text: str) -> Value | None:
         return None
     rest = text[match.end() :].strip()
     unit = read_unit(rest, number) if rest else ""
-    return None if unit is None else Value(number, unit, rounded=is_rounded(match["decimal"] or ""))
+    return None if unit is None else Value(number, unit, half_digit=_half_digit(match))
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -273,20 +275,34 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
             return None
         number = Fraction(match["top"]) / bottom
     else:
-        number = Fraction(match["decimal"]) * Fraction(10) ** int(match["exponent"] or match["power"] or 0)
+        number = Fraction(match["decimal"]) * _scale(match)
     return number * (-1 if match["sign"] == "-" else 1) / (100 if match["percent"] else 1)
+
+
+def _scale(match: re.Match[str]) -> Fraction:
+    return Fraction(10) ** int(match["exponent"] or match["power"] or 0)
+
+
+def _half_digit(match: re.Match[str]) -> Fraction:
+    """float32 has 7 to 8 digits, and printed as a float64, as in 0.10000000149011612, more than its number had."""
+    whole, _, decimals = (match["decimal"] or "").partition(".")
+    if not decimals.strip("0") or len((whole + decimals).strip("0")) < FLOAT_DIGITS:
+        return Fraction(0)
+    return Fraction(1, 2 * 10 ** len(decimals)) * _scale(match) / (100 if match["percent"] else 1)
 
 
 def _number_with_unit(text: str) -> Value | None:
     """A formula in numbers alone, and a unit. 3 + 2m is none, but (3 + 2) m is."""
     for match in _UNIT_BEGINS.finditer(text, max(1, len(text) - MAX_UNIT)):
         number, rest = text[: match.start()].strip(), text[match.start() :]
-        unit = None if rest == "°" else read_unit(rest)
+        if rest == "°" or not (number.endswith("\\pi") or number[-1:] in "0123456789)}!|"):
+            continue
+        unit = read_unit(rest)
         if unit is None or (len(rest) == 1 and rest.isascii() and len(_split(number[1:], _SIGN)[0]) > 1):
             continue
         formula = read_formula(number)
         if formula is not None and not formula.names and not formula.degrees:
-            return Value(formula, unit, rounded=formula.rounded)
+            return Value(formula, unit)
     return None
 
 
@@ -294,4 +310,4 @@ def _formula(text: str) -> Value | None:
     formula = read_formula(text)
     if formula is None:
         return None
-    return Value(formula, read_unit("°") or "" if formula.degrees else "", rounded=formula.rounded)
+    return Value(formula, read_unit("°") or "" if formula.degrees else "")

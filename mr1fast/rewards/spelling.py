@@ -1,7 +1,7 @@
 """One spelling of everything: both sides of a comparison go through `normalise` before anything is read into them.
 
-LaTeX, Unicode, Chinese and plain keyboard spellings of the same thing become one. No pattern here has nested quantifiers,
-and blanks are single before the patterns run, so the time is linear in the text.
+LaTeX, Unicode, Chinese and plain keyboard spellings of the same thing become one. No pattern here has nested
+quantifiers, and blanks are single before the patterns run, so the time is linear in the text.
 """
 
 from __future__ import annotations
@@ -34,27 +34,52 @@ _CHARACTERS = {
 }
 _TRANSLATION = str.maketrans({char: to for chars, to in _CHARACTERS.items() for char in chars})
 
-# Full-width forms, blanks of all widths, units in one character, styled mathematical letters: as Unicode decomposes them.
-_COMPATIBLE = re.compile("[\uff01-\uffe6\u3000\u00a0\u2000-\u200a\u202f\u205f\u3371-\u33df℃℉\u2126\u212a\U0001d400-\U0001d7ff]")
+# Full-width forms, blanks of all widths, units in one character, styled letters: as Unicode decomposes them.
+_COMPATIBLE = re.compile(
+    "[\uff01-\uffe6\u3000\u00a0\u2000-\u200a\u202f\u205f\u3371-\u33df℃℉\u2126\u212a\U0001d400-\U0001d7ff]"
+)
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+")
 _SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋]+")
 _VULGAR_FRACTIONS = re.compile("[¼-¾⅐-⅞]")
 
-_COMMANDS = {
-    **dict.fromkeys(("times", "cdot", "ast"), "*"),
-    **dict.fromkeys(("le", "leq", "leqslant"), "≤"),
-    **dict.fromkeys(("ge", "geq", "geqslant"), "≥"),
-    **dict.fromkeys(("ne", "neq"), "≠"),
-    **dict.fromkeys(("angle", "measuredangle"), "∠"),
-    **dict.fromkeys(("emptyset", "varnothing"), "∅"),
-    **dict.fromkeys(("dots", "ldots", "cdots"), "..."),
-    **dict.fromkeys(("rm", "bf", "it", "displaystyle", "textstyle", "limits"), ""),
-    **dict.fromkeys(("quad", "qquad"), " "),
-    **{"div": "/", "pm": "±", "lt": "<", "gt": ">", "infty": "∞", "triangle": "△", "degree": "°", "in": "∈"},
-    **{"cup": "∪", "parallel": "∥", "perp": "⊥", "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac"},
-    **{"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "theta": "θ", "lambda": "λ", "mu": "μ", "rho": "ρ"},
-    **{"sigma": "σ", "phi": "φ", "varphi": "φ", "omega": "ω", "Omega": "Ω", "Delta": "Δ"},
-}
+# LaTeX's commands for a symbol, each after the symbol.
+_SYMBOLS = r"""
+* times cdot ast
+/ div
+± pm
+≤ le leq leqslant
+≥ ge geq geqslant
+≠ ne neq
+< lt
+> gt
+∈ in
+∞ infty
+∠ angle measuredangle
+△ triangle
+° degree
+∪ cup
+∥ parallel
+⊥ perp
+∅ emptyset varnothing
+... dots ldots cdots
+\frac dfrac tfrac cfrac
+α alpha
+β beta
+γ gamma
+δ delta
+Δ Delta
+θ theta
+λ lambda
+μ mu
+ρ rho
+σ sigma
+φ phi varphi
+ω omega
+Ω Omega
+"""
+_COMMANDS = {name: row.split()[0] for row in _SYMBOLS.strip().splitlines() for name in row.split()[1:]}
+_COMMANDS |= dict.fromkeys(("rm", "bf", "it", "displaystyle", "textstyle", "limits"), "")
+_COMMANDS |= dict.fromkeys(("quad", "qquad"), " ")
 
 
 def _command(match: re.Match[str]) -> str:
@@ -70,7 +95,7 @@ def _angle(match: re.Match[str]) -> str:
 _PATTERNS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), to)
     for pattern, to in (
-        (r"\\[,;:> ]|~|&nbsp;", " "),
+        (r"\\[,;:> ]|(?<!^)~(?=[A-Za-z])|(?<=[^ ~])~(?=\\)|&nbsp;", " "),  # but ~5 is about five
         (r"\\!|\\[()\[\]]", ""),
         (r"\\(?:left|right|[Bb]igg?[lrm]?)(?![A-Za-z])\.?", ""),
         (r"\\([%#&_{}])", r"\1"),
@@ -85,6 +110,7 @@ _PATTERNS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
         (r"\{,\}", ","),
         (r"<sup>([^<]*)</sup>", r"^{\1}"),
+        (r"</?(?:b|i|em|strong)>", ""),
         (r"(?<![\w)}*])\*\*\*?([^*]+)\*\*\*?(?![\w({*])", r"\1"),  # Markdown's bold
         (r"\*\*", "^"),  # Python's power
         (r"\^(\d)\^", r"^\1"),
@@ -105,6 +131,7 @@ _PATTERNS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"!=", "≠"),
         (r"==", "="),
         (r"\+ ?/? ?-", "±"),
+        (r"\+∞", "∞"),
     )
 ]
 
@@ -112,12 +139,13 @@ _WRAPPERS = re.compile(
     r"\\(text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|operatorname|mbox|boldsymbol|bm|emph|"
     r"underline|boxed|fbox) ?\{|\\[{}]|[{}]"
 )
+_COMMAND_AT_END = re.compile(r"\\[A-Za-z]+$")  # of \pi\text{cm}
 # What may stand around two boxes with the same content.
-_JOINTS = frozenset("so thus therefore hence and or i.e the final answer is 即 所以 故 因此 答案 是 为".split())
+_JOINTS = "so thus therefore hence and or i e the final answer is 即 所以 故 因此 答案 是 为"
 
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|therefore|hence|所以|因此|故),? ?)?"
-    r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice|result) ?(?:is|:|=)[: ]*"
+    r"(?:(?:the |my )?(?:final |correct )?(?:answer|ans|option|choice|result) ?(?:is|:|=)[: ]*|there (?:are|is) "
     r"|(?:正确|最终|最后)?(?:答案|选项|结果) ?(?:是|为|:|=)[: ]*|答 ?:|[应故]?选择? ?:?(?= ?\(?[A-J])|=) ?",
     re.IGNORECASE,
 )
@@ -148,9 +176,9 @@ def _unwrapped(text: str) -> str:
         parts.append(text[end : match.start()])
         end = match.end()
         if match[1]:
-            opening, close = ("\x02", "\x03") if match[1].endswith("box") or match[1] == "boxed" else ("", "")
-            parts.append(opening)
-            closing.append(close)
+            is_box = match[1] in ("boxed", "fbox")
+            parts += [" " if _COMMAND_AT_END.search(parts[-1]) else "", "\x02" if is_box else ""]
+            closing.append("\x03" if is_box else "")
         elif match[0] == "}" and closing:
             parts.append(closing.pop())
         else:
@@ -164,9 +192,8 @@ def _without_boxes(text: str) -> str:
     """A box is no part of the answer; several with the same content are one. Different ones stay, and equal nothing."""
     contents = re.findall("\x02([^\x02\x03]*)\x03", text)
     if len(contents) > 1:
-        around = re.sub("\x02[^\x02\x03]*\x03", " ", text)
-        joints = re.findall(r"[^\s.,;:]+", around)
-        same = len(set(contents)) == 1 and all(word.casefold() in _JOINTS for word in joints)
+        around = re.sub("\x02[^\x02\x03]*\x03|[.,;:]", " ", text)
+        same = len(set(contents)) == 1 and set(around.casefold().split()) <= set(_JOINTS.split())
         return contents[0] if same else text
     return text.replace("\x02", "").replace("\x03", "") if contents else text
 

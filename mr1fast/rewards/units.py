@@ -1,4 +1,4 @@
-"""What may follow a number: a unit in any spelling, or a noun that is counted. Nothing is converted: 5 m is not 500 cm."""
+"""What may follow a number: a unit in any spelling, or a noun that is counted. Nothing is converted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ h hr hour 小时 时
 day 天 日
 week 周 星期
 month 个月
-year yr 年
+year yr 年 岁
 in inch inches 英寸
 ft foot feet 英尺
 yd yard 码
@@ -119,9 +119,9 @@ MAX_LENGTH = 40
 # five and more, about five, five thousand, five or six.
 _COUNTED_CHINESE = re.compile(
     r"[个只条件张本支枝辆名位颗块台座头匹朵棵根片粒道题组种份双对]"
-    r"([^\W\d_a-zA-Z左右上下内外多余几半不非或和与及万亿千百十分倍点]{0,6})"
+    r"([^\W\d_a-zA-Z左右上下内外多余几半不非或和与及且万亿千百十分倍点]{0,6})"
 )
-_COUNTED = re.compile(r"(?:[a-z-]{3,20} ){0,2}[a-z-]{3,20}")
+_COUNTED = re.compile(r"(?:[a-z-]{3,20} ){0,3}[a-z-]{3,20}")
 _NO_NOUNS = re.compile(
     r"(?<![a-z-])(?:and|not|nor|but|than|more|fewer|other|another|extra|additional|times|over|under|about|above|below|"
     r"between|with|without|except|excluding|including|besides|per|out|from|for|the|most|least|only|never|until|total|"

@@ -1,8 +1,8 @@
 """math-verify in a process of its own, so that a formula which sympy chokes on costs seconds and never the run.
 
-math-verify's own time limit is a signal, which cannot interrupt sympy at work on one huge integer, and does not exist in
-threads. Killing a process works everywhere: pebble's pool does that. The process is started by the first question, and
-once more after one that hung, by each program (also a forked one) for itself.
+math-verify's own time limit is a signal, which cannot interrupt sympy at work on one huge integer, and does not exist
+in threads. Killing a process works everywhere: pebble's pool does that. The process is started by the first question,
+and again after one that hung; a forked program starts one of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -33,6 +33,7 @@ ANSWER_SECONDS = 5.0
 ATTEMPTS = 2
 MAX_MEMORY = 4 << 30  # bytes
 DIGITS = 30
+TOLERANCE = 1e-20  # relative
 
 
 class Unanswered(Exception):
@@ -57,20 +58,21 @@ def _warn_once(package: str) -> None:
     )
 
 
-def equal(first: str, second: str, tolerance: float = 0.0) -> bool:
+def equal(first: str, second: str) -> bool:
     """Whether math-verify finds two LaTeX formulas equal.
 
-    tolerance: relative, for formulas in numbers alone; 0.0 for exactly equal. Raises Unanswered if it fails twice or is
-    missing, UserError if it is broken.
+    Raises Unanswered if it fails twice or is missing, UserError if it is broken.
     """
     if (package := missing()) is not None:
         _warn_once(package)
         raise Unanswered
     for _ in range(ATTEMPTS):
         try:
-            return _state.ask(first, second, tolerance)
+            return _state.ask(first, second)
         except BrokenMathVerify as error:
-            raise UserError(f"math-verify is installed but does not work ({error}): pip install -U math-verify") from error
+            raise UserError(
+                f"math-verify is installed but does not work ({error}): pip install -U math-verify"
+            ) from error
         except Unanswered:
             continue
     _state.unanswered += 1
@@ -82,7 +84,12 @@ def unanswered() -> int:
     return _state.unanswered
 
 
-# ---- in this process --------------------------------------------------------------------------------------------------
+def unanswered_summary() -> str:
+    """One line for the end of a program."""
+    return f"{unanswered()} x math-verify did not say whether an answer is right, asked twice: counted as wrong"
+
+
+# ---- in this process ----------------------------------------------------------------------------------------------
 
 
 class _State:
@@ -91,14 +98,14 @@ class _State:
         self.pool: ProcessPool | None = None
         self.unanswered = 0
 
-    def ask(self, first: str, second: str, tolerance: float) -> bool:
+    def ask(self, first: str, second: str) -> bool:
         """Raises Unanswered and BrokenMathVerify."""
         with self.lock:
             if self.pool is None:
                 self.pool = _new_pool()
             try:
                 # Each question has a future of its own: one that Ctrl-C cuts short leaves no reply to the next.
-                future = self.pool.schedule(_judge, args=(first, second, tolerance), timeout=ANSWER_SECONDS)
+                future = self.pool.schedule(_judge, args=(first, second), timeout=ANSWER_SECONDS)
                 return future.result(timeout=START_SECONDS + ANSWER_SECONDS)
             except BrokenMathVerify:
                 raise
@@ -195,7 +202,7 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# ---- in the other process ---------------------------------------------------------------------------------------------
+# ---- in the other process -----------------------------------------------------------------------------------------
 
 _broken = ""  # why math-verify does not work
 
@@ -206,33 +213,31 @@ def _prepare() -> None:
     import logging
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handler would wait for sympy's current operation
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     logging.disable()
-    try:
+    with suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    except (ImportError, ValueError, OSError):
-        pass
     try:
-        if not _compare(r"\frac{1}{2}\cdot \sqrt{12}", r"\sqrt{3}", 0.0) or _compare(r"\sqrt{2}", r"\sqrt{3}", 0.0):
+        if not _compare(r"\frac{1}{2}\cdot \sqrt{12}", r"\sqrt{3}") or _compare(r"\sqrt{2}", r"\sqrt{3}"):
             _broken = "it does not find \\frac{1}{2}\\sqrt{12} equal to \\sqrt{3}"
     except Exception as error:
         _broken = f"{type(error).__name__}: {error}"
 
 
-def _judge(first: str, second: str, tolerance: float) -> bool:
+def _judge(first: str, second: str) -> bool:
     if _broken:
         raise BrokenMathVerify(_broken)
     try:
-        return _compare(first, second, tolerance)
+        return _compare(first, second)
     except MemoryError:
         raise
     except Exception:  # whatever sympy trips over, the answer is not right
         return False
 
 
-def _compare(first: str, second: str, tolerance: float) -> bool:
+def _compare(first: str, second: str) -> bool:
     """math-verify's verdict, which is absolute (everything below 1e-15 is 0), and a relative comparison in numbers."""
     from math_verify import parse, verify
 
@@ -240,16 +245,16 @@ def _compare(first: str, second: str, tolerance: float) -> bool:
         parse(f"${text}$", fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
         for text in (first, second)
     )
-    if not a or not b or not _close(a[0], b[0], max(tolerance, 1e-20)):
+    if not a or not b or not _close(a[0], b[0]):
         return False
-    return tolerance > 0 or bool(verify(a, b, timeout_seconds=None))
+    return bool(verify(a, b, timeout_seconds=None))
 
 
-def _close(a: Any, b: Any, tolerance: float) -> bool:
+def _close(a: Any, b: Any) -> bool:
     """Whether two sympy expressions have nearly the same value, with names standing for arbitrary numbers."""
     from sympy import Rational, prime
 
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     numbers = {name: Rational(prime(i + 5), 7) for i, name in enumerate(names)}
     x, y = (one.subs(numbers).evalf(DIGITS) for one in (a, b))
-    return bool(abs(x - y) <= tolerance * max(abs(x), abs(y)))
+    return bool(abs(x - y) <= TOLERANCE * max(abs(x), abs(y)))

@@ -26,6 +26,7 @@ from mr1fast.evaluation.summary import load_snippet, result_table
 from mr1fast.model import load as models
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TASK_NAMES, TrainConfig
+from mr1fast.rewards import unanswered, unanswered_summary
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.run_folder import (
@@ -87,6 +88,8 @@ def run(opened: OpenRun, started: float) -> None:
         print(f"the model trained on {name} is in {folder.model(name)}")
     print(f"to load one (docs/training.md goes on from there):\n\n{load_snippet(str(folder.model(setup.names[0])))}\n")
     print(f"pictures: {folder.curves} and {folder.samples}")
+    if unanswered():
+        print(f"\n{unanswered_summary()}")
 
 
 def starting_point(

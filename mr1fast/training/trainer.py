@@ -23,7 +23,7 @@ from mr1fast.model.prefix import encode_prefix, place_inputs
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.rollout import decode, end_tokens, generate, pad_token
 from mr1fast.options.config import TrainConfig
-from mr1fast.rewards import accuracy_reward, format_reward
+from mr1fast.rewards import accuracy_reward, format_reward, unanswered
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
@@ -130,9 +130,11 @@ class Trainer:
         )
         eos = end_tokens(self.model)
         completions = decode(self.processor.tokenizer, rollout, eos)
-        solutions = [example.solution for example in examples for _ in range(G)]
+        asked = [example for example in examples for _ in range(G)]
+        unanswered_before = unanswered()
+        accuracies = [accuracy_reward(c, e.solution, choices=e.choices) for c, e in zip(completions, asked)]
         rewards = {
-            "accuracy_reward": torch.tensor([accuracy_reward(*pair) for pair in zip(completions, solutions)]),
+            "accuracy_reward": torch.tensor(accuracies),
             "format_reward": torch.tensor([format_reward(completion) for completion in completions]),
         }
         total = config.accuracy_weight * rewards["accuracy_reward"] + config.format_weight * rewards["format_reward"]
@@ -150,6 +152,7 @@ class Trainer:
                 reference = torch.cat([batch_logps(self.reference, piece, config.temperature) for piece in pieces])
             batch = dataclasses.replace(batch, ref_per_token_logps=reference)
         metrics = reward_metrics(rewards, total, G) | completion_metrics(batch, eos)
+        metrics["rewards/unanswered"] = unanswered() - unanswered_before
         return Sampled(batch, completions, total.tolist(), metrics)
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> Sampled:
