@@ -132,9 +132,8 @@ class Trainer:
         completions = decode(self.processor.tokenizer, rollout, eos)
         asked = [example for example in examples for _ in range(G)]
         unanswered_before = unanswered()
-        accuracies = [accuracy_reward(c, e.solution, choices=e.choices) for c, e in zip(completions, asked)]
         rewards = {
-            "accuracy_reward": torch.tensor(accuracies),
+            "accuracy_reward": torch.tensor([_accuracy(*pair) for pair in zip(completions, asked)]),
             "format_reward": torch.tensor([format_reward(completion) for completion in completions]),
         }
         total = config.accuracy_weight * rewards["accuracy_reward"] + config.format_weight * rewards["format_reward"]
@@ -263,6 +262,11 @@ class Trainer:
             self.kl_schedule.load_state_dict(state["kl_schedule"])
         if state["sampled"] is not None:
             self.sampled = Sampled(**{**state["sampled"], "batch": _to(state["sampled"]["batch"], self.model.device)})
+
+
+def _accuracy(completion: str, example: Example) -> float:
+    choices = {} if example.choices is None else {"choices": example.choices}
+    return accuracy_reward(completion, example.solution, **choices)
 
 
 def sft_target(solution: str) -> str:
