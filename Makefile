@@ -4,6 +4,7 @@
 # make wheel    the source distribution and the wheel, in dist/; make wheel-check   the wheel, tried beside torch alone
 # make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
 # make compile-check, compile-check-old    every GPU kernel through its compiler, no GPU needed; old: on Triton 3.6.0
+# make device-dry-run    benchmarks/device.sh without a GPU, on tiny shapes: does every stage run?
 # Each sets up .venv first if it is missing or out of date.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help train test test-all check wheel wheel-check asan compile-check compile-check-old format setup clean
+.PHONY: help train test test-all check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +82,13 @@ compile-check-old:
 	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet triton==3.6.0 numpy==2.3.5
 	@env -u TRITON_INTERPRET $(OLD)/bin/python -m benchmarks.compile_check
 
+# In .venv312 where there is such an environment (make setup VENV=.venv312 PYTHON=python3.12): machines with a GPU tend to
+# have Python 3.12.
+device-dry-run: $(READY)
+	@rm -rf build/device-dry-run
+	@DRY_RUN=1 PYTHON=$(firstword $(wildcard .venv312/bin/python) $(BIN)/python) \
+	    bash benchmarks/device.sh build/device-dry-run
+
 # Leaks are not looked for: Python and torch leave much behind on purpose. libstdc++ must be there before libasan looks for
 # the functions it replaces, or the first C++ exception aborts.
 ASAN_LIBRARIES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)
@@ -96,4 +104,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD) build dist *.egg-info mr1fast/*.so
+	rm -rf $(VENV) $(OLD) .venv312 build dist *.egg-info mr1fast/*.so

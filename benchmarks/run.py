@@ -11,8 +11,9 @@
 How to read the table: `rate` counts only the bytes that must move (logits read once, gradient written once) or the
 floating-point operations of the GEMMs; `of limit` is that rate divided by the rate of the machine's own limit for such
 work, `of memcpy` by memcpy's; `time ratio` is the time divided by ours. Times are medians over rounds that call every
-case once, and "(best)" compares each case's fastest call. Ratios within one run hold on a busy machine, milliseconds
-do not. Results belong in benchmarks/results/, what did not help in benchmarks/LOG.md.
+case once, and "(best)" compares each case's fastest call. On a GPU `ms` is the time of the device alone and `call ms`
+that of the whole call on an idle device, Python included. Ratios within one run hold on a busy machine, milliseconds do
+not. Results belong in benchmarks/results/, what did not help in benchmarks/LOG.md.
 """
 
 from __future__ import annotations
@@ -75,25 +76,43 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     about = report.environment()
+    table, whole = measure(selected, args, about)
+    if table:
+        report.print_table(table)
+    print(f"\n{about['device']}; torch {about['torch']}; commit {about['commit']}")
+    if not whole:
+        print("cut off: what was measured until then stands above", file=sys.stderr)
+    if args.plot and table:
+        report.plot(args.plot, table, about)
+    return 0 if whole else 130
+
+
+def measure(
+    selected: list[tuple[cases.Scene, tuple[cases.Case, ...]]], args: argparse.Namespace, about: report.Row
+) -> tuple[list[report.Row], bool]:
+    """(the rows, whether they are all). The CSV is written whenever there is something new, and once more at Ctrl-C."""
     table: list[report.Row] = []
-    with tqdm(total=len(selected), unit="scene", file=sys.stderr, leave=False, miniters=0) as bar:
-        for scene, chosen in selected:
-            bar.set_description(scene.title)
+    whole = False
+    try:
+        with tqdm(total=len(selected), unit="scene", file=sys.stderr, leave=False, miniters=0, disable=None) as bar:
 
             def on_call(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update(0)
 
-            measured = timing.measure(scene, chosen, 0.05 if args.quick else args.seconds, on_call)
-            table += report.rows(scene, measured)
-            if args.csv:  # after every scene: a run that is cut off keeps what it has
-                report.write_csv(args.csv, table, about)
-            bar.update()
-    report.print_table(table)
-    print(f"\n{about['device']}; torch {about['torch']}; commit {about['commit']}")
-    if args.plot:
-        report.plot(args.plot, table, about)
-    return 0
+            for scene, chosen in selected:
+                bar.set_description(scene.title)
+                earlier = table
+                for measured in timing.measure(scene, chosen, 0.05 if args.quick else args.seconds, on_call):
+                    table = earlier + report.rows(scene, measured)
+                    if args.csv:
+                        report.write_csv(args.csv, table, about)
+                bar.update()
+        whole = True
+    except KeyboardInterrupt:
+        if args.csv and table:
+            report.write_csv(args.csv, table, about)
+    return table, whole
 
 
 if __name__ == "__main__":

@@ -192,12 +192,15 @@ def _settings(options: argparse.Namespace, longest: int, dataset: ImageTextDatas
 def _report(folder: Path, result: EvalResult, settings: dict[str, Any], dataset: ImageTextDataset) -> None:
     """evaluation.json, report.html, and the same in the terminal."""
     from mr1fast.evaluation.report import write_report
+    from mr1fast.rewards import unanswered, unanswered_summary
 
     write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
     page = write_report(folder / "report.html", result, settings, dataset)
     print(evaluation_table(result, settings))
     if dataset.skipped or dataset.notes:
         print(f"\n{dataset.summary()}")
+    if unanswered():
+        print(f"\n{unanswered_summary()}")
     print(f"\nthe mistakes with their images: {page}\nthe figures:                    {folder / 'evaluation.json'}")
 
 

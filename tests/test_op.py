@@ -275,7 +275,7 @@ def test_a_second_derivative_raises(name, backend):
 @pytest.mark.parametrize("name", ["one pass", "two passes", "score"])
 def test_a_second_derivative_in_torch(name):
     """Against a difference quotient along a direction, in float64."""
-    leaf, loss = losses_of_a_leaf("torch")[name]
+    leaf, _ = losses_of_a_leaf("torch")[name]
     logits = leaf.detach().double().requires_grad_()
     batch = {n: v for n, v in random_batch(3, 4, 40).items() if n != "logits"} | {"beta": 0.1, "loss_type": "sapo"}
     level = "sequence" if name == "two passes" else "token"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import numbers
 import re
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,19 @@ def _without_markers(text: str) -> str:
             marker = next((marker for marker in markers if end.endswith(marker)), "")
             del kept[len(kept) - len(marker) :]
     return "".join(kept)
+
+
+def choices_of(value: Any, notes: list[str]) -> tuple[str, ...] | None:
+    """A list of texts or numbers, or one in JSON; None if there is none."""
+    if isinstance(value, str) and value:
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if value is None or value in ("", []):
+        return None
+    if isinstance(value, list | tuple) and all(isinstance(one, str | int | float) for one in value):
+        return tuple(whole_characters(str(one)) for one in value)
+    notes.append("choices that are no list, ignored")
+    return None
 
 
 # ---- image ----------------------------------------------------------------------------------------------------------

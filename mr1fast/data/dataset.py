@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from mr1fast.checks import nearest
-from mr1fast.data.cells import BadRow, answer_of, image_of, question_of
+from mr1fast.data.cells import BadRow, answer_of, choices_of, image_of, question_of
 from mr1fast.data.example import Example, Examples
 from mr1fast.data.identity import Place
 from mr1fast.data.images import BadImage, check_image, load_image
@@ -35,6 +35,7 @@ class Record:
     problem: str
     solution: str
     image: Callable[[], Path | bytes]  # read again when needed, rather than all held in memory
+    choices: tuple[str, ...] | None
 
 
 class ImageTextDataset:
@@ -195,7 +196,7 @@ def _local(
     def load(index: int) -> tuple[Example, list[str]]:
         record = records[index]
         image, image_notes = load_image(record.image())
-        return Example(image, record.problem, record.solution, record.name), image_notes
+        return Example(image, record.problem, record.solution, record.name, record.choices), image_notes
 
     name = path.resolve().stem if path.is_file() else path.resolve().name
     dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
@@ -247,5 +248,6 @@ def _record(table: Table, row: int) -> tuple[Record, list[str]]:
     notes: list[str] = []
     problem = question_of(values.get("problem"), notes)
     solution = answer_of(values.get("solution"), notes)
+    choices = choices_of(values.get("choices"), notes)
     image_of(table, row)
-    return Record(f"{table.name}, row {row + 1}", problem, solution, partial(image_of, table, row)), notes
+    return Record(f"{table.name}, row {row + 1}", problem, solution, partial(image_of, table, row), choices), notes

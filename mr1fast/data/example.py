@@ -16,6 +16,7 @@ class Example:
     problem: str  # the question, without the prompt suffix
     solution: str  # the answer alone, e.g. "3"
     name: str = ""  # what a reader finds it by: "vc/test/17", or file and row; several may have the same
+    choices: tuple[str, ...] | None = None  # what the answers A, B, ... stand for
 
 
 class Examples(Protocol):

@@ -102,7 +102,7 @@ def _judged(index: int, example: Example, completion: str, drawn: Sequence[str])
         solution=example.solution,
         completion=completion,
         answer=extract_answer(completion),
-        correct=accuracy_reward(completion, example.solution) > 0,
+        correct=accuracy_reward(completion, example.solution, choices=example.choices) > 0,
         formatted=format_reward(completion) > 0,
-        sampled_correct=tuple(accuracy_reward(text, example.solution) > 0 for text in drawn),
+        sampled_correct=tuple(accuracy_reward(text, example.solution, choices=example.choices) > 0 for text in drawn),
     )

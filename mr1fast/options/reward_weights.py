@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mr1fast.checks import nearest
@@ -24,7 +24,7 @@ class Reward:
 
     name: str  # in the metrics: rewards/NAME/mean
     weight: float
-    function: Callable[[str, str], float]  # (completion, solution) -> reward
+    function: Callable[[str, str, Sequence[str] | None], float]  # (completion, solution, choices) -> reward
 
 
 def parse_reward_weights(text: str, source: str) -> dict[str, float]:
@@ -72,7 +72,8 @@ def load_rewards(weights: Mapping[str, float]) -> list[Reward]:
     return rewards
 
 
-def _imported(name: str) -> Callable[[str, str], float]:
+def _imported(name: str) -> Callable[[str, str, Sequence[str] | None], float]:
+    """A function of (completion, solution)."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # an installed command does not look there, python -m does
         sys.path.append(os.getcwd())
@@ -83,4 +84,4 @@ def _imported(name: str) -> Callable[[str, str], float]:
         raise UserError(f"--reward-weights: {name} cannot be imported: {type(error).__name__}: {reason}") from error
     if not callable(function):
         raise UserError(f"--reward-weights: {name} is not a function, but of type {type(function).__name__}")
-    return function
+    return lambda completion, solution, choices: function(completion, solution)

@@ -1,13 +1,23 @@
 """When is an answer right?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from mr1fast.rewards.accuracy import accuracy_reward, check_solutions, extract_answer, format_reward
+from mr1fast.rewards.accuracy import accuracy_reward, check_solutions, extract_answer
+from mr1fast.rewards.format import format_reward
+from mr1fast.rewards.worker import unanswered, unanswered_summary
 
-# What --reward-weights can name: functions of (completion, solution).
-REWARDS: dict[str, Callable[[str, str], float]] = {
-    "accuracy": accuracy_reward,
-    "format": lambda completion, solution: format_reward(completion),
+# What --reward-weights can name: functions of completion, solution and the choices, if the row has any.
+REWARDS: dict[str, Callable[[str, str, Sequence[str] | None], float]] = {
+    "accuracy": lambda completion, solution, choices: accuracy_reward(completion, solution, choices=choices),
+    "format": lambda completion, solution, choices: format_reward(completion),
 }
 
-__all__ = ["REWARDS", "accuracy_reward", "check_solutions", "extract_answer", "format_reward"]
+__all__ = [
+    "REWARDS",
+    "accuracy_reward",
+    "check_solutions",
+    "extract_answer",
+    "format_reward",
+    "unanswered",
+    "unanswered_summary",
+]

@@ -18,6 +18,7 @@ from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
+from mr1fast.rewards import unanswered, unanswered_summary
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
@@ -61,6 +62,8 @@ def run(opened: OpenRun, started: float) -> None:
     for line in summaries(setup.splits):
         if line not in said:  # what came to light when images were decoded
             print(line)
+    if unanswered():
+        print(unanswered_summary())
     print(closing_words(setup, result))
 
 

@@ -19,6 +19,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
+from mr1fast.rewards import unanswered
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
@@ -120,8 +121,8 @@ class Trainer:
             examples, num_generations=G, temperature=config.temperature, prefix=prefix.detach()
         )
         completions = rollout.completions
-        solutions = [example.solution for example in examples for _ in range(G)]
-        scores = score(self.rewards, completions, solutions)
+        unanswered_before = unanswered()
+        scores = score(self.rewards, completions, [example for example in examples for _ in range(G)])
         total = weighted_sum(self.rewards, scores)
         batch = Batch(
             inputs=inputs,
@@ -138,6 +139,7 @@ class Trainer:
                 reference = torch.cat([batch_logps(self.reference, piece, config.temperature) for piece in pieces])
             batch = dataclasses.replace(batch, ref_per_token_logps=reference)
         metrics = reward_metrics(scores, total, G) | completion_metrics(batch, self.policy.end_ids)
+        metrics["rewards/unanswered"] = unanswered() - unanswered_before
         return StepData(batch, completions, total.tolist(), metrics)
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
