@@ -119,6 +119,7 @@ COLUMNS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_parquet_columns_of_every_type(folder, kind):
     """Read rightly, or left out and counted; with a column of a type that `datasets` does not know beside it."""
