@@ -95,7 +95,7 @@ def number_text(value: Any) -> str:
     Of numpy's float32 that is "0.1" and not "0.10000000149011612". Decimals never have an exponent.
     """
     text = str(value)
-    number = value if isinstance(value, int | Decimal) else float(value)
+    number: Any = value if isinstance(value, int | Decimal) else float(value)
     if isinstance(value, Decimal) or (number == int(number) and abs(number) < _GREATEST_PLAIN):
         text = format(Decimal(text), "f")
         text = text.rstrip("0").rstrip(".") if "." in text else text
