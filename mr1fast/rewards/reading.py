@@ -85,7 +85,7 @@ def _read(text: str) -> Answer:
 
 _CHOICE = re.compile(
     r"(?:(?:option|choice|选项?|选择) ?:? ?)?"
-    r"(?:[(\[] ?(?P<bracketed>[A-J]) ?[)\]](?: |[.:、]|$)|(?P<bare>[A-J]) ?(?:[.:)、]|$)) ?(?P<text>.*)",
+    r"(?:[(\[] ?(?P<bracketed>[A-J]) ?[)\]](?: |[.:、]|$)|(?P<bare>[A-J]) ?(?:[.:)、]|选?项|$)) ?(?P<text>.*)",
     re.IGNORECASE,
 )
 # "A. 30° or B. 40°" is no choice, and neither is "(a) + 5".
@@ -104,7 +104,7 @@ def _choice(text: str) -> Choice | None:
 _BRACKETS = r"[(\[{]|[)\]}]"
 _OR = r"(?:(?<![A-Za-z])(?:or|and)(?![A-Za-z])|或者?|以及|[和与及且&])"
 _SEPARATOR = re.compile(rf"{_BRACKETS}| ?[,;、] ?{_OR}?| ?{_OR}")
-_COMMA = re.compile(rf"{_BRACKETS}| ?[,;]")
+_COMMA = re.compile(rf"{_BRACKETS}| ?[,;、]")
 _RELATION = re.compile(rf"{_BRACKETS}| ?[=<>≤≥≠∈]")
 _RATIO = re.compile(rf"{_BRACKETS}| ?:")
 _SIGN = re.compile(rf"{_BRACKETS}|[-+]")

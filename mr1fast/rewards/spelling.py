@@ -36,7 +36,7 @@ _TRANSLATION = str.maketrans({char: to for chars, to in _CHARACTERS.items() for 
 
 # Full-width forms, blanks of all widths, units in one character, styled letters: as Unicode decomposes them.
 _COMPATIBLE = re.compile(
-    "[\uff01-\uffe6\u3000\u00a0\u2000-\u200a\u202f\u205f\u3371-\u33df℃℉\u2126\u212a\U0001d400-\U0001d7ff]"
+    "[\uff01-\uffe6\u3000\u00a0\u2000-\u200a\u202f\u205f\u3371-\u33df\ufe50-\ufe6b℃℉\u2126\u212a\U0001d400-\U0001d7ff]"
 )
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+")
 _SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋]+")

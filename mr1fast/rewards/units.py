@@ -22,6 +22,11 @@ Hz hertz 赫兹
 Ω ohm 欧 欧姆
 C coulomb 库仑
 mol mole 摩尔
+cal calorie 卡
+eV electronvolt 电子伏
+atm atmosphere
+bar 巴
+dB decibel 分贝
 kWh kilowatthour 千瓦时
 min minute 分钟
 h hr hour 小时 时
@@ -34,10 +39,11 @@ ft foot feet 英尺
 yd yard 码
 mi mile 英里
 nmi nauticalmile 海里
-km 公里
-cm 公分
-kg 公斤
-lb pound 磅
+km kms 公里
+cm cms 公分
+mm mms
+kg kgs 公斤
+lb lbs pound 磅
 oz ounce 盎司
 ton tonne 吨
 ha hectare 公顷
@@ -47,7 +53,7 @@ acre 英亩
 °F fahrenheit °fahrenheit 华氏度
 rad radian 弧度
 USD usd dollar 美元
-CNY cny rmb yuan ¥ 元 块
+CNY cny rmb yuan ¥ 元 块 块钱
 EUR eur euro € 欧元
 GBP gbp £ 英镑
 cent 美分
@@ -63,14 +69,14 @@ fish
 """
 # Prefix: symbol, name, Chinese; the units that it goes with.
 _PREFIXES = """
-k kilo 千: m g L N J W V Pa Hz
+k kilo 千: m g L N J W V Pa Hz Ω cal eV
 c centi 厘: m L
 d deci 分: m L
 m milli 毫: m g L s W V A
 μ micro 微: m g L s V A
 n nano 纳: m s
-M mega 兆: J W Pa Hz
-G giga 吉: J W Pa Hz
+M mega 兆: J W Pa Hz Ω eV
+G giga 吉: J W Pa Hz eV
 """
 
 
@@ -90,7 +96,7 @@ def _spellings() -> dict[str, str]:
                 elif len(spelling) > 2:
                     table[name + spelling] = unit
     plurals = {f"{spelling}s": unit for spelling, unit in table.items() if len(spelling) > 2 and spelling.isascii()}
-    return plurals | table | {"um": "μm", "lbs": "lb", "hrs": "h", "yrs": "year", "secs": "s", "mins": "min"}
+    return plurals | table | {"um": "μm", "hrs": "h", "yrs": "year"}
 
 
 def _unambiguous_without_case(table: dict[str, str]) -> dict[str, str]:
