@@ -95,7 +95,7 @@ def number_text(value: Any) -> str:
     Of numpy's float32 that is "0.1" and not "0.10000000149011612". Decimals never have an exponent.
     """
     text = str(value)
-    number = value if isinstance(value, int | Decimal) else float(value)
+    number: Any = value if isinstance(value, int | Decimal) else float(value)
     if isinstance(value, Decimal) or (number == int(number) and abs(number) < _GREATEST_PLAIN):
         text = format(Decimal(text), "f")
         text = text.rstrip("0").rstrip(".") if "." in text else text
@@ -123,7 +123,7 @@ def choices_of(value: Any, notes: list[str]) -> tuple[str, ...] | None:
             value = json.loads(value)
     if value is None or value in ("", []):
         return None
-    if isinstance(value, list | tuple) and all(isinstance(one, str | int | float) for one in value):
+    if isinstance(value, list | tuple) and all(isinstance(one, str | numbers.Real) for one in value):
         return tuple(whole_characters(str(one)) for one in value)
     notes.append("choices that are no list, ignored")
     return None
