@@ -1,5 +1,9 @@
 """What counts as the same answer (docs/answers.md), kind by kind. Every pair is judged in both directions."""
 
+import itertools
+import re
+from pathlib import Path
+
 import pytest
 
 from mr1fast.rewards import accuracy_reward
@@ -276,6 +280,7 @@ PAIRS = {
             ("1 < x < 5", "1 < x"),
             ("x=x+1", "y=y+2"),
             ("1=2", "3=4"),
+            ("1 < x > 0", "0 < x < 1"),
         ],
     ),
     "degrees": (
@@ -625,6 +630,8 @@ PAIRS = {
             ("A、30°", "A"),
             ("(A) 30°", "A"),
             ("A. a red cube", "A"),
+            ("A. 30°C", "A"),
+            ("A. ∠B = 60°", "A"),
             ("A. 30°", "A. 30"),
         ],
         [
@@ -684,3 +691,18 @@ def test_these_say_the_same(answer, solution):
 def test_these_do_not(answer, solution):
     assert judged(answer, solution) == 0.0
     assert judged(solution, answer) == 0.0
+
+
+def rows_of_the_page():
+    """The table of docs/answers.md: (kind, answers that go together, whether they say the same)."""
+    page = (Path(__file__).parent.parent / "docs" / "answers.md").read_text(encoding="utf-8")
+    for kind, same, different in re.findall(r"^\| ([a-z ]+) \| (.+) \| (.+) \|$", page, re.MULTILINE):
+        for cell, is_same in ((same, True), (different, False)):
+            for group in cell.split("; "):
+                yield pytest.param(re.findall("`(.+?)`", group), is_same, id=f"{kind}: {group}")
+
+
+@pytest.mark.parametrize(("answers", "same"), list(rows_of_the_page()))
+def test_the_page_says_what_is_so(answers, same):
+    assert len(answers) > 1
+    assert all(judged(*pair) == same for pair in itertools.combinations(answers, 2))

@@ -262,7 +262,7 @@ def test_a_reward_of_ones_own(processor, tmp_path, monkeypatch):
 def test_a_reward_that_is_no_number_skips_the_step(bad, processor, monkeypatch):
     trainer = make_trainer(processor, temperature=1.5)
     before = weights(trainer)
-    monkeypatch.setattr(trainer, "rewards", [Reward("bad", 1.0, lambda completion, solution: bad)])
+    monkeypatch.setattr(trainer, "rewards", [Reward("bad", 1.0, lambda completion, solution, choices: bad)])
     for step in (1, 2):
         metrics = trainer.step()
         assert metrics["skipped_steps"] == trainer.skipped_in_a_row == step

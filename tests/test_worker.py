@@ -94,7 +94,7 @@ def test_ctrl_c_is_for_the_program_alone_and_mixes_no_replies(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py")]
     run = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=200)
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode, run.stderr) == (0, "")
     started, last = run.stdout.strip().splitlines()
     assert started == "started"
     interrupted, pid = map(int, last.split())

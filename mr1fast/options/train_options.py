@@ -96,12 +96,12 @@ class TrainOptions:
     )
     max_prompt_length: int | None = option(
         None,
-        "leave out problems whose prompt is longer than this, its image included",
+        "leave out problems whose prompt, image included, is longer than this",
         group="data",
         unit="tokens",
         at_least=1,
         at_most=1_000_000,
-        shown="all that the model takes beside a completion",
+        shown="what the model takes, less --max-completion-length",
     )
     reward_weights: str = option(
         DEFAULT_REWARDS,
@@ -124,7 +124,7 @@ class TrainOptions:
     )
     max_completion_length: int | Mapping[str, int] | None = option(
         None,
-        "where sampling cuts a completion off",
+        "longest completion; sampling stops there",
         group="sampling",
         unit="tokens",
         at_least=1,
@@ -187,7 +187,7 @@ class TrainOptions:
         shown=_by_recipe("learning_rate"),
     )
     warmup_steps: int = option(
-        10, "optimizer steps in which the learning rate rises", group="optimizer", at_least=0, at_most=MANY
+        10, "optimizer steps over which the learning rate rises", group="optimizer", at_least=0, at_most=MANY
     )
     max_steps: int | Mapping[str, int] | None = option(
         None,
@@ -230,7 +230,7 @@ class TrainOptions:
     )
     eval_validation_samples: int = option(
         128,
-        f"problems of the validation split that each of these answers{_at_most('validation')}",
+        f"problems of the validation split in each of these evaluations{_at_most('validation')}",
         group="evaluation",
         at_least=1,
         at_most=1_000_000,

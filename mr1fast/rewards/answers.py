@@ -15,7 +15,7 @@ from mr1fast.rewards.formula import Formula
 from mr1fast.rewards.reading import Answer, Choice, Relation, Several, Value, read
 
 MAX_LENGTH = 200  # characters; what is longer is text
-FLOAT32_MIN, FLOAT32_MAX = 1.2e-38, 3.4e38  # of normal numbers
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 3.4e38  # of normal numbers
 FLOAT64_ROUNDING = Fraction(1, 2**50)  # relative: a few units in the last place, for a number that was computed
 FLOAT64_DIGITS = 15
 
@@ -111,13 +111,13 @@ def _same_number(a: Value, b: Value) -> bool:
     x, y = _as_formula(a.number), _as_formula(b.number)
     if x.names != y.names or abs(x.value - y.value) > 1e-6 * max(abs(x.value), abs(y.value), 1e-6):
         return False  # the values are NaN, and never differ, where there are names
-    return worker.equal(*sorted((x.latex, y.latex)))
+    return x.latex == y.latex or worker.equal(*sorted((x.latex, y.latex)))
 
 
 def _is_float_of(a: Value, b: Value) -> bool:
     """Whether `a` is what a float32 or float64 of `b` looks like: 0.10000000149011612 of 0.1, 3.1415927 of pi."""
     value = _as_formula(b.number).value
-    if not a.half_digit or not isinstance(a.number, Fraction) or not FLOAT32_MIN < abs(value) < FLOAT32_MAX:
+    if not a.half_digit or not isinstance(a.number, Fraction) or not FLOAT32_MIN <= abs(value) <= FLOAT32_MAX:
         return False
     (float32,) = struct.unpack("f", struct.pack("f", value))
     if abs(a.number - Fraction(float32)) <= a.half_digit:

@@ -89,7 +89,7 @@ _CHOICE = re.compile(
     re.IGNORECASE,
 )
 # "A. 30° or B. 40°" is no choice, and neither is "(a) + 5".
-_NO_TEXT_OF_A_CHOICE = re.compile(r"(?<![A-Za-z])(?:[A-J](?![A-Za-z])|[a-j][.:)])|^(?:[+*/^=<>,;:]|or |and )")
+_NO_TEXT_OF_A_CHOICE = re.compile(r"(?<![A-Za-z°∠])(?:[A-J](?![A-Za-z])|[a-j][.:)])|^(?:[+*/^=<>,;:]|or |and )")
 
 
 def _choice(text: str) -> Choice | None:
@@ -176,7 +176,7 @@ def _ratio(text: str) -> Several | None:
 
 # ---- relations ----------------------------------------------------------------------------------------------------
 
-_TURNED = {">": "<", "≥": "≤"}
+_TURNED = str.maketrans(">≥", "<≤")
 _NAME = re.compile(
     r"(?:\\(?:sin|cos|tan) ?)?[∠△]?[A-Za-zα-ωΩΔ一-鿿]{1,12}'?(?:_(?:\{[\w△]{1,8}\}|\w))?(?:△[A-Z]{3})?"
     r"(?:\(\w{1,3}(?:, ?\w{1,3})?\))?(?:[:/][A-Z]{1,3})?|∠\d|\|[A-Z]{2}\||\([A-Za-z], ?[A-Za-z]\)"
@@ -186,7 +186,7 @@ _NAME = re.compile(
 def _relation(text: str) -> Answer | None:
     """An equation that names a value is that value."""
     sides, signs = _split(text, _RELATION)
-    if len(sides) == 1 or not all(sides):
+    if len(sides) == 1 or not all(sides) or (set(signs) & set("<≤") and set(signs) & set(">≥")):
         return None
     if set(signs) <= set("=∈"):
         name = ""
@@ -206,8 +206,8 @@ def _relation(text: str) -> Answer | None:
 
 def _chain(sides: Sequence[str], signs: str, name: str = "") -> Relation:
     answers = tuple(map(_read, sides))
-    if set(signs) & set(_TURNED):
-        answers, signs = answers[::-1], "".join(_TURNED.get(sign, f"not {sign}") for sign in signs[::-1])
+    if set(signs) & set(">≥"):
+        answers, signs = answers[::-1], signs[::-1].translate(_TURNED)
     return Relation(answers, signs, name)
 
 
