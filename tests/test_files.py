@@ -203,3 +203,10 @@ def test_empty_text_files_among_good_ones(folder):
         (folder / name).touch()
     write_jsonl(folder / "d.jsonl", [])
     assert len(load_split(folder, "all")) == 3
+
+
+def test_choices_in_single_precision(folder):
+    table = pyarrow.table({name: [value] for name, value in row(0).items()})
+    table = table.append_column("choices", A([[0.1, 2.5]], P.list_(P.float32())))
+    pyarrow.parquet.write_table(table, folder / "data.parquet")
+    assert load_split(folder / "data.parquet", "all")[0].choices == ("0.1", "2.5")

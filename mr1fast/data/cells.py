@@ -123,7 +123,7 @@ def choices_of(value: Any, notes: list[str]) -> tuple[str, ...] | None:
             value = json.loads(value)
     if value is None or value in ("", []):
         return None
-    if isinstance(value, list | tuple) and all(isinstance(one, str | int | float) for one in value):
+    if isinstance(value, list | tuple) and all(isinstance(one, str | numbers.Real) for one in value):
         return tuple(whole_characters(str(one)) for one in value)
     notes.append("choices that are no list, ignored")
     return None
