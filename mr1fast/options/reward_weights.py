@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mr1fast.checks import nearest
@@ -24,7 +24,7 @@ class Reward:
 
     name: str  # in the metrics: rewards/NAME/mean
     weight: float
-    function: Callable[[str, str, Sequence[str] | None], float]  # (completion, solution, choices) -> reward
+    function: Callable[..., float]  # (completion, solution, choices) -> reward
 
 
 def parse_reward_weights(text: str, source: str) -> dict[str, float]:
@@ -72,7 +72,7 @@ def load_rewards(weights: Mapping[str, float]) -> list[Reward]:
     return rewards
 
 
-def _imported(name: str) -> Callable[[str, str, Sequence[str] | None], float]:
+def _imported(name: str) -> Callable[..., float]:
     """A function of (completion, solution)."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # an installed command does not look there, python -m does
@@ -84,4 +84,4 @@ def _imported(name: str) -> Callable[[str, str, Sequence[str] | None], float]:
         raise UserError(f"--reward-weights: {name} cannot be imported: {type(error).__name__}: {reason}") from error
     if not callable(function):
         raise UserError(f"--reward-weights: {name} is not a function, but of type {type(function).__name__}")
-    return lambda completion, solution, choices: function(completion, solution)
+    return lambda completion, solution, choices=None: function(completion, solution)
