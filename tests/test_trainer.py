@@ -121,6 +121,7 @@ def test_the_metrics_have_trls_names(processor):
     assert set(metrics) >= {
         "loss", "grad_norm", "learning_rate", "num_tokens", "completions/mean_length", "completions/clipped_ratio",
         "rewards/accuracy_reward/mean", "rewards/accuracy_reward/std", "rewards/format_reward/mean", "reward",
+        "rewards/unanswered",
         "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean", "step_time", "beta",
     }  # fmt: skip
     assert all(isinstance(value, float | int) for value in metrics.values())

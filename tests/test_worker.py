@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from mr1fast import evaluate
 from mr1fast.errors import UserError
 from mr1fast.rewards import accuracy_reward, unanswered, unanswered_summary
 from mr1fast.rewards import worker as math_worker
@@ -192,6 +193,13 @@ def test_a_question_without_an_answer_is_asked_once_more_not_cached_and_counted(
     assert unanswered() == before + 3
     assert unanswered_summary().startswith(f"{before + 3} x math-verify did not say")
     assert math_worker.equal(r"\sqrt{5}", r"\sqrt{5}")
+
+
+def test_an_evaluation_says_how_many_were_not_answered(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(math_worker._state, "unanswered", 2)
+    arguments = ["--task", "vc", "--samples", "1", "--sampled", "0", "--max-completion-length", "1"]
+    assert evaluate.main([*arguments, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "2 x math-verify did not say whether an answer is right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

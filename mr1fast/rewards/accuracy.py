@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from mr1fast.errors import UserError
 from mr1fast.rewards import worker
 from mr1fast.rewards.answers import needs_math_verify, same_answer
-
-_TAG = re.compile("</?answer>")
 
 
 def accuracy_reward(completion: str, solution: str, *, choices: Sequence[str] | None = None) -> float:
@@ -29,13 +26,8 @@ def accuracy_reward(completion: str, solution: str, *, choices: Sequence[str] | 
 
 def extract_answer(text: str) -> str | None:
     """What stands in `<answer>...</answer>`, stripped: the first integer so tagged, else the first of any kind."""
-    answers, start = [], None
-    for tag in _TAG.finditer(text):
-        if tag[0] == "<answer>":
-            start = tag.end()
-        elif start is not None:
-            answers.append(text[start : tag.start()].strip())
-            start = None
+    before_closing = [part for part in text.split("</answer>")[:-1] if "<answer>" in part]
+    answers = [part.rpartition("<answer>")[2].strip() for part in before_closing]
     # R1-V's evaluation of counting: an integer between answer tags, wherever they are, is the answer.
     return next((answer for answer in answers if answer.isdecimal()), answers[0] if answers else None)
 

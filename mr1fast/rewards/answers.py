@@ -159,7 +159,7 @@ def _same_items(a: Several, b: Several) -> bool:
         return False
     if a.brackets:
         return all(map(_same, a.items, b.items))
-    names, others = ({getattr(item, "name", "").partition("_")[0] for item in one.items} for one in (a, b))
+    names, others = ({getattr(item, "name", "").rstrip("0123456789") for item in one.items} for one in (a, b))
     if names != others and max(len(names), len(others)) > 1:  # "x = 1, y = 2" says more than "1, 2"
         return False
     return _can_be_paired(a.items, b.items)

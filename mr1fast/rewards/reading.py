@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from mr1fast.rewards.formula import Formula, read_formula
+from mr1fast.rewards.numbers import read_number
 from mr1fast.rewards.spelling import normalise
 from mr1fast.rewards.units import MAX_LENGTH as MAX_UNIT
 from mr1fast.rewards.units import read_unit
@@ -19,7 +20,6 @@ from mr1fast.rewards.units import read_unit
 MAX_LENGTH = 300  # characters, normalised; more than that, and anything deeper or with more items, is text
 MAX_DEPTH = 8  # of brackets
 MAX_ITEMS = 50
-FLOAT_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _relation(text: str) -> Answer | None:
         elif len(sides) == 2 and _NAME.fullmatch(sides[1]):
             name, named = sides[1], sides[:1]
         if name:
-            name = re.sub(r"[ {}]", "", name)
+            name = re.sub(r"[ {}_]", "", name)
             value = _read(named[-1])
             if isinstance(value, Several) and len(named) == 1:
                 return replace(value, name=name)
@@ -214,16 +214,6 @@ def _chain(sides: Sequence[str], signs: str, name: str = "") -> Relation:
 # ---- values -------------------------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+(?!\d|,\d)|(?: \d{3})+(?! ?\d))", re.ASCII)
-_DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
-_SIMPLE_FRACTION = re.compile(rf"\\frac ?\{{ ?(-?{_DECIMAL}) ?\}} ?\{{ ?(-?{_DECIMAL}) ?\}}", re.ASCII)
-_REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{(\d{1,20})\}", re.ASCII)
-_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?) ?(?:(?P<whole>\d+) (?P<part>\d+) ?/ ?(?P<parts>\d+)"
-    rf"|(?P<top>-?{_DECIMAL}) ?/ ?(?P<bottom>-?{_DECIMAL})"
-    rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<exponent>[-+]?\d{{1,3}})| ?[*x] ?10 ?\^ ?\{{?(?P<power>[-+]?\d{{1,3}})\}}?)?)"
-    rf"(?P<percent> ?%)?",
-    re.ASCII,
-)
 _CURRENCY = re.compile(r"(USD|[¥€£]) ?(?=[-\d.])")
 _UNIT_BEGINS = re.compile(r"(?<![A-Za-z\\])[A-Za-zμΩ°(一-鿿]")
 
@@ -247,48 +237,11 @@ def _names(value: Value) -> frozenset[str]:
 
 
 def _number(text: str) -> Value | None:
-    text = " ".join(_SIMPLE_FRACTION.sub(r" \1/\2", _REPEATING.sub(_repeating, text)).split())
-    match = _NUMBER.match(text)
-    number = None if match is None else _fraction(match)
-    if match is None or number is None:
+    number = read_number(text)
+    if number is None:
         return None
-    rest = text[match.end() :].strip()
-    unit = read_unit(rest, number) if rest else ""
-    return None if unit is None else Value(number, unit, half_digit=_half_digit(match))
-
-
-def _repeating(match: re.Match[str]) -> str:
-    """0.1\\overline{6} as a quotient."""
-    whole, start, period = match.groups()
-    return f"{int(whole + start + period) - int(whole + start)}/{10 ** len(start) * (10 ** len(period) - 1)}"
-
-
-def _fraction(match: re.Match[str]) -> Fraction | None:
-    if match["whole"]:
-        part, parts = int(match["part"]), int(match["parts"])
-        if not part < parts:
-            return None
-        number = int(match["whole"]) + Fraction(part, parts)
-    elif match["top"]:
-        bottom = Fraction(match["bottom"])
-        if not bottom:
-            return None
-        number = Fraction(match["top"]) / bottom
-    else:
-        number = Fraction(match["decimal"]) * _scale(match)
-    return number * (-1 if match["sign"] == "-" else 1) / (100 if match["percent"] else 1)
-
-
-def _scale(match: re.Match[str]) -> Fraction:
-    return Fraction(10) ** int(match["exponent"] or match["power"] or 0)
-
-
-def _half_digit(match: re.Match[str]) -> Fraction:
-    """float32 has 7 to 8 digits, and printed as a float64, as in 0.10000000149011612, more than its number had."""
-    whole, _, decimals = (match["decimal"] or "").partition(".")
-    if not decimals.strip("0") or len((whole + decimals).strip("0")) < FLOAT_DIGITS:
-        return Fraction(0)
-    return Fraction(1, 2 * 10 ** len(decimals)) * _scale(match) / (100 if match["percent"] else 1)
+    unit = read_unit(number.rest, number.value) if number.rest else ""
+    return None if unit is None else Value(number.value, unit, half_digit=number.half_digit)
 
 
 def _number_with_unit(text: str) -> Value | None:
