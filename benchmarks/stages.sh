@@ -1,6 +1,6 @@
 # Sourced by device.sh: stages under time limits, whose results come back as two files, summary.txt and device.tgz.
 #
-#   plan SECONDS NAME=SECONDS...  what there is to run, how long each may take, and how long all of it
+#   plan SECONDS NAME=SECONDS...  how long all may take, what there is to run, and how long each may take
 #   open_results OUT              a folder for results, which from now on are packed into OUT/device.tgz
 #   stage NAME COMMAND...         runs it under its limit, if it was chosen; its output goes to NAME.log
 #   skip NAME WHY                 leaves it out, and says so
@@ -29,7 +29,7 @@ plan() {
     done
     for name in ${ONLY:-}; do
         if [ -z "${share[$name]:-}" ]; then
-            echo "${0##*/}: ONLY names no stage that there is: '$name'; there are ${known[*]}" >&2
+            echo "${0##*/}: ONLY names no stage that there is: '$name'; there are ${known[*]}${hint:-}" >&2
             exit 2
         fi
         pending[$name]=1
@@ -108,8 +108,8 @@ skip() {
     say "skipped  $1: $2"
 }
 
-# After every stage, so that the archive is there whatever happens next. Without the weights of a training run, since some
-# machines hand back small files only. tar's exit code 1: a file grew meanwhile.
+# After every stage, so that the archive is there whatever happens next. Without the weights of a training run, since
+# some machines hand back small files only. tar's exit code 1: a file grew meanwhile.
 pack() {
     tar -czf "$SCRATCH/device.tgz" --exclude='*.safetensors' --exclude='*.pt' -C "$OUT" device summary.txt
     [ $? -le 1 ] && mv -f "$SCRATCH/device.tgz" "$OUT/device.tgz"
