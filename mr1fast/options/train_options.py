@@ -73,7 +73,7 @@ class TrainOptions:
     )
     task: str | None = option(
         None,
-        f"embedded task to train on, {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
+        f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
         f"{','.join(TASKS)} trains a separate model on each, one after the other",
         group="data",
         metavar="NAME",
@@ -161,8 +161,8 @@ class TrainOptions:
     )
     kl_schedule: str | None = option(
         None,
-        "course of the KL weight, from --beta-min to --beta-max; paper is Eq. 3 of OThink-MR1, constant stays at "
-        "--beta-max, adaptive aims for --target-kl",
+        "course of the KL weight, bounded by --beta-min and --beta-max; paper is Eq. 3 of OThink-MR1, constant stays "
+        "at --beta-max, adaptive aims for --target-kl",
         group="kl",
         choices=ALL_SCHEDULES,
         shown=_of_method("kl_schedule"),
@@ -183,7 +183,7 @@ class TrainOptions:
         at_least=1e-6,
         at_most=1000,
         why="a lower target is lost in rounding, and a higher one is never reached",
-        shown="none; required by --kl-schedule adaptive, and for no other schedule",
+        shown="none; --kl-schedule adaptive only, which requires it",
     )
 
     learning_rate: float | Mapping[str, float] | None = option(
@@ -204,7 +204,7 @@ class TrainOptions:
     )
     max_steps: int | Mapping[str, int] | None = option(
         None,
-        "total number of optimizer steps; after the warmup the learning rate falls linearly to 0 at the last one",
+        "total number of optimizer steps; after the warmup the learning rate falls linearly towards 0",
         group="optimizer",
         at_least=1,
         at_most=MANY,
