@@ -14,16 +14,16 @@ from mr1fast.options.program import missing_package
 
 COMMANDS = {  # name -> (module with a main(arguments) that returns the exit code, what --help says)
     "train": ("mr1fast.train", "train a Qwen2-VL with GRPO-D"),
-    "evaluate": ("mr1fast.evaluate", "how many questions does a model answer right?"),
-    "plot": ("mr1fast.plot", "draw the curves of one run, or of several"),
+    "evaluate": ("mr1fast.evaluate", "count how many questions a model answers correctly"),
+    "plot": ("mr1fast.plot", "draw the curves of one run, or of several in one picture"),
     "check": ("mr1fast.integrations.check", "compare our loss with TRL's or Liger's, number by number"),
-    "env": ("mr1fast.env", "versions, devices, and which backends run here"),
+    "env": ("mr1fast.env", "print versions, devices, and which backends run here"),
 }
 
 
 def usage() -> str:
     commands = "\n".join(f"  {name:10}{what}" for name, (_, what) in COMMANDS.items())
-    return f"usage: mr1fast COMMAND ...\n\n{commands}\n\n'mr1fast COMMAND --help' lists the options of a command."
+    return f"usage: mr1fast COMMAND ...\n\n{commands}\n\n'mr1fast COMMAND --help' explains the options of a command."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`mr1fast env`: what a report of a problem should say about the machine. Works whatever is missing or broken there."""
+"""`mr1fast env`: what a bug report should say about the machine. Works whatever is missing or broken there."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 def backends(device: str) -> Iterator[tuple[str, str]]:
-    """Whether each backend runs on that device; in the order in which backend="auto" tries them."""
+    """Whether each backend runs on that device, in the order in which backend="auto" tries them."""
     import torch
 
     from mr1fast.kernels import dispatch
@@ -116,8 +116,8 @@ def run(arguments: Sequence[str] | None) -> None:
     """Raises UserError."""
     parser = Parser(
         prog=prog("env"),
-        description="Print versions, devices, and for each backend whether it runs here or why it does not. "
-        "Please put it into a report of a problem.",
+        description="Print versions and devices, and for each backend whether it runs here or why it does not. "
+        "Please include this output when you report a problem.",
         allow_abbrev=False,
     )
     parser.parse(arguments)

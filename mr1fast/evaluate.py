@@ -1,4 +1,4 @@
-"""`python -m mr1fast.evaluate`: how many questions does a model answer right?
+"""`python -m mr1fast.evaluate`: how many questions does a model answer correctly?
 
 Imports torch only when there is something to compute, so that a mistake on the command line is answered at once.
 """
@@ -29,29 +29,38 @@ if TYPE_CHECKING:
     from mr1fast.data.dataset import ImageTextDataset
     from mr1fast.model.policy import Policy
 
-DEFAULT_SAMPLES = 400  # problems, of a task that has no end
+DEFAULT_SAMPLES = 400  # problems of a task, whose drawings never end
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog=prog("evaluate"),
-        description="How many questions about images a Qwen2-VL answers right. Prints a table, and writes "
+        description="Count how many questions about images a Qwen2-VL answers correctly. Prints a table, and writes "
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", help="a folder (or a hub name) with a Qwen2-VL [default: the embedded one]")
+    add(
+        "--model",
+        metavar="DIR",
+        help="Qwen2-VL to evaluate: a folder, or a name on the Hugging Face hub [default: the embedded model]",
+    )
     add(
         "--task",
         metavar="TEXT",
-        help="an embedded task: " + " or ".join(f"{t.name} ({t.title})" for t in TASKS.values()),
+        help="embedded task to evaluate on: " + " or ".join(f"{t.name} ({t.title})" for t in TASKS.values()),
     )
-    add("--data", metavar="PATH", help="local data: a folder or file with the columns image, problem, solution")
+    add(
+        "--data",
+        metavar="PATH",
+        help="your own data instead of a task: a folder or a file with the columns image, problem and solution",
+    )
     add(
         "--split",
         metavar="TEXT",
-        help="train, validation, test or, of --data, all. Validation and test, where no file or folder is named after "
-        "them, are the rows that training does not train on [default: test, but all of a single file of another name]",
+        help="split to evaluate on: train, validation, test or, with --data, all; where no file or folder is named "
+        "after validation or test, that split is the rows that training leaves out for it [default: test; all of a "
+        "single file that is not named test]",
     )
     bounded = "".join(
         f"; {name} has {task.splits['test']} to test" for name, task in TASKS.items() if task.splits["test"]
@@ -60,30 +69,71 @@ def build_parser() -> Parser:
         "--samples",
         metavar="N",
         type=at_least(1),
-        help=f"problems, at most{bounded} [default: {DEFAULT_SAMPLES} of a task, all of --data]",
+        help=f"largest number of problems to ask{bounded} [default: {DEFAULT_SAMPLES} of a task, all of --data]",
     )
     add(
         "--sampled",
         metavar="N",
         type=at_least(0),
         default=1,
-        help="completions of a problem for the sampled accuracy, besides the greedy one; 0 for none [default: 1]",
+        help="completions to sample for each problem, besides the greedy one; 0 for none [default: 1]",
     )
-    add("--temperature", metavar="X", type=float, default=1.0, help="of those completions [default: 1.0]")
+    add(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="temperature of the sampled completions [default: 1.0]",
+    )
     add(
         "--max-completion-length",
         metavar="N",
         type=at_least(1),
         help="longest completion, in tokens [default: 32 for the embedded model, else 512]",
     )
-    add("--max-pixels", metavar="N", type=at_least(1), help="images are scaled down to this size, in pixels")
-    add("--batch-size", metavar="N", type=at_least(1), help="problems at a time [default: by the model's size]")
-    add("--seed", metavar="N", type=at_least(0), default=0, help="of sampling [default: 0]")
-    add("--output-dir", metavar="DIR", help="a new or empty folder [default: runs/<date-time>-evaluation]")
-    add("--device", metavar="TEXT", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on a GPU")
-    add("--attention", default="auto", choices=("auto", "sdpa", "flash_attention_2", "eager"), help="[default: auto]")
-    add("--threads", metavar="N", type=at_least(1), help="CPU threads [default: by the model's size]")
+    add(
+        "--max-pixels",
+        metavar="N",
+        type=at_least(1),
+        help="largest image that the model is shown, as width x height in pixels; larger images are scaled down to it "
+        "[default: set by the model's processor]",
+    )
+    add(
+        "--batch-size",
+        metavar="N",
+        type=at_least(1),
+        help="problems answered at a time [default: 64 for a small model, else 8]",
+    )
+    add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the sampled completions [default: 0]")
+    add(
+        "--output-dir",
+        metavar="DIR",
+        help="new or empty folder for the results [default: runs/<date-time>-evaluation]",
+    )
+    add(
+        "--device",
+        metavar="TEXT",
+        default="auto",
+        help="device to run on: cpu, cuda, cuda:1, ...; auto is the GPU if there is one [default: auto]",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="number format of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU [default: auto]",
+    )
+    add(
+        "--attention",
+        default="auto",
+        choices=("auto", "sdpa", "flash_attention_2", "eager"),
+        help="attention implementation; auto is FlashAttention 2 if it is installed, else sdpa [default: auto]",
+    )
+    add(
+        "--threads",
+        metavar="N",
+        type=at_least(1),
+        help="number of CPU threads to use [default: 1 for a small model, else all CPUs]",
+    )
     return parser
 
 

@@ -1,13 +1,13 @@
-"""Make the embedded model again: `python -m mr1fast.make_embedded [--output DIR]` (CPU, minutes).
+"""Make the embedded model again: `python -m mr1fast.make_embedded [--output DIR]` (on a CPU, in minutes).
 
-It stands where the paper's base stands: its arithmetic is sound, learnt from text problems, its eyes are weak, and a
-third to a half of both tasks is right. Three steps, all of them supervised:
+It starts where the paper's base model starts: its arithmetic, learnt from text problems, is sound, but its vision is
+weak, and it answers a third to a half of the problems of both tasks correctly. Three steps, all of them supervised:
 
 1. a byte-level BPE tokenizer of Qwen's kind, trained on the prompts;
 2. a language model that solves the triangle in words ("Two angles of a triangle are 35 and 65 degrees. ..."), on every
    pair of angles but those of the validation and test splits;
-3. images, until an average of the weights is in the band on the validation splits of both tasks. A task that is in the
-   band is not shown until it leaves it. Nothing here looks at the test splits.
+3. images, until the accuracy of an average of the weights lies in the wanted band on the validation splits of both
+   tasks. A task inside the band is not shown until it leaves the band. Nothing here looks at the test splits.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the thir
 
 # Greedy accuracy on the validation splits; what is promised is 0.30 to 0.60 on the test splits.
 BAND = (0.34, 0.44)
-# So many that neither is remembered: a base that knows its pictures by heart is too sure of itself to explore.
+# So many that no picture is remembered: a base that knows its pictures by heart is too sure of itself to explore.
 IMAGES = {"vc": 3000, "gr": 6000}
 
 
@@ -207,7 +207,7 @@ def select_prompts(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor
 def learn_text(
     model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 600
 ) -> Lessons:
-    """The third angle from words, to the point of no mistakes. Returns what was shown, to be shown again later."""
+    """Teach the third angle from words until there are no mistakes. Returns what was shown, to be shown again later."""
     pairs = text_pairs()
     examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
     lessons = Lessons(processor, examples, [gr_completion(a, b) for a, b in pairs])
@@ -226,7 +226,7 @@ def learn_text(
 def learn_images(
     model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, text: Lessons
 ) -> tuple[Qwen2VLForConditionalGeneration, dict[str, dict[str, float]]]:
-    """Both tasks until the average of the weights is in the band on both validation splits. Returns that average."""
+    """Teach both tasks until the averaged weights are in the band on both validation splits. Returns that average."""
     lessons = {task: Lessons(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
     watched = {task: load_split(task, "validation", count=300) for task in IMAGES}
     # Without the average, greedy accuracy jumps between checkpoints.
@@ -256,7 +256,7 @@ def learn_images(
             if well_formed and all(BAND[0] <= accuracy <= BAND[1] for accuracy in right.values()):
                 return average.module, results
             counts = {task: 0 if accuracy >= BAND[0] else 32 for task, accuracy in right.items()}
-    raise SystemExit(f"no checkpoint had both tasks between {BAND[0]} and {BAND[1]}: try another --seed")
+    raise SystemExit(f"at no step was the accuracy of both tasks between {BAND[0]} and {BAND[1]}; try another --seed")
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -272,15 +272,21 @@ def run(arguments: Sequence[str] | None) -> None:
         prog="python -m mr1fast.make_embedded", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--output", type=Path, default=EMBEDDED, metavar="DIR", help=f"a new or empty folder; default: {EMBEDDED}"
+        "--output",
+        type=Path,
+        default=EMBEDDED,
+        metavar="DIR",
+        help=f"new or empty folder for the model [default: {EMBEDDED}]",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of the weights and of training [default: 0]"
+    )
     options = parser.parse(arguments)
     folder = options.output.resolve()
-    if folder != EMBEDDED.resolve():  # that one is replaced
+    if folder != EMBEDDED.resolve():  # the package's own model is replaced
         new_folder(str(folder), default=folder)
     torch.manual_seed(options.seed)
-    torch.set_num_threads(1)  # a model of this size is slower on more
+    torch.set_num_threads(1)  # a model of this size is slower on more threads
 
     processor = make_processor()
     model = make_model(processor.tokenizer)

@@ -65,20 +65,20 @@ def build_parser() -> Parser:
         description="Train a Qwen2-VL with GRPO-D on questions about images whose answers can be verified.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        epilog=f"Small models are the embedded one, and folders with a model of fewer than {SMALL_MODEL:,} parameters, "
-        "such as one trained from it. All others take the settings of R1-V.",
+        epilog="Small models are the embedded one and any model in a folder that has fewer than "
+        f"{SMALL_MODEL:,} parameters, such as one trained from it. All others use the settings of R1-V.",
     )
     run = parser.add_argument_group("the run")
     run.add_argument(
         "--config",
         action=_Once,
         metavar="FILE",
-        help="a YAML file with any of the options below; the command line takes precedence",
+        help="YAML file that sets any of the options below; the command line takes precedence",
     )
     run.add_argument(
         "--print-config",
         action="store_true",
-        help="print the options as they would run, every default filled in, as such a file, and exit",
+        help="print such a file with the value that every option would have, defaults included, and exit",
     )
     run.add_argument(
         "--resume",
@@ -86,8 +86,8 @@ def build_parser() -> Parser:
         metavar="DIR",
         nargs="?",
         const="",
-        help="continue a run from its last checkpoint, or from the checkpoint DIR; without DIR, continue the run with "
-        "the newest checkpoint under --output-dir, or under runs",
+        help="continue the run DIR from its last checkpoint, or from DIR itself if that is a checkpoint; without DIR, "
+        "continue the run with the newest checkpoint under --output-dir, or else under runs",
     )
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for name, field in FIELDS.items():
@@ -103,7 +103,8 @@ def _help(field: dataclasses.Field) -> str:
     metadata = field.metadata
     unit = f", in {metadata['unit']}" if metadata["unit"] else ""
     choices = f" ({', '.join(metadata['choices'])})" if metadata["choices"] else ""
-    return f"{metadata['help']}{choices}{unit} [default: {metadata['shown'] or field.default}]"
+    what, semicolon, more = metadata["help"].partition(";")
+    return f"{what}{unit}{semicolon}{more}{choices} [default: {metadata['shown'] or field.default}]"
 
 
 @dataclass(frozen=True)

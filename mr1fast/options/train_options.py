@@ -1,6 +1,6 @@
-"""The trainer's options, one by one: name, type, default, bounds, and what --help says of them.
+"""The trainer's options, one by one: name, type, default, bounds, and what --help says about them.
 
-What they mean together is in `config`.
+`config` says what they mean together.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
 
 METHODS = tuple(KL_DEFAULTS)
-# The options that may differ by task, since recipes do: a value for all tasks, or {task: value}.
+# The options that may differ by task, since recipes differ by task: one value for all tasks, or {task: value}.
 BY_TASK = tuple(RECIPES[R1_V])
-BETA_WHY = "rewards are of the order of 1, and the rest of the loss would drown in the KL term"
+BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
 # The headings of --help, in this order.
 GROUPS = {
     "model": "model and method",
@@ -28,7 +28,7 @@ GROUPS = {
     "optimizer": "optimizer",
     "evaluation": "evaluation",
     "files": "files and checkpoints",
-    "device": "device (a resumed run may have other values)",
+    "device": "device (may be changed when a run is resumed)",
 }
 
 
@@ -44,7 +44,7 @@ def _by_recipe(name: str) -> str:
 
 
 def _at_most(split: str) -> str:
-    """What a split has, of the tasks in which it has an end."""
+    """How many problems a split has, for the tasks where that number is limited."""
     return "".join(f"; {name} has {task.splits[split]}" for name, task in TASKS.items() if task.splits[split])
 
 
@@ -55,32 +55,33 @@ def _of_method(name: str) -> str:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Every option of `python -m mr1fast.train`, with its help; None where the default depends on others."""
+    """Every option of `python -m mr1fast.train` with its help; None where the default depends on other options."""
 
     method: str = option(
         "grpo-d",
-        "GRPO-D, whose KL weight changes during training; GRPO, with a constant one; or supervised fine-tuning",
+        "training method: GRPO-D, whose KL weight changes during training; GRPO, with a constant KL weight; or "
+        "supervised fine-tuning",
         group="model",
         choices=METHODS,
     )
     model: str | None = option(
         None,
-        "the Qwen2-VL to start from: a folder, or a name on the Hugging Face hub",
+        "Qwen2-VL to start from: a folder, or a name on the Hugging Face hub",
         group="model",
         metavar="DIR",
         shown="the embedded model",
     )
     task: str | None = option(
         None,
-        f"an embedded task, {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}, or "
-        f"{','.join(TASKS)}: a model for each, one after the other",
+        f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
+        f"{','.join(TASKS)} trains a separate model on each, one after the other",
         group="data",
         metavar="NAME",
         shown=f"{','.join(TASKS)}, or none with --data",
     )
     data: str | None = option(
         None,
-        "your own data in place of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
+        "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
         "image, problem and solution",
         group="data",
         metavar="PATH",
@@ -88,34 +89,39 @@ class TrainOptions:
     )
     max_pixels: int | None = option(
         None,
-        "scale larger images down to this many pixels",
+        "largest image that the model is shown, as width x height; larger images are scaled down to it",
         group="data",
+        unit="pixels",
         at_least=1,
         at_most=MANY,
-        shown="as the model's processor says",
+        shown="set by the model's processor",
     )
     max_prompt_length: int | None = option(
         None,
-        "leave out problems whose prompt, image included, is longer than this",
+        "longest prompt, image included; problems with a longer one are left out",
         group="data",
         unit="tokens",
         at_least=1,
         at_most=1_000_000,
-        shown="what the model takes, less --max-completion-length",
+        shown="what the model accepts, less --max-completion-length",
     )
     reward_weights: str = option(
         DEFAULT_REWARDS,
-        "what is rewarded: name=weight, separated by commas; names are accuracy (is the answer right?), format (are "
-        "the tags right?), and module:function, a Python function of your own, (completion, solution) -> number",
+        "rewards to add up, as name=weight separated by commas; a name is accuracy (is the answer right?), format (are "
+        "the tags right?), or module:function for a Python function of your own, (completion, solution) -> number",
         group="reward",
         metavar="LIST",
     )
     num_generations: int = option(
-        8, "completions sampled for each prompt: the group of GRPO", group="sampling", at_least=2, at_most=4096
+        8,
+        "completions sampled for each prompt; they form a group, and each is compared with the group's mean reward",
+        group="sampling",
+        at_least=2,
+        at_most=4096,
     )
     prompts_per_step: int | Mapping[str, int] | None = option(
         None,
-        "prompts in each batch",
+        "number of prompts in each batch",
         group="sampling",
         at_least=1,
         at_most=4096,
@@ -124,26 +130,28 @@ class TrainOptions:
     )
     max_completion_length: int | Mapping[str, int] | None = option(
         None,
-        "longest completion; sampling stops there",
+        "longest completion; one that has not ended by then is cut off",
         group="sampling",
         unit="tokens",
         at_least=1,
         at_most=1_000_000,
-        why="no Qwen2-VL takes as many tokens",
+        why="no Qwen2-VL accepts that many tokens",
         shown=_by_recipe("max_completion_length"),
     )
     temperature: float = option(
         1.0,
-        "sampling temperature, also of the log-probabilities in the loss",
+        "sampling temperature, by which the logits in the loss are divided as well",
         group="sampling",
         at_least=0.01,
         at_most=100.0,
         why="logits are divided by it",
     )
-    seed: int = option(0, "seed for shuffling the prompts and for sampling", group="sampling", at_least=0)
+    seed: int = option(
+        0, "seed of the random numbers that shuffle the prompts and sample completions", group="sampling", at_least=0
+    )
 
     beta: float | None = option(
-        None, "the KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")
+        None, "constant KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")
     )
     beta_min: float | None = option(
         None, "lowest KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta_min")
@@ -153,14 +161,15 @@ class TrainOptions:
     )
     kl_schedule: str | None = option(
         None,
-        "how the KL weight moves between the two: paper is Eq. 3, constant stays at --beta-max",
+        "course of the KL weight, bounded by --beta-min and --beta-max; paper is Eq. 3 of OThink-MR1, constant stays "
+        "at --beta-max, adaptive aims for --target-kl",
         group="kl",
         choices=ALL_SCHEDULES,
         shown=_of_method("kl_schedule"),
     )
     explore_fraction: float | None = option(
         None,
-        "fraction of the steps in which Eq. 3 explores, that is, lowers the KL weight",
+        "fraction of the steps that Eq. 3 spends exploring, that is, lowering the KL weight to --beta-min",
         group="kl",
         at_least=0,
         below=1,
@@ -168,18 +177,18 @@ class TrainOptions:
     )
     target_kl: float | None = option(
         None,
-        "the KL divergence from the base model that the adaptive schedule aims at",
+        "KL divergence from the base model that the adaptive schedule aims for",
         group="kl",
         unit="nats per token",
         at_least=1e-6,
         at_most=1000,
-        why="less is lost in rounding, and more is not reached",
-        shown="none; --kl-schedule adaptive needs it, and no other takes it",
+        why="a lower target is lost in rounding, and a higher one is never reached",
+        shown="none; --kl-schedule adaptive only, which requires it",
     )
 
     learning_rate: float | Mapping[str, float] | None = option(
         None,
-        "highest learning rate of AdamW, reached after --warmup-steps",
+        "peak learning rate of AdamW, reached after --warmup-steps",
         group="optimizer",
         at_least=1e-12,
         at_most=1.0,
@@ -187,87 +196,104 @@ class TrainOptions:
         shown=_by_recipe("learning_rate"),
     )
     warmup_steps: int = option(
-        10, "optimizer steps over which the learning rate rises", group="optimizer", at_least=0, at_most=MANY
+        10,
+        "optimizer steps over which the learning rate rises to its peak",
+        group="optimizer",
+        at_least=0,
+        at_most=MANY,
     )
     max_steps: int | Mapping[str, int] | None = option(
         None,
-        "optimizer steps in all; the learning rate falls to 0 over them",
+        "total number of optimizer steps; after the warmup the learning rate falls linearly towards 0",
         group="optimizer",
         at_least=1,
         at_most=MANY,
         shown=_by_recipe("max_steps"),
     )
     num_iterations: int = option(
-        1, "optimizer steps on each batch of completions", group="optimizer", at_least=1, at_most=MANY
+        1,
+        "optimizer steps taken on each batch of completions before new ones are sampled",
+        group="optimizer",
+        at_least=1,
+        at_most=MANY,
     )
     gradient_accumulation_steps: int = option(
         1,
-        "pieces in which a batch goes through the model, to save memory; the gradient is the same",
+        "number of pieces in which a batch passes through the model, to save memory; the gradient is the same",
         group="optimizer",
         at_least=1,
     )
     max_grad_norm: float = option(
         1.0,
-        "gradients of a larger norm are scaled down to it",
+        "largest norm of the gradient; a gradient with a larger norm is scaled down to it",
         group="optimizer",
         at_least=1e-6,
-        why="AdamW takes gradients far below 1e-8 for 0",
+        why="AdamW treats gradients far below 1e-8 as 0",
     )
 
     eval_samples: int = option(
         400,
-        f"problems of the test split, answered before and after training{_at_most('test')}",
+        f"number of test problems to answer before and after training{_at_most('test')}",
         group="evaluation",
         at_least=1,
         at_most=1_000_000,
     )
     eval_steps: int = option(
         50,
-        "steps between evaluations on the validation split; 0 for none",
+        "steps between evaluations on the validation split; 0 turns them off",
         group="evaluation",
         at_least=0,
         at_most=MANY,
     )
     eval_validation_samples: int = option(
         128,
-        f"problems of the validation split in each of these evaluations{_at_most('validation')}",
+        f"number of validation problems in each of these evaluations{_at_most('validation')}",
         group="evaluation",
         at_least=1,
         at_most=1_000_000,
     )
 
     output_dir: str | None = option(
-        None, "folder for all that the run writes, new or empty", group="files", metavar="DIR", shown="runs/<date-time>"
+        None,
+        "new or empty folder for everything that the run writes",
+        group="files",
+        metavar="DIR",
+        shown="runs/<date-time>",
     )
     save_steps: int = option(
         50,
-        "steps between checkpoints; the last step always makes one",
+        "steps between checkpoints; the last step always writes one",
         group="files",
         at_least=1,
         at_most=MANY,
     )
     save_total_limit: int = option(
-        2, "how many checkpoints are kept; the oldest are deleted", group="files", at_least=1, at_most=MANY
+        2, "number of checkpoints to keep; older ones are deleted", group="files", at_least=1, at_most=MANY
     )
 
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is a GPU if there is one", group="device", machine=True)
+    device: str = option(
+        "auto",
+        "device to run on: cpu, cuda, cuda:1, ...; auto is the GPU if there is one",
+        group="device",
+        machine=True,
+    )
     dtype: str = option(
         "auto",
-        "auto is bfloat16 on a GPU and float32 on a CPU",
+        "number format of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU",
         group="device",
         choices=("auto", "float32", "bfloat16"),
         machine=True,
     )
     attention: str = option(
         "auto",
-        "auto is FlashAttention 2 where it is installed, else sdpa",
+        "attention implementation; auto is FlashAttention 2 if it is installed, else sdpa (PyTorch's own)",
         group="device",
         choices=("auto", "sdpa", "flash_attention_2", "eager"),
         machine=True,
     )
     threads: int | None = option(
         None,
-        "CPU threads",
+        "number of CPU threads to use",
         group="device",
         at_least=1,
         at_most=1024,
