@@ -26,15 +26,15 @@ SOURCES = (
 )
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared")
 CHECK_SECONDS = 300
-NOT_CHECKED = 75  # cuda_check's exit code where the device took no second process
+NOT_CHECKED = 75  # cuda_check's exit code if the device accepted no second process
 
 
 class CannotBuild(Exception):
-    """Says in one sentence why there is no library."""
+    """The message says in one sentence why there is no library."""
 
 
 def source_folder() -> Path:
-    """csrc/ beside kernels/: in a checkout at its top, in an installation inside the package."""
+    """csrc/, which is beside kernels/: at the top of a checkout, and inside the package in an installation."""
     return Path(__file__).resolve().parents[1] / "csrc"
 
 
@@ -47,7 +47,7 @@ def find_nvcc() -> str | None:
 
 
 def architecture(major: int, minor: int) -> str:
-    """nvcc's name of a compute capability; from 9.0 on with what is specific to it."""
+    """nvcc's name for a compute capability; from 9.0 on with the suffix that allows instructions specific to it."""
     return f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
 
 
@@ -64,7 +64,7 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def library_path(arch: str, version: str) -> Path:
-    """Where the library that nvcc of that version makes of these sources, for that architecture, is kept."""
+    """Where the library that this version of nvcc makes from these sources for this architecture is kept."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for name in SOURCES:
         digest.update((source_folder() / name).read_bytes())
@@ -87,7 +87,7 @@ def build(device: int, arch: str) -> Path:
         raise CannotBuild("nvcc was not found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda); install the CUDA toolkit")
     if path.is_file():
         return path
-    import fcntl  # not on Windows, which has come to its end by now
+    import fcntl  # Windows has none, but does not get this far
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -120,12 +120,12 @@ def _check(library: Path, device: int) -> None:
             env={**os.environ, "PYTHONPATH": packages},
         )
     except subprocess.TimeoutExpired:
-        raise CannotBuild(f"the kernels did not come to an end on device {device} in {CHECK_SECONDS} s") from None
+        raise CannotBuild(f"the kernels did not finish on device {device} within {CHECK_SECONDS} s") from None
     said = checked.stderr.strip()
     if checked.returncode == NOT_CHECKED:
         reason = said.splitlines()[-1] if said else "no reason given"
         print(
-            f"mr1fast: the CUDA kernels are used unchecked, since device {device} took no second process ({reason}); "
+            f"mr1fast: the CUDA kernels are used unchecked, because device {device} took no second process ({reason}); "
             "python -m mr1fast.kernels.cuda_check checks them when it is free",
             file=sys.stderr,
             flush=True,

@@ -105,7 +105,7 @@ def report() -> Iterator[str]:
         else:
             yield "\nbackends on cuda: there is no CUDA device that this torch can use"
     except Exception as error:  # what is broken here is what the report is for
-        yield f"\nthis report breaks off: {type(error).__name__}: {error}"
+        yield f"\nthis report ends early: {type(error).__name__}: {error}"
 
 
 def _aligned(rows: Iterator[tuple[str, str]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`python -m mr1fast.train`: checks the options, before the seconds that importing torch takes, and runs `loop.run`."""
+"""`python -m mr1fast.train`: checks the options before torch is imported, which takes seconds, and runs `loop.run`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mr1fast.training.stop import Stopped, stop_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 2 for a mistake of the user's; 1 if training broke off; 128 + the signal's number after one."""
+    """The exit code: 0; 2 for a mistake of the user's; 1 if training failed; 128 + its number after a signal."""
     started = time.time()
     try:
         request = parse_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(opened: OpenRun, started: float) -> int:
-    """What goes wrong from here on leaves a run that can be resumed, or no folder at all."""
+    """Train. A failure from here on leaves a run that can be resumed, or no folder at all."""
     try:
         with stop_on_sigterm():
             from torch import OutOfMemoryError
@@ -63,7 +63,7 @@ def _train(opened: OpenRun, started: float) -> int:
 
 
 OUT_OF_MEMORY = (
-    "there is too little memory; try a larger --gradient-accumulation-steps, or less of --num-generations, "
+    "there is too little memory; try a larger --gradient-accumulation-steps, or smaller values of --num-generations, "
     "--prompts-per-step, --max-completion-length or --max-pixels"
 )
 
@@ -72,7 +72,7 @@ def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:
     print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
     if opened is not None:
         if opened.folder.config_file.exists():
-            print(f"to go on: python -m mr1fast.train --resume {opened.folder.path}", file=sys.stderr)
+            print(f"to continue: python -m mr1fast.train --resume {opened.folder.path}", file=sys.stderr)
         elif not any(opened.folder.path.iterdir()):
             opened.folder.path.rmdir()
     return exit_code

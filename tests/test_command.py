@@ -112,7 +112,7 @@ def test_env_reports_what_is_broken(capsys, monkeypatch):
     assert env.main([]) == 0
     text = capsys.readouterr().out
     assert section(text, "packages")["no-such"] == "not installed"
-    assert text.splitlines()[-1].startswith("this report breaks off: ModuleNotFoundError: import of torch halted")
+    assert text.splitlines()[-1].startswith("this report ends early: ModuleNotFoundError: import of torch halted")
 
 
 def test_python_m_mr1fast():

@@ -66,7 +66,7 @@ def test_a_library_that_fails_its_check_is_not_kept(pretended_nvcc, tmp_path, mo
 def test_a_library_that_hangs_is_not_kept(pretended_nvcc, monkeypatch):
     monkeypatch.setattr(cuda_build, "CHECK_SECONDS", 0.01)
     pretended_nvcc('echo nonsense > "$output"')
-    with pytest.raises(cuda_build.CannotBuild, match="did not come to an end"):
+    with pytest.raises(cuda_build.CannotBuild, match="did not finish"):
         cuda_build.build(0, "90a")
 
 
@@ -101,7 +101,8 @@ def test_where_the_device_takes_no_second_process_the_check_is_skipped_once(
     monkeypatch.setattr(cuda_build.sys, "executable", str(python))
     first = cuda_build.build(0, "90a")
     assert (
-        "used unchecked, since device 0 took no second process (CUDA error: devices are busy)" in capfd.readouterr().err
+        "used unchecked, because device 0 took no second process (CUDA error: devices are busy)"
+        in capfd.readouterr().err
     )
     assert cuda_build.build(0, "90a") == first
     assert not capfd.readouterr().err

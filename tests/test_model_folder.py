@@ -116,7 +116,7 @@ BROKEN = {
     "quantised": (WEIGHTS | {"model.layers.0.mlp.up_proj.weight.absmax": torch.ones(1)}, "holds quantised weights"),
     "another shape": (
         WEIGHTS | {NORM: torch.ones(3)},
-        r"norm.weight has the shape \[3\], config.json asks for \[128\]",
+        r"norm.weight has the shape \[3\], but config.json asks for \[128\]",
     ),
     "NaN": (spoilt(NORM, torch.nan), r"NaN or infinite numbers in 1 weight \(model.language_model.norm.weight\)"),
     "an infinite head": (spoilt(EMBEDDING, -torch.inf), "in 1 weight .*embed_tokens.weight"),

@@ -32,17 +32,17 @@ def resumed(run, *arguments) -> TrainConfig:
 
 def test_an_option_that_contradicts_the_run_is_not_ignored(tmp_path):
     run = written_run(tmp_path / "run", "--seed=3", "--task=vc").path
-    with pytest.raises(UserError, match=r"--seed was 3 there, and is 4 here$"):
+    with pytest.raises(UserError, match=r"--seed was 3 there, but is 4 now$"):
         resumed(run, "--seed", 4)
-    with pytest.raises(UserError, match=r"--model was not set there, and is x here$"):
+    with pytest.raises(UserError, match=r"--model was not set there, but is x now$"):
         resumed(run, "--model", "x")
-    with pytest.raises(UserError, match=r"--max-steps was 200 there, and is 4 here$"):
+    with pytest.raises(UserError, match=r"--max-steps was 200 there, but is 4 now$"):
         resumed(run, "--max-steps", 4)
     (run / "vc" / "model").mkdir(parents=True)
     longer = f"to train longer, start a new run: --config {run / 'config.json'} --model {run / 'vc' / 'model'}"
     with pytest.raises(UserError, match=re.escape(f"is 4 here; {longer}")):
         resumed(run, "--max-steps", 4)
-    with pytest.raises(UserError, match=r"goes on in that folder, and --output-dir .*elsewhere is another"):
+    with pytest.raises(UserError, match=r"continues in its own folder, and --output-dir .*elsewhere is another"):
         resumed(run, "--output-dir", tmp_path / "elsewhere")
     assert resumed(run, "--seed", 3, "--task", " vc", "--reward-weights", "accuracy=1, format=0.5").seed == 3
 
@@ -73,7 +73,7 @@ def test_data_and_model_are_found_from_any_folder(tmp_path, monkeypatch):
     assert resumed(run, "--data", "shapes", "--model", "mine").data == str(tmp_path / "shapes")
     monkeypatch.chdir(tmp_path / "mine")
     assert resumed(run).data == str(tmp_path / "shapes")
-    with pytest.raises(UserError, match=r"--data was .*/shapes there, and is shapes here"):
+    with pytest.raises(UserError, match=r"--data was .*/shapes there, but is shapes now"):
         resumed(run, "--data", "shapes")
 
 
@@ -81,7 +81,7 @@ def test_an_option_of_a_newer_version_is_said_and_kept(tmp_path, capsys):
     run = written_run(tmp_path / "run", "--seed=3", schema_version=99, from_the_future={"a": 1})
     before = run.config_file.read_text()
     assert resumed(run.path).seed == 3
-    said = f"{run.config_file} has options that this version does not know, and ignores: from_the_future"
+    said = f"{run.config_file} has options that this version does not know and ignores: from_the_future"
     assert said in capsys.readouterr().err
     write_config(run, resumed(run.path))
     assert run.config_file.read_text() == before
@@ -125,7 +125,7 @@ def test_what_is_no_run(tmp_path, capsys):
         (["--resume", run, "--resume", run], "--resume is given twice"),
         (["--config", run, "--config", run], "--config is given twice"),
         (["--resume", run, run], "unknown argument"),
-        (["--resume", run / "cv" / "checkpoint-000001"], "checkpoint-000001 is not of vc, the run's tasks"),
+        (["--resume", run / "cv" / "checkpoint-000001"], "checkpoint-000001 does not belong to vc, the run's tasks"),
     ):
         assert main(*arguments) == 2, arguments
         error = capsys.readouterr().err.splitlines()[-1]

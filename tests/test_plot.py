@@ -135,9 +135,9 @@ def test_smoothing():
 
 MISTAKES = [
     (["nowhere"], "run folder 'nowhere' does not exist"),
-    (["."], "'.' is no run: it has no metrics.jsonl"),
-    (["empty"], "has no step in it yet"),
-    (["odd"], "no metric that could be drawn"),
+    (["."], "'.' is not a run: it has no metrics.jsonl"),
+    (["empty"], "has no training step in it yet"),
+    (["odd"], "there is no metric to draw"),
     (["good", "--output", "a.txt"], "--output must be a .png, .pdf or .svg file, got 'a.txt'"),
     (["good", "--output", "good/metrics.jsonl/a.png"], "cannot be written"),
     (["good", "--ouput", "a.png"], "unknown option --ouput (did you mean '--output'?)"),

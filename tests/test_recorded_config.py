@@ -84,6 +84,4 @@ def test_options_of_a_newer_version_are_said_and_not_fatal(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("schema_version: 99\nseed: 3\nfrom_the_future: 1\n")
     assert config("--config", file).seed == 3
-    assert (
-        f"{file} has options that this version does not know, and ignores: from_the_future" in capsys.readouterr().err
-    )
+    assert f"{file} has options that this version does not know and ignores: from_the_future" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     run, alone = tmp_path / "run", tmp_path / "alone"
     process = stopped(number, options, run)
     assert process.returncode == 128 + number, process.stderr
-    assert f"to go on: python -m mr1fast.train --resume {run}" in process.stderr
+    assert f"to continue: python -m mr1fast.train --resume {run}" in process.stderr
     assert "Traceback" not in process.stderr
     assert 2 <= len(metrics(run)) < 16
     assert len(list(run.glob("*/checkpoint-*"))) == 1
@@ -74,7 +74,7 @@ def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_pat
     assert main("--resume", run) == 2
     error = capsys.readouterr().err
     assert "nothing to resume: the run" in error
-    assert "to go on" not in error
+    assert "to continue" not in error
     for step in (2, 3):
         skipped = run / "vc" / "skipped" / f"step-{step:06d}.json"
         skipped.parent.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path, capsys, monke
     with monkeypatch.context() as patch:
         patch.setattr("mr1fast.training.setup.evaluate", interrupt)
         assert main("--task=vc", "--max-steps=1", "--eval-steps=0", *SMALL, "--output-dir", run) == 143
-    assert f"to go on: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
+    assert f"to continue: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
     assert main("--resume", run) == 0
     assert json.loads((run / "result.json").read_text())["steps"] == {"vc": 1}
 
@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_survives(tmp_path, 
     error, advice = capsys.readouterr().err.strip().splitlines()[-2:]
     assert "checkpoint-000002 could not be written" in error
     assert "the last whole checkpoint is" in error
-    assert advice == f"to go on: python -m mr1fast.train --resume {run}"
+    assert advice == f"to continue: python -m mr1fast.train --resume {run}"
     assert main("--resume", run) == 0
 
 
@@ -168,10 +168,10 @@ def test_a_broken_checkpoint_names_the_one_before_it(file, tmp_path, capsys):
     assert main("--resume", run) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "checkpoint-000003" in error
-    assert error.endswith(f"to go on from the checkpoint before it: --resume {run / 'vc' / 'checkpoint-000002'}")
+    assert error.endswith(f"to continue from the checkpoint before it: --resume {run / 'vc' / 'checkpoint-000002'}")
     assert main("--resume", run / "vc" / "checkpoint-000002") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith(f"there is no earlier one; move it away, and --resume {run} does without it")
+    assert error.endswith(f"there is no earlier one; move it away, and --resume {run} starts without it")
     assert sorted(run.rglob("*")) == before
 
 
@@ -241,4 +241,4 @@ def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path, one_thread, capsy
     with pytest.raises(ResumeError, match="is beyond the run's last step, 4"):
         _go_on(small_trainer(load()), state | {"finished_steps": 5}, tmp_path)
     _go_on(small_trainer(load(), length=3), state, tmp_path)
-    assert "there were 2 examples to train on when the run began, and are 3 now" in capsys.readouterr().err
+    assert "the run began with 2 training examples, but now there are 3" in capsys.readouterr().err

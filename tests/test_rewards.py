@@ -327,4 +327,4 @@ def test_choices_are_read_from_data(folder):
     data = load_split(folder, "all")
     found = {data[i].problem: data[i].choices for i in range(len(cells))}
     assert [found[f"question {i}?"] for i in range(len(cells))] == [("30°", "40"), ("30°", "40"), *[None] * 5]
-    assert "3 x choices that are no list, ignored" in data.summary()
+    assert "3 x choices are not a list, ignored" in data.summary()

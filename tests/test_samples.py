@@ -70,7 +70,7 @@ def test_a_run_is_not_lost_for_a_picture(tmp_path, monkeypatch, capsys, module, 
 
     monkeypatch.setattr(module, function, fails)
     loop.draw_pictures(setup_of(tmp_path / "run", {"vc": load_split("vc", "test", count=2)}, task="vc"))
-    assert capsys.readouterr().err.endswith(f"no pictures: {error}\n")
+    assert capsys.readouterr().err.endswith(f"the pictures could not be drawn: {error}\n")
     assert (tmp_path / "run" / "curves.png").exists() == (module is not curves)
 
 

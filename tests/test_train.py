@@ -75,7 +75,7 @@ def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monke
     run = tmp_path / "run"
     assert main("--task=vc", "--max-steps=30", "--eval-steps=0", *SMALL, "--output-dir", run) == 1
     errors = capsys.readouterr().err
-    assert "10 steps in a row had no finite numbers (the last: a reward is not a finite number)" in errors
+    assert "10 steps in a row had NaN or infinite numbers (the last: a reward is not a finite number)" in errors
     samples = sorted((run / "vc" / "skipped").iterdir())
     assert len(samples) == len(metrics(run)) == 10
     sample = json.loads(samples[0].read_text())
@@ -200,7 +200,10 @@ def test_what_is_not_used_is_not_cut_and_what_two_splits_share_is_said(folder, c
 def test_what_does_not_fit(tmp_path, capsys):
     for arguments, message in (
         ("--max-completion-length=2048", "a completion of 2048 tokens leaves no room for a prompt"),
-        ("--max-prompt-length=2017", "--max-prompt-length must be at most 2016, which is what the model takes beside"),
+        (
+            "--max-prompt-length=2017",
+            "--max-prompt-length must be at most 2016, which is what the model has room",
+        ),
         ("--max-prompt-length=5 --max-steps=1", "no row that can be used: 16 x prompt is longer than 5 tokens"),
         (
             "--prompts-per-step=4096 --num-generations=4096",

@@ -125,7 +125,7 @@ def choices_of(value: Any, notes: list[str]) -> tuple[str, ...] | None:
         return None
     if isinstance(value, list | tuple) and all(isinstance(one, str | numbers.Real) for one in value):
         return tuple(whole_characters(str(one)) for one in value)
-    notes.append("choices that are no list, ignored")
+    notes.append("choices are not a list, ignored")
     return None
 
 

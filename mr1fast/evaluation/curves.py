@@ -30,7 +30,7 @@ DRAWN = 1e100  # absolute values below this have a place in a picture
 
 @dataclass(frozen=True)
 class Curve:
-    """A line in a panel: a metric's name, of which {data} is the task or the data set, from runs of SFT or not."""
+    """A line in a panel. metric: its name, with {data} for the task or data set. sft: only of SFT runs, or not."""
 
     metric: str
     style: str = "-"
@@ -92,7 +92,7 @@ class Series:
         return self.result.get("config", {}).get("method", "")
 
     def values(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and finite values of a curve, which not every row need have."""
+        """Steps and finite values of a curve; rows that lack the metric are left out."""
         name = curve.metric.format(data=self.task)
         rows = self.rows if curve.sft in (None, self.method == "sft") else []
         found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
@@ -112,7 +112,7 @@ def read_run(run: Path) -> list[Series]:
     if not run.is_dir():
         raise UserError(f"run folder {str(run)!r} does not exist")
     if not file.exists():
-        raise UserError(f"{str(run)!r} is no run: it has no metrics.jsonl")
+        raise UserError(f"{str(run)!r} is not a run: it has no metrics.jsonl")
     tasks: dict[str, dict[int, dict[str, Any]]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -122,7 +122,7 @@ def read_run(run: Path) -> list[Series]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             tasks.setdefault(str(row.get("task", run.name)), {})[row["step"]] = row
     if not tasks:
-        raise UserError(f"{str(file)!r} has no step in it yet")
+        raise UserError(f"{str(file)!r} has no training step in it yet")
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -139,7 +139,7 @@ def draw_curves(runs: Sequence[Path], file: Path) -> Path:
     series = [one for run in runs for one in read_run(run)]
     panels = [panel for panel in PANELS if any(len(s.values(c)[0]) for s in series for c in panel.curves)]
     if not panels:
-        raise UserError(f"{', '.join(map(str, runs))}: no metric that could be drawn")
+        raise UserError(f"{', '.join(map(str, runs))}: there is no metric to draw")
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     with drawing():
@@ -156,7 +156,7 @@ def draw_curves(runs: Sequence[Path], file: Path) -> Path:
 
 
 def _empty_figure(rows: int, columns: int, legend: float) -> Figure:
-    """With room for so many panels, and for a legend above them that is so many inches high."""
+    """A figure with room for this many panels, and for a legend of this height (inches) above them."""
     figure = Figure(figsize=(max(4.1 * columns, 8), 3.1 * rows + legend), dpi=110)
     # Fixed margins in inches: a layout engine would take longer than everything else together.
     width, height = figure.get_size_inches()
@@ -193,7 +193,7 @@ def _dashes(style: str, index: int) -> str | tuple[float, tuple[float, float]]:
 
 
 def _labels(series: Sequence[Series]) -> list[str]:
-    """What tells the series apart, with the accuracy on the test split before and after."""
+    """A label for each series: what distinguishes it, and its accuracy on the test split before and after training."""
     runs = list(dict.fromkeys(one.run for one in series))
     names = {one.run: one.run.resolve().name for one in series}
     if len(set(names.values())) < len(runs):
@@ -230,7 +230,7 @@ def _draw_panel(axis: Axes, panel: Panel, series: Sequence[Series]) -> None:
             axis.plot(
                 steps, line, ls=_dashes(curve.style, index), color=_colour(index), lw=2, marker=marker, markersize=3.5
             )
-            # By the raw values but for outliers, such as a first step that compiles.
+            # The range covers the raw values except outliers, such as a first step that compiles.
             tops.append(max(line.max(), np.quantile(values, 0.97)))
             bottoms.append(min(line.min(), np.quantile(values, 0.03)))
     axis.set_title(panel.title, fontsize=11.5, fontweight="bold", loc="left", pad=20)
@@ -269,7 +269,7 @@ _TEST_MARK: dict[str, Any] = {"ls": "", "marker": "D", "markersize": 6, "markerf
 
 
 def _mark_test_split(axis: Axes, one: Series, colour: str) -> None:
-    """Where the run began and where it ended, on problems that nothing was chosen by."""
+    """Mark the accuracy before and after training on the test split, by which nothing was ever chosen."""
     for when, step in (("before", 0), ("after", one.rows[-1]["step"])):
         accuracy = one.test_accuracy(when)
         if accuracy is not None:
@@ -277,7 +277,7 @@ def _mark_test_split(axis: Axes, one: Series, colour: str) -> None:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A Gaussian average over neighbouring points [n], a fortieth of the run wide; at the ends over those there are."""
+    """A Gaussian average over neighbouring points [n], a fortieth of the run wide; near the ends over fewer points."""
     n = len(values)
     if n < 5:
         return values

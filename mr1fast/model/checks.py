@@ -1,4 +1,4 @@
-"""What can be wrong with a model, each in one sentence, before it is a traceback or, worse, a wrong number."""
+"""What can be wrong with a model, each said in one sentence before it becomes a traceback or, worse, a wrong number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mr1fast.errors import UserError
 
-# The fields of config.json, and the tokens of Qwen2-VL's tokenizer that they must be the ids of.
+# Fields of config.json, each with the token of Qwen2-VL's tokenizer whose id it must hold.
 VISION_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -43,10 +43,10 @@ def check_folder(path: str | Path) -> None:
     _check_adapter(folder)
     config = _read_json(folder, "config.json")
     if config is None:
-        raise UserError(f"{str(path)!r} holds no model: a Hugging Face config.json is wanted there")
+        raise UserError(f"{str(path)!r} holds no model: it has no config.json in Hugging Face format")
     model_type = config.get("model_type")
     if model_type != "qwen2_vl":
-        raise UserError(f"{str(path)!r} holds a model of type {model_type!r}; 'qwen2_vl' is wanted")
+        raise UserError(f"{str(path)!r} holds a model of type {model_type!r}; it must be 'qwen2_vl'")
     check_not_quantised(path, config)
     _check_ids(folder, config)
 
@@ -60,9 +60,9 @@ def check_not_quantised(path: str | Path, config: dict[str, Any]) -> None:
 
 
 def check_weights(path: str | Path, model: nn.Module, found: dict[str, Any]) -> None:
-    """Raise UserError for weights that are missing or of another shape, in whose place transformers puts random ones.
+    """Raise UserError for weights that are missing or have the wrong shape; transformers would use random ones instead.
 
-    `found`: what transformers says of the loading. Weights that the model has no place for are a warning.
+    `found`: what transformers reports about loading. Weights that the model has no place for only cause a warning.
     """
     missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     stranger = f"{_count(unknown, 'weight')} that Qwen2-VL does not know ({_some(unknown)})"
@@ -75,7 +75,7 @@ def check_weights(path: str | Path, model: nn.Module, found: dict[str, Any]) -> 
         raise UserError(f"{what}, and has {stranger}" if unknown else f"{what}: {advice}")
     if found["mismatched_keys"]:
         name, stored, wanted = min(found["mismatched_keys"])
-        what = f"{name} has the shape {list(stored)}, config.json asks for {list(wanted)}"
+        what = f"{name} has the shape {list(stored)}, but config.json asks for {list(wanted)}"
         raise UserError(f"model {str(path)!r} does not fit its config.json: {what}")
     if unknown:
         warnings.warn(f"model {str(path)!r} has {stranger}, left out", stacklevel=3)
@@ -90,7 +90,7 @@ def check_finite(path: str | Path, model: nn.Module) -> None:
 
 
 def check_fit(config: Any, processor: Any) -> None:
-    """Raise UserError unless the model of this Qwen2VLConfig and the processor agree on tokens and patches."""
+    """Raise UserError unless the model with this Qwen2VLConfig and the processor agree on tokens and patches."""
     tokenizer, vocabulary = processor.tokenizer, config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {vocabulary}"
@@ -99,7 +99,7 @@ def check_fit(config: Any, processor: Any) -> None:
         ours, theirs = tokenizer.convert_tokens_to_ids(token), getattr(config, field)
         if ours != theirs:
             what = f"{field} is {theirs} in config.json, but {token} is {ours}"
-            raise UserError(f"model and tokenizer do not fit each other: {what} in the tokenizer")
+            raise UserError(f"model and tokenizer do not match: {what} in the tokenizer")
     if tokenizer.pad_token in VISION_TOKENS.values():
         raise UserError(
             f"the tokenizer pads with {tokenizer.pad_token}, which stands for an image: set another pad_token"
@@ -112,7 +112,7 @@ def check_fit(config: Any, processor: Any) -> None:
     ):
         if ours != theirs:
             what = f"{field} is {ours} in the image processor's configuration, but {theirs} in the model's config.json"
-            raise UserError(f"model and image processor do not fit each other: {what}")
+            raise UserError(f"model and image processor do not match: {what}")
 
 
 def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
@@ -141,18 +141,18 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _check_ids(folder: Path, config: dict[str, Any]) -> None:
-    """pad_token_id and eos_token_id: transformers takes any, and fails later or never ends a completion."""
+    """Check pad_token_id and eos_token_id: transformers accepts any, and fails later or never ends a completion."""
     text = _text_config(config)
     vocabulary = text.get("vocab_size")
     generation = _read_json(folder, "generation_config.json") or {}
     for file, values in (("config.json", text), ("generation_config.json", generation)):
-        for name, wanted in (("pad_token_id", "a token id"), ("eos_token_id", "a token id, or a list of them,")):
+        for name, wanted in (("pad_token_id", "a token id"), ("eos_token_id", "a token id, or a list of token ids,")):
             value = values.get(name)
             several = isinstance(value, list) and name == "eos_token_id"
             if value is None or (_are_ids(value if several else [value], vocabulary)):
                 continue
             room = f"from 0 to {vocabulary - 1}" if isinstance(vocabulary, int) else "from 0 on"
-            raise UserError(f"{name} is {value!r} in {folder / file}; {wanted} {room} is wanted")
+            raise UserError(f"{name} in {folder / file} must be {wanted} {room}, got {value!r}")
 
 
 def _are_ids(ids: list[Any], vocabulary: Any) -> bool:
@@ -161,7 +161,7 @@ def _are_ids(ids: list[Any], vocabulary: Any) -> bool:
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Its part on the language model; in older folders it is not a part of its own."""
+    """The part of config.json about the language model; in older folders that is the whole file."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 

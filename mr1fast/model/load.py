@@ -26,7 +26,7 @@ EMBEDDED = Path(__file__).parents[1] / "embedded"
 # The paper's, appended to every question.
 PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
 
-# What torch.compile, DDP, FSDP, activation checkpointing and PEFT put into the names of the weights they wrap.
+# What torch.compile, DDP, FSDP, activation checkpointing and PEFT add to the names of the weights they wrap.
 _WRAPPERS = {
     r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module|base_model\.model)\.)+": "",
     r"(?<![^.])(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": "",
@@ -64,9 +64,9 @@ def choose_attention(name: str, device: torch.device) -> str:
 
 
 def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
-    """CPU threads for a model of this size: in a small one a second thread costs more than it brings.
+    """CPU threads for a model of this size: for a small one, a second thread costs more than it gains.
 
-    For others OMP_NUM_THREADS if that is set, else as many as there are processors for this process.
+    For other models it is OMP_NUM_THREADS if that is set, else the number of processors that this process may use.
     """
     if is_small(model):
         return 1
@@ -89,7 +89,7 @@ def load_model(
 ) -> Qwen2VLForConditionalGeneration:
     """A Qwen2-VL, in training mode, from a folder (or a hub name) in Hugging Face format.
 
-    Raises UserError (a ValueError) where there is none, or not all of its weights.
+    Raises UserError (a ValueError) if there is no model, or if some of its weights are missing.
     """
     check_folder(path)
     try:
@@ -99,7 +99,7 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attention,
                 key_mapping=_WRAPPERS,
-                ignore_mismatched_sizes=True,  # these are told by `check_weights`
+                ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
             )
     except Exception as error:  # what transformers meets in other people's folders can be of any type
@@ -116,7 +116,7 @@ def load_model(
 
 @contextmanager
 def _without_loading_report() -> Iterator[None]:
-    """transformers logs a table of missing and unknown weights, of which we make a sentence."""
+    """Suppress the table of missing and unknown weights that transformers logs; we say it in one sentence."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def wanted(record: logging.LogRecord) -> bool:
@@ -132,8 +132,8 @@ def _without_loading_report() -> Iterator[None]:
 def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None) -> Qwen2VLTextImageProcessor:
     """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
 
-    Raises UserError (a ValueError) where one of them is missing or cannot be used, or for fewer pixels than an image
-    token has.
+    Raises UserError (a ValueError) if one of them is missing or cannot be used, or if `max_pixels` is less than one
+    image token.
     """
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
@@ -150,7 +150,7 @@ def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
-                f"model {str(path)!r} has a tokenizer without pad_token and eos_token; one of them is wanted"
+                f"model {str(path)!r} has a tokenizer with neither pad_token nor eos_token; it needs one of them"
             )
         tokenizer.pad_token = tokenizer.eos_token  # any will do: it is masked
     _set_image_size(path, processor.image_processor, max_pixels)
@@ -173,7 +173,7 @@ def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor)
 
 
 def _set_image_size(path: str | Path, image_processor: Any, max_pixels: int | None) -> None:
-    """Bounds of an image after resizing in pixels, from either of the forms in which they are written."""
+    """Set the bounds of a resized image in pixels, reading either of the two forms in which models write them."""
     size = dict(image_processor.size)
     least, most = (
         size.get("shortest_edge") or size.get("min_pixels"),
@@ -184,13 +184,13 @@ def _set_image_size(path: str | Path, image_processor: Any, max_pixels: int | No
     if max_pixels is not None:
         side = image_processor.patch_size * image_processor.merge_size
         if max_pixels < side * side:
-            raise UserError(f"max_pixels must be at least {side * side}, which make an image token, got {max_pixels}")
+            raise UserError(f"max_pixels must be at least {side * side}, which is one image token, got {max_pixels}")
         least, most = min(least, max_pixels), max_pixels
     image_processor.size = {"shortest_edge": least, "longest_edge": most}
 
 
 def _reason(error: Exception) -> str:
-    """What an error of a library's says, on one line of bearable length."""
+    """The message of a library's error, on one line of reasonable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
@@ -220,7 +220,7 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
 
 
 def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
-    """Tokens of the prompt that `encode_prompts` makes of this example, without a look at the image's pixels."""
+    """Number of tokens that `encode_prompts` makes of this example, found without looking at the image's pixels."""
     tokens = len(processor.tokenizer(_prompt_of(processor, example), verbose=False)["input_ids"])
     if example.image is None:
         return tokens
@@ -229,19 +229,19 @@ def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int
 
 
 def longest_prompt(model: Any, max_completion_length: int) -> int:
-    """Tokens that a prompt may have, so that it and its completion fit into what the model takes.
+    """The largest number of tokens in a prompt that leaves room for its completion in the model.
 
     `model`: a model or its config. Raises UserError where the completion alone does not fit.
     """
     limit = getattr(model, "config", model).get_text_config().max_position_embeddings
     if max_completion_length >= limit:
-        what = f"the model takes {limit} tokens (max_position_embeddings), prompt and completion together"
+        what = f"the model takes {limit} tokens (max_position_embeddings) for prompt and completion together"
         raise UserError(f"a completion of {max_completion_length} tokens leaves no room for a prompt: {what}")
     return limit - max_completion_length
 
 
 def end_of_turn(processor: Qwen2VLTextImageProcessor) -> int | None:
-    """The id of the token by which the chat template ends an answer, or None if it has none of its own for that."""
+    """The id of the token with which the chat template ends an answer, or None if it has no such token."""
     answer = "an answer"
     messages: list[Any] = [
         {"role": role, "content": [{"type": "text", "text": text}]}
@@ -263,7 +263,7 @@ def _prompt_of(processor: Qwen2VLTextImageProcessor, example: Example) -> str:
     name = example.name or "an example"
     if (text.count(processor.image_token), text.count(processor.video_token)) != (int(example.image is not None), 0):
         markers = f"{processor.image_token} or {processor.video_token}"
-        raise UserError(f"the question of {name} has {markers} in it, which stand for pixels; leave them out")
+        raise UserError(f"the question of {name} contains {markers}, which stand for pixels; remove them")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""The trainer's options together: what the user said (TrainConfig), what trains one model (TaskConfig).
+"""The trainer's options together: what the user asked for (TrainConfig), and what trains one model (TaskConfig).
 
-Nothing here imports torch, so that a mistake is answered at once.
+Nothing here imports torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mr1fast.options.train_options import BY_TASK, TrainOptions
 
 @dataclass(frozen=True)
 class TrainConfig(TrainOptions):
-    """The options as the user set them; None where nobody did.
+    """The options as the user set them; None for an option that was not set.
 
     Raises UserError for a value out of its range and for options that contradict each other.
     """
@@ -36,7 +36,7 @@ class TrainConfig(TrainOptions):
         self._check_tasks()
         self._check_kl()
         if self.num_iterations > 1 and self.method == "sft":
-            raise UserError("--num-iterations is for completions that were sampled; --method sft samples none")
+            raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
             prompts = self.for_task(name).prompts_per_step
             if prompts % self.gradient_accumulation_steps:
@@ -109,7 +109,7 @@ class TrainConfig(TrainOptions):
         return "defaults of R1-V" if recipe == R1_V else f"defaults of {recipe} for small models"
 
     def for_task(self, name: str) -> TaskConfig:
-        """What runs for a task, or for the local data (under any name)."""
+        """The options that train the model of a task, or of local data (under any name)."""
         values: dict[str, Any] = {"explore_fraction": 0.0, **self._filled_in(name)}
         if self.method != "grpo-d":  # a constant weight, which is 0 for supervised fine-tuning
             beta = values.get("beta", 0.0)
@@ -119,9 +119,9 @@ class TrainConfig(TrainOptions):
         return TaskConfig(**chosen)
 
     def resolved(self) -> dict[str, Any]:
-        """The options as they run, with every default filled in: what config.json records, and --config reads.
+        """The options of the run with every default filled in: what config.json records, and --config reads.
 
-        An option in which the tasks differ is {task: value}; one that is not in use is left out.
+        An option that differs between the tasks is {task: value}; one that is not in use is left out.
         """
         by_name = {name: self._filled_in(name) for name in self.names}
         values: dict[str, Any] = {}
@@ -133,7 +133,7 @@ class TrainConfig(TrainOptions):
         return {field.name: values[field.name] for field in dataclasses.fields(self) if field.name in values}
 
     def _filled_in(self, name: str) -> dict[str, Any]:
-        """The options that are in use for a task, with the defaults of its recipe and of the method."""
+        """The options in use for a task, with the defaults of its recipe and of the method."""
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
         if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
@@ -148,7 +148,7 @@ class TrainConfig(TrainOptions):
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the training of one model runs with: every default is filled in. GRPO's KL weight is a constant schedule."""
+    """The options with which one model is trained, every default filled in. GRPO's KL weight is a constant schedule."""
 
     method: str
     seed: int
@@ -174,7 +174,7 @@ class TaskConfig:
 
 
 def canonical(name: str, value: Any) -> Any:
-    """An option's value in the one form that is recorded: paths in full, since they are read in other folders, too."""
+    """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
     if name == "data" or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
     return "".join(value.split()) if name in ("task", "reward_weights") else value

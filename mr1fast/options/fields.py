@@ -10,7 +10,7 @@ from typing import Any
 from mr1fast.checks import not_one_of
 from mr1fast.errors import UserError
 
-GREATEST = 2**63 - 1  # what torch takes as a whole number
+GREATEST = 2**63 - 1  # the largest integer that torch accepts
 MANY = 10**9  # steps: more than any run can take
 
 
@@ -31,9 +31,9 @@ def option(
 ) -> Any:
     """A field of a dataclass of options.
 
-    group: the heading of --help under which it stands. why: the reason for its bounds, which a value outside is told.
-    shown: the default as --help gives it, where that is not the value itself. machine: it says where a run computes and
-    not what, so that a resumed run may have another.
+    group: the heading in --help under which it is listed. why: the reason for its bounds, given in the error for a
+    value outside them. shown: the default as --help gives it, if that is not the value itself. machine: the option says
+    where a run computes, not what, so that a resumed run may use another value.
     """
     said = {"help": help, "group": group, "metavar": metavar, "unit": unit, "choices": choices, "shown": shown}
     bounds = {"at_least": at_least, "at_most": at_most, "below": below, "why": why}
@@ -41,7 +41,7 @@ def option(
 
 
 def option_string(name: str) -> str:
-    """--max-steps of max_steps."""
+    """The option on the command line: --max-steps for max_steps."""
     return "--" + name.replace("_", "-")
 
 

@@ -1,6 +1,6 @@
 """How the trainer's options are given: the command line beats the YAML file, which beats the defaults.
 
-Nothing here imports torch, so that a mistake is answered at once.
+Nothing here imports torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mr1fast.options.train_options import BY_TASK, GROUPS
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
-# config.json and --print-config begin with it; it counts the changes after which an old file would be misread.
+# The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
 
 
@@ -36,7 +36,7 @@ def field_type(name: str) -> type:
 
 
 def convert(name: str, value: Any, source: str) -> Any:
-    """A value of the command line or of a YAML file in the option's type and range; both come through here as text."""
+    """Convert a value from the command line or a YAML file to the option's type, and check its range."""
     if isinstance(value, dict) and name in BY_TASK:
         return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
     wanted = field_type(name)
@@ -51,7 +51,7 @@ def convert(name: str, value: Any, source: str) -> Any:
 
 
 class _Once(argparse.Action):
-    """Of two files or runs, argparse would take the second and say nothing."""
+    """Refuses an option that is given twice; argparse would silently take the second value."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if hasattr(namespace, self.dest):
@@ -140,7 +140,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path} is not a text file in UTF-8") from None
     except RecursionError:
         raise UserError(f"--config {path} is not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", error)
@@ -158,7 +158,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def read_options(content: Mapping[Any, Any], path: str) -> tuple[dict[str, Any], list[str]]:
-    """The options that a file sets, by name, and the keys in it that are none."""
+    """The options that a file sets, by name, and the keys in it that are not options."""
     given, unknown = {}, []
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -178,7 +178,7 @@ def is_newer(content: Mapping[Any, Any]) -> bool:
 def say_unknown(path: str, unknown: Sequence[str]) -> None:
     if unknown:
         print(
-            f"note: {path} has options that this version does not know, and ignores: {', '.join(unknown)}",
+            f"note: {path} has options that this version does not know and ignores: {', '.join(unknown)}",
             file=sys.stderr,
         )
 
@@ -195,10 +195,10 @@ def printed_config(config: TrainConfig) -> str:
 
 
 def _check_keys(path: str, node: Any) -> None:
-    """An option that is there twice, which YAML's loader takes for its last value."""
+    """Refuse an option that is set twice; YAML's loader would silently take the last value."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
         if name in lines:
-            raise UserError(f"{path}: option {name!r} is in line {lines[name]} and again in line {line}")
+            raise UserError(f"{path}: option {name!r} is set in line {lines[name]} and again in line {line}")
         lines[name] = line

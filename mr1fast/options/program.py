@@ -1,4 +1,4 @@
-"""What the small programs share: one sentence and exit code 2 for a mistake, never a traceback."""
+"""What the small programs share: for a mistake they print one sentence and exit with code 2, never with a traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prog(module: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, and knows which option was meant."""
+    """An ArgumentParser that raises UserError, and suggests the option that was meant."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(bound: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, not below `bound`."""
+    """An argparse type: a whole number that is at least `bound`."""
 
     def whole_number(text: str) -> int:
         try:
@@ -54,7 +54,7 @@ def at_least(bound: int) -> Callable[[str], int]:
 
 
 def missing_package(error: ModuleNotFoundError, extra: str = "train") -> str:
-    """Which package of that extra is missing, and the command that brings it."""
+    """Which package of that extra is missing, and the command that installs it."""
     command = "'make setup', then 'source .venv/bin/activate'"
     if not IS_CHECKOUT:
         # mr1fast itself is there already, so pip adds what the extra lists and looks for no other mr1fast.
@@ -63,7 +63,7 @@ def missing_package(error: ModuleNotFoundError, extra: str = "train") -> str:
 
 
 def exit_code(program: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
-    """Run a program: 0, 2 for a mistake of the user's (a ValueError, printed), 130 after Ctrl-C."""
+    """Run a program; the exit code is 0, 2 for a mistake of the user's (a ValueError, printed), or 130 after Ctrl-C."""
     try:
         program(arguments)
     except ModuleNotFoundError as error:

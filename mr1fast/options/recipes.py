@@ -1,8 +1,8 @@
-"""What an option is when nobody sets it: by the size of the model that training starts from, and by the task.
+"""The defaults that depend on the task and on the size of the model that training starts from.
 
-One rule: a small model (the embedded one, or a folder with a model of its size, such as one trained from it) takes the
-recipe of its task, local data that of visual counting; every other model takes R1-V's. What a folder is called does not
-matter, and a name on the Hugging Face hub counts as large, so that nothing has to be downloaded to tell.
+One rule: a small model (the embedded one, or a folder with a model of its size, such as one trained from it) uses the
+recipe of its task, and with local data the recipe of visual counting; every other model uses R1-V's. The name of a
+folder does not matter, and a name on the Hugging Face hub counts as large, so that nothing need be downloaded first.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def is_small_folder(model: str | None) -> bool:
 
 
 def is_small(config: Mapping[str, Any]) -> bool:
-    """Whether a Qwen2-VL's config.json is that of a model with fewer than SMALL_MODEL parameters."""
+    """Whether this config.json of a Qwen2-VL describes a model with fewer than SMALL_MODEL parameters."""
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     try:
         vocabulary, hidden = int(text["vocab_size"]), int(text["hidden_size"])
@@ -53,6 +53,6 @@ def is_small(config: Mapping[str, Any]) -> bool:
         blocks, width = int(vision["depth"]), int(vision["embed_dim"])
     except (KeyError, TypeError, ValueError):
         return False
-    # The matrices; norms and biases do not decide. A head of its own is a second embedding.
+    # Counts the matrices; norms and biases are negligible. A head that is not tied counts as a second embedding.
     embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
     return embeddings + layers * hidden * (4 * hidden + 3 * intermediate) + 12 * blocks * width**2 < SMALL_MODEL

@@ -14,7 +14,7 @@ from mr1fast.errors import UserError
 from mr1fast.rewards import REWARDS
 
 DEFAULT_REWARDS = "accuracy=1,format=0.5"
-# Advantages are differences of rewards over their deviation + 1e-4; far below that a reward would not count.
+# Advantages divide by the rewards' standard deviation + 1e-4; rewards far smaller than that would not count.
 LEAST, GREATEST = 1e-6, 1e6
 
 
@@ -43,7 +43,7 @@ def parse_reward_weights(text: str, source: str) -> dict[str, float]:
             raise UserError(f"{source} names {name} twice")
         weights[name] = _weight(name, weight, source)
     if not any(weights.values()):
-        raise UserError(f"{source} {text}: nothing would be rewarded")
+        raise UserError(f"{source} {text}: every weight is 0, so nothing would be rewarded")
     return {name: weight for name, weight in weights.items() if weight}
 
 
@@ -58,7 +58,7 @@ def _weight(name: str, text: str, source: str) -> float:
 
 
 def load_rewards(weights: Mapping[str, float]) -> list[Reward]:
-    """The functions behind the names; those of the user's are imported. Raises UserError where one cannot be had."""
+    """The functions behind the names; the user's own are imported. Raises UserError if one cannot be imported."""
     rewards = [
         Reward(f"{name}_reward", weight, REWARDS[name])
         if name in REWARDS

@@ -33,7 +33,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def check_solutions(solutions: Iterable[str]) -> None:
-    """Raises UserError if one of them, a formula, can only be compared by math-verify, and that is not installed."""
+    """Raises UserError if a solution is a formula that only math-verify can compare, and that is not installed."""
     if worker.missing() is None:
         return
     for solution in solutions:

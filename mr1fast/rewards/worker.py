@@ -42,11 +42,11 @@ class Unanswered(Exception):
 
 
 class BrokenMathVerify(Exception):
-    """math-verify is installed and does not work."""
+    """math-verify is installed but does not work."""
 
 
 def missing() -> str | None:
-    """The name of the package that is needed here and not installed."""
+    """The name of a package that is needed here but not installed, or None."""
     return next((name for name in ("math-verify", "pebble") if find_spec(name.replace("-", "_")) is None), None)
 
 
@@ -81,13 +81,13 @@ def equal(first: str, second: str) -> bool:
 
 
 def unanswered() -> int:
-    """How many questions of this program math-verify has not answered; their answers counted as wrong."""
+    """How many of this program's questions math-verify has not answered; those answers counted as wrong."""
     return _state.unanswered
 
 
 def unanswered_summary() -> str:
     """One line for the end of a program."""
-    return f"{unanswered()} x math-verify did not say whether an answer is right, asked twice: counted as wrong"
+    return f"{unanswered()} x math-verify failed twice to say whether an answer is right; these count as wrong"
 
 
 # ---- in this process ----------------------------------------------------------------------------------------------

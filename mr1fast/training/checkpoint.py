@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face format, with what training needs to go on. A checkpoint is there whole or not at all."""
+"""Checkpoints in Hugging Face format with the state of training. A checkpoint is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STATE = "trainer_state.pt"
 
 
 def save_model(policy: Policy, folder: Path) -> Path:
-    """Model and processor as a folder in Hugging Face format, which `load_model` and transformers read."""
+    """Save model and processor as a folder in Hugging Face format, which `load_model` and transformers can read."""
     return _write_whole(folder, policy.save)
 
 
 def save_checkpoint(policy: Policy, state: dict[str, Any], folder: Path, *, step: int, keep: int) -> Path:
-    """`folder`/checkpoint-STEP with model, processor and `state`; then only the newest `keep` stay.
+    """Write model, processor and `state` to `folder`/checkpoint-STEP, then delete all but the newest `keep`.
 
-    Raises UserError if it cannot be written; the earlier ones are then untouched.
+    Raises UserError if it cannot be written; the earlier checkpoints are then untouched.
     """
 
     def write(temporary: Path) -> None:
@@ -41,9 +41,9 @@ def save_checkpoint(policy: Policy, state: dict[str, Any], folder: Path, *, step
 
 
 def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Policy, dict[str, Any]]:
-    """The policy and the state. Raises ResumeError, which names the checkpoint before it, where it is broken.
+    """The policy and the state. If the checkpoint is broken, raises ResumeError, which names the one before it.
 
-    load: path -> policy, which takes another dtype than the run's as a keyword.
+    load: path -> policy; its keyword dtype asks for another dtype than the run's.
     """
     try:
         policy, state = load(checkpoint), load_state(checkpoint)
@@ -58,9 +58,9 @@ def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Poli
     except ValueError as error:
         earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
         if earlier:
-            advice = f"to go on from the checkpoint before it: --resume {earlier[-1]}"
+            advice = f"to continue from the checkpoint before it: --resume {earlier[-1]}"
         else:
-            advice = f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} does without it"
+            advice = f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} starts without it"
         raise ResumeError(f"{error}; {advice}") from error
 
 
@@ -70,12 +70,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{checkpoint / STATE} holds no state of training")
+        raise ValueError(f"{checkpoint / STATE} does not hold a training state")
     return state
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Write into a folder beside it, then rename; a name that is taken is replaced."""
+    """Write into a temporary folder beside it, then rename that; an existing folder of this name is replaced."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

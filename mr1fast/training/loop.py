@@ -68,10 +68,10 @@ def run(opened: OpenRun, started: float) -> None:
 
 
 def _todo(setup: Setup, opened: OpenRun, result: dict[str, Any]) -> list[str]:
-    """The tasks that are not finished. Raises ResumeError where none is left, or the checkpoint is of none of them."""
+    """The unfinished tasks. Raises ResumeError if none is left, or if the checkpoint belongs to none of the tasks."""
     if opened.checkpoint is not None and opened.checkpoint.parent.name not in setup.names:
         raise ResumeError(
-            f"nothing to resume: {opened.checkpoint} is not of {' or '.join(setup.names)}, the run's tasks"
+            f"nothing to resume: {opened.checkpoint} does not belong to {' or '.join(setup.names)}, the run's tasks"
         )
     todo = [name for name in setup.names if name not in result["after"] or opened.names_checkpoint_of(name)]
     if not todo:
@@ -81,7 +81,7 @@ def _todo(setup: Setup, opened: OpenRun, result: dict[str, Any]) -> list[str]:
 
 
 def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dict[str, Any]) -> None:
-    """Train a model on one task, save it, and enter into `result` how it does on the test split of every task."""
+    """Train a model on one task, save it, and add its accuracy on the test split of every task to `result`."""
     folder = setup.folder
     result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
     folder.write_result(result)
@@ -99,13 +99,13 @@ def closing_words(setup: Setup, result: dict[str, Any]) -> str:
     models = "\n".join(f"the model trained on {name} is in {folder.model(name)}" for name in setup.names)
     snippet = load_snippet(str(folder.model(setup.names[0])))
     return (
-        f"\n{training_table(result)}\n\n{models}\nto load one (docs/training.md goes on from there):\n\n{snippet}\n\n"
+        f"\n{training_table(result)}\n\n{models}\nto load one (docs/training.md shows how to use it):\n\n{snippet}\n\n"
         f"pictures: {folder.curves} and {folder.samples}"
     )
 
 
 def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
-    """Train a model on one task, from this checkpoint, or the task's newest, or the beginning."""
+    """Train a model on one task from this checkpoint, or else the task's newest, or else from the beginning."""
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
@@ -145,7 +145,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
 
 
 def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
-    """Raises ResumeError where the state is not one of this run."""
+    """Load the state into the trainer. Raises ResumeError if it does not belong to this run."""
     try:
         trainer.load_state_dict(state)
         rows = state["rows"]
@@ -156,7 +156,7 @@ def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
         raise ResumeError(f"{checkpoint} is beyond the run's last step, {trainer.config.max_steps}; move it away")
     if rows != len(trainer.dataset):
         now = len(trainer.dataset)
-        print(f"warning: there were {rows} examples to train on when the run began, and are {now} now", file=sys.stderr)
+        print(f"warning: the run began with {rows} training examples, but now there are {now}", file=sys.stderr)
 
 
 def postfix(metrics: dict[str, float]) -> str:
@@ -176,7 +176,7 @@ def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, what: str) -
 
 
 def draw_pictures(setup: Setup) -> None:
-    """curves.png, and samples.png of every model that the run has so far. A run is not lost for a picture."""
+    """Draw curves.png, and samples.png of every model so far. A picture that fails does not end the run."""
     try:
         from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
         from mr1fast.evaluation.samples import draw_samples
@@ -186,7 +186,7 @@ def draw_pictures(setup: Setup) -> None:
         if shown:
             draw_samples(setup.folder.samples, shown, title)
     except Exception as error:
-        print(f"no pictures: {error}", file=sys.stderr)
+        print(f"the pictures could not be drawn: {error}", file=sys.stderr)
 
 
 def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
@@ -222,7 +222,7 @@ def new_result(setup: Setup) -> dict[str, Any]:
 
 
 def _remove_after(task_folder: Path, step: int) -> None:
-    """What a resumed run wrote after this step, and will write again."""
+    """Remove what a resumed run wrote after this step, and will write again."""
     for later in checkpoints(task_folder):
         if step_of(later) > step:
             shutil.rmtree(later)
@@ -234,6 +234,6 @@ def _remove_after(task_folder: Path, step: int) -> None:
 
 def _gave_up(reason: str, folder: Path) -> str:
     return (
-        f"{MAX_SKIPPED_IN_A_ROW} steps in a row had no finite numbers (the last: {reason}), so training has stopped; "
-        f"a lower --learning-rate often helps, and the samples are in {folder / 'skipped'}"
+        f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite numbers (the last: {reason}), so training has "
+        f"stopped; a lower --learning-rate often helps, and the samples are in {folder / 'skipped'}"
     )

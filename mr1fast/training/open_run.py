@@ -1,6 +1,6 @@
-"""Which folder and which options does a run have? New ones, or those of the run that is resumed.
+"""Which folder and which options does a run have? Either new ones, or those of the run that is resumed.
 
-Imports no torch, so that a mistake is answered at once.
+Imports no torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mr1fast.training.run_folder import RUNS, ResumeError, RunFolder, is_checkpo
 class OpenRun:
     folder: RunFolder
     config: TrainConfig
-    checkpoint: Path | None = None  # the one to go on from, where the user named it; else the newest of each task
+    checkpoint: Path | None = None  # the one to continue from if the user named one; else the newest of each task
 
     def names_checkpoint_of(self, task: str) -> bool:
         return self.checkpoint is not None and self.checkpoint.parent.name == task
@@ -35,7 +35,7 @@ class OpenRun:
 
 @contextmanager
 def open_run(request: Request) -> Iterator[OpenRun]:
-    """The run that was asked for, which no other process can open meanwhile. Raises UserError."""
+    """The requested run, which no other process can open at the same time. Raises UserError."""
     if request.config is not None:
         opened = _new_run(request.config)
     else:
@@ -47,7 +47,7 @@ def open_run(request: Request) -> Iterator[OpenRun]:
 
 
 def requested_config(request: Request) -> TrainConfig:
-    """The options of the run that was asked for, without opening it. Raises UserError."""
+    """The options of the requested run, without opening it. Raises UserError."""
     if request.config is None:
         return _recorded_config(request, _find_run(request)[0])
     _check_paths(request.config)
@@ -58,7 +58,9 @@ def _new_run(config: TrainConfig) -> OpenRun:
     _check_paths(config)
     load_rewards(config.rewards)
     default = RUNS / time.strftime("%Y-%m-%d-%H-%M-%S")
-    return OpenRun(RunFolder(new_folder(config.output_dir, default=default, advice=", or go on with --resume")), config)
+    return OpenRun(
+        RunFolder(new_folder(config.output_dir, default=default, advice=", or continue with --resume")), config
+    )
 
 
 def _check_paths(config: TrainConfig) -> None:
@@ -72,7 +74,7 @@ def _check_paths(config: TrainConfig) -> None:
 
 
 def _find_run(request: Request) -> tuple[RunFolder, Path | None]:
-    """The run that DIR is, or is a checkpoint of; without DIR the one with the newest checkpoint."""
+    """The run in DIR, or the run whose checkpoint DIR is; without DIR the run with the newest checkpoint."""
     output_dir = request.given.get("output_dir")
     if not request.resume:
         return _newest_run(RUNS if output_dir is None else Path(output_dir)), None
@@ -85,7 +87,7 @@ def _find_run(request: Request) -> tuple[RunFolder, Path | None]:
         raise UserError(f"nothing to resume: {path} is neither a run nor a checkpoint of one")
     if output_dir is not None and not Path(run).resolve().is_relative_to(Path(output_dir).resolve()):
         raise UserError(
-            f"--resume {path} goes on in that folder, and --output-dir {output_dir} is another; leave it out"
+            f"--resume {path} continues in its own folder, and --output-dir {output_dir} is another; leave that out"
         )
     return RunFolder(run), checkpoint
 
@@ -99,7 +101,7 @@ def _newest_run(root: Path) -> RunFolder:
 
 
 def _recorded_config(request: Request, folder: RunFolder) -> TrainConfig:
-    """The options that config.json records, with what was given now of those that a resumed run may change."""
+    """The options that config.json records, updated with the given ones that a resumed run may change."""
     given = dict(request.given)
     given.pop("output_dir", None)
     machine = {name: value for name, value in given.items() if FIELDS[name].metadata["machine"]}
@@ -113,9 +115,9 @@ def _recorded_config(request: Request, folder: RunFolder) -> TrainConfig:
     recorded = config.resolved()
     for name, value in given.items():
         if name not in machine and canonical(name, value) != recorded.get(name):
-            differs = f"{option_string(name)} was {recorded.get(name, 'not set')} there, and is {value} here"
+            differs = f"{option_string(name)} was {recorded.get(name, 'not set')} there, but is {value} now"
             longer = how_to_train_longer(folder, config) if name == "max_steps" else ""
-            raise UserError(f"--resume goes on with the run's own options: {differs}{longer}")
+            raise UserError(f"--resume continues with the run's own options: {differs}{longer}")
     return dataclasses.replace(config, **machine)
 
 
@@ -131,7 +133,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def how_to_train_longer(folder: RunFolder, config: TrainConfig) -> str:
-    """Advice to append to an error; nothing while there is no trained model."""
+    """Advice to append to an error; empty as long as there is no trained model."""
     tasks = [folder.model(task) for task in config.tasks if folder.model(task).exists()]
     models = tasks or sorted(folder.path.glob("*/model"))
     if not models:
@@ -142,7 +144,7 @@ def how_to_train_longer(folder: RunFolder, config: TrainConfig) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Raises ResumeError if another process has the folder. The system unlocks it when the process ends in any way."""
+    """Raises ResumeError if another process uses the folder. The system unlocks it however the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -10,7 +10,7 @@
         vc/model/              the trained model
         vc/skipped/            samples of steps with NaN or inf
 
-Imports no torch, so that a folder that does not do is reported at once.
+Imports no torch, so that an unusable folder is reported at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RUNS = Path("runs")
 
 
 class ResumeError(UserError):
-    """A run that is finished, or that does not go on like this: the usual advice to resume it does not follow."""
+    """A run that is finished or cannot be resumed like this; the usual advice to resume does not follow the error."""
 
 
 class RunFolder:
@@ -55,7 +55,7 @@ class RunFolder:
         return self.path / "tensorboard" / name
 
     def read_result(self) -> dict[str, Any]:
-        """{} where there is none yet. Raises ResumeError."""
+        """The content of result.json, or {} if there is none yet. Raises ResumeError."""
         try:
             result = json.loads(self.result_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -63,7 +63,7 @@ class RunFolder:
         except (OSError, ValueError, RecursionError):
             result = None
         if not isinstance(result, dict):
-            raise ResumeError(f"{self.result_file} is damaged; move it away, and --resume evaluates again")
+            raise ResumeError(f"{self.result_file} is damaged; move it away, and --resume will evaluate again")
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ class RunFolder:
 
 
 def new_folder(output_dir: str | None, *, default: Path, advice: str = "") -> Path:
-    """`output_dir`, which must be new or empty, or an unused folder like `default`; made. Raises UserError."""
+    """Make `output_dir`, which must be new or empty, or else an unused folder like `default`. Raises UserError."""
     path = Path(output_dir) if output_dir is not None else default
     try:
         if output_dir is None:
@@ -97,7 +97,7 @@ def _unused(path: Path) -> Path:
             return candidate
         except FileExistsError:
             continue
-    raise UserError(f"output folder {path} and its 998 successors exist already")
+    raise UserError(f"output folder {path} and 998 numbered ones after it exist already; choose another --output-dir")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -110,18 +110,18 @@ def checkpoints(task_folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Of checkpoint-000050, and of step-000050.json."""
+    """The step in a name such as checkpoint-000050 or step-000050.json."""
     return int(path.stem.rpartition("-")[2])
 
 
 def versions() -> dict[str, str]:
-    """What computed the figures of result.json and evaluation.json."""
+    """The versions of what computed the figures in result.json and evaluation.json."""
     packages = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {"mr1fast": __version__, **packages, "python": platform.python_version()}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that a reader (or a full disk) never meets half of it."""
+    """Replace a file as a whole: no reader ever sees half of it, and a full disk leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -133,7 +133,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:
-    """Once: a run that goes on leaves its options as they were. Where its files are is no option of the record."""
+    """Write config.json once; a resumed run leaves it as it was. The output folder itself is not recorded."""
     if not folder.config_file.exists():
         options = {name: value for name, value in config.resolved().items() if name != "output_dir"}
         write_json(folder.config_file, {"schema_version": SCHEMA_VERSION, **options})

@@ -1,4 +1,4 @@
-"""What stays the same during a run: the models and data it works with, and what is said of them before it begins."""
+"""What stays the same during a run: its models and data, and what is printed about them before it begins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.training.open_run import OpenRun
 from mr1fast.training.run_folder import RunFolder
 
-# An embedded task has no end; its drawings come again, in another order, after so many. A run rarely gets there.
+# Embedded tasks are endless; after this many drawings they repeat in another order. A run rarely gets that far.
 MAX_DRAWINGS = 1_000_000
 
 
@@ -61,7 +61,7 @@ class Setup:
         return result.figures()
 
     def validate(self, policy: Policy, dataset: ImageTextDataset, name: str) -> dict[str, float]:
-        """The same under the names of metrics.jsonl."""
+        """`evaluate` with its figures under the names of metrics.jsonl."""
         return {f"eval/{name}/{key}": value for key, value in self.evaluate(policy, dataset, name).items()}
 
     def description(self) -> str:
@@ -94,12 +94,12 @@ def _settings(config: TrainConfig, name: str) -> str:
 
 
 def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
-    """What was left out of the splits, what was put right, and what is doubtful about them."""
+    """What was left out of the splits, what was repaired, and what is doubtful about them."""
     return [split.summary() for split in splits if split.skipped or split.notes or split.shown_in]
 
 
 def prepare(opened: OpenRun) -> Setup:
-    """Load model and data. Raises ValueError in one sentence."""
+    """Load model and data. Raises ValueError, whose message is one sentence."""
     config = opened.config
     transformers.utils.logging.disable_progress_bar()
     device = models.choose_device(config.device)
@@ -115,7 +115,7 @@ def prepare(opened: OpenRun) -> Setup:
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
-    # In full, so that a folder that is called like a task is not taken for it.
+    # An absolute path, so that a folder with the name of a task is not mistaken for the task.
     data = None if config.data is None else os.path.abspath(config.data)
     used = SPLITS if config.eval_steps else ("train", "test")
     sources = [data] if data else TASK_NAMES
@@ -139,7 +139,7 @@ def prepare(opened: OpenRun) -> Setup:
     longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
-        split[0]  # where no row can be used, it is said now
+        split[0]  # raises now if no row can be used
     return setup
 
 
@@ -156,7 +156,7 @@ def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
     room = models.longest_prompt(model, completion)
     if config.max_prompt_length is not None and config.max_prompt_length > room:
         raise UserError(
-            f"--max-prompt-length must be at most {room}, which is what the model takes beside a completion of "
+            f"--max-prompt-length must be at most {room}, which is what the model has room for beside a completion of "
             f"{completion} tokens, got {config.max_prompt_length}"
         )
     return config.max_prompt_length or room
@@ -164,7 +164,7 @@ def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
 
 def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Example], str | None]:
     """Why an example is left out, if its prompt has more than `longest` tokens."""
-    lengths: dict[Any, int] = {}  # most examples of an embedded task are of one length, which is not counted each time
+    lengths: dict[Any, int] = {}  # most examples of an embedded task have the same length, which is counted only once
 
     def reason(example: Example) -> str | None:
         kind = (example.problem, example.image and example.image.size)
@@ -189,13 +189,13 @@ def check_memory(config: TaskConfig, model: PreTrainedModel) -> None:
     if needed > (there := _memory(model.device)):
         raise UserError(
             f"a step samples {completions:,} completions of up to {config.max_completion_length:,} tokens at a time, "
-            f"which takes {needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}; lower "
+            f"which takes {needed / 2**30:,.0f} GiB of memory, but there are only {there / 2**30:,.0f}; lower "
             "--prompts-per-step, --num-generations or --max-completion-length"
         )
 
 
 def _memory(device: torch.device) -> float:
-    """Bytes in all, of the GPU or of the machine."""
+    """The total memory of the GPU or of the machine, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if hasattr(os, "sysconf"):
