@@ -17,6 +17,7 @@ import torch
 from benchmarks import timing
 from benchmarks.cases import GROUPS, Scene
 from benchmarks.timing import Measurement
+from mr1fast.env import processor
 
 Row = dict[str, Any]
 MEASURED = ["group", "shape", "dtype", "case", "pages", "median_ms", "best_ms", "call_ms", "calls", "rate", "unit"]
@@ -98,12 +99,7 @@ def environment() -> Row:
 
 def device_name() -> str:
     """The GPU if there is one, and the processor as the system names it."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    cpu = f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return f"{torch.cuda.get_device_name()} ({cpu})" if torch.cuda.is_available() else cpu
 
 

@@ -23,6 +23,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from benchmarks import report
 from mr1fast.data.example import Example
 from mr1fast.model.load import EMBEDDED, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.trainer import Trainer
 
@@ -57,8 +58,8 @@ class Photographs:
         return Example(Image.fromarray(noise.numpy()), "How many different items are there in the image?", "3", f"{i}")
 
 
-def build(tiny: bool, device: torch.device, dtype: torch.dtype):
-    """(policy, reference, processor)."""
+def build(tiny: bool, device: torch.device, dtype: torch.dtype) -> tuple[Policy, Policy]:
+    """(policy, reference)."""
     processor = load_processor(EMBEDDED)
     own = Qwen2VLConfig.from_pretrained(EMBEDDED)
     config = own
@@ -78,13 +79,11 @@ def build(tiny: bool, device: torch.device, dtype: torch.dtype):
     def model() -> Qwen2VLForConditionalGeneration:
         with torch.device(device):
             built = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        built.generation_config.eos_token_id = own.get_text_config().eos_token_id
         return nn.Module.to(built, device)
 
-    policy = model()
-    reference = model().eval().requires_grad_(False)
-    reference.load_state_dict(policy.state_dict())
-    return policy, reference, processor
+    policy, reference = Policy(model(), processor), Policy(model(), processor).freeze()
+    reference.model.load_state_dict(policy.model.state_dict())
+    return policy, reference
 
 
 def main() -> int:
@@ -100,7 +99,7 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
-    policy, reference, processor = build(options.tiny, device, dtype)
+    policy, reference = build(options.tiny, device, dtype)
     config = dataclasses.replace(
         TrainConfig(task="vc").for_task("vc"),
         num_generations=8,
@@ -109,8 +108,8 @@ def main() -> int:
         max_completion_length=options.length,
         max_steps=options.steps,
     )
-    trainer = Trainer(config, policy, reference, processor, Photographs())
-    parameters = sum(p.numel() for p in policy.parameters())
+    trainer = Trainer(config, policy, reference, Photographs())
+    parameters = sum(p.numel() for p in policy.model.parameters())
     about = report.environment()
     print(f"{about['device']}, {parameters / 1e6:.0f} M parameters, {dtype}", flush=True)
     rows: list[report.Row] = []
@@ -128,12 +127,12 @@ def measured_step(trainer: Trainer, gpu: bool) -> report.Row:
         torch.cuda.reset_peak_memory_stats()
     before = trainer.num_tokens
     started = time.perf_counter()
-    sampled = trainer.sample()
+    data = trainer.collect()
     sampling = time.perf_counter() - started
-    assert sampled.batch.advantages is not None
-    advantages = torch.randn_like(sampled.batch.advantages)
-    trainer.sampled = dataclasses.replace(sampled, batch=dataclasses.replace(sampled.batch, advantages=advantages))
-    metrics = trainer.update(trainer.sampled)
+    assert data.batch.advantages is not None
+    advantages = torch.randn_like(data.batch.advantages)
+    data = dataclasses.replace(data, batch=dataclasses.replace(data.batch, advantages=advantages))
+    metrics = trainer.update(data)
     if gpu:
         torch.cuda.synchronize()
     if not metrics["grad_norm"] > 0:

@@ -9,6 +9,9 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <array>
+#include <bit>
+
 #include "grpo_cpu.h"
 #include "head_gemms.h"
 
@@ -102,17 +105,23 @@ void run(mr1fast::Job& job) {
 Tensor new_floats(const Tensor& logits) { return at::empty({logits.size(0), logits.size(1)}, at::kFloat); }
 Tensor new_flags(const Tensor& logits) { return at::empty({logits.size(0), logits.size(1)}, at::kBool); }
 
-mr1fast::TokenSpec token_spec(
-    c10::string_view loss_type, double epsilon_low, double epsilon_high, std::optional<double> delta,
-    bool bias_correction, double sapo_pos, double sapo_neg) {
-  using mr1fast::Policy;
-  const Policy policy = loss_type == "cispo" ? Policy::kCispo : loss_type == "sapo" ? Policy::kSapo : Policy::kClip;
-  return {policy,          (float)epsilon_low, (float)epsilon_high, delta ? (float)*delta : INFINITY,
-          bias_correction, (float)sapo_pos,    (float)sapo_neg};
+// A struct whose members are all of type `Member`, or as wide, from the list of their values.
+template <typename Struct, typename Member, typename List>
+Struct from_list(const List& values, const char* name) {
+  std::array<Member, sizeof(Struct) / sizeof(Member)> members;
+  TORCH_CHECK_VALUE(
+      values.size() == members.size(), "there must be ", members.size(), " ", name, " (csrc/token_loss.h), got ", values);
+  for (size_t i = 0; i < members.size(); ++i) members[i] = (Member)values[i];
+  return std::bit_cast<Struct>(members);
+}
+
+mr1fast::RewardScale scale_of(c10::string_view name) {
+  using mr1fast::RewardScale;
+  return name == "group" ? RewardScale::kGroup : name == "batch" ? RewardScale::kBatch : RewardScale::kNone;
 }
 
 // Group-relative advantages, [B, 1] expanded to [B, L].
-Tensor advantages_of(const Tensor& rewards, int64_t group, c10::string_view scale, const Tensor& logits) {
+Tensor advantages_of(const Tensor& rewards, int64_t group, mr1fast::RewardScale scale, const Tensor& logits) {
   const int64_t B = logits.size(0);
   TORCH_CHECK_VALUE(
       rewards.dim() == 1 && rewards.size(0) == B && rewards.scalar_type() == at::kFloat && group > 0 && B % group == 0,
@@ -120,12 +129,12 @@ Tensor advantages_of(const Tensor& rewards, int64_t group, c10::string_view scal
       rewards.scalar_type(), " in groups of ", group);
   const Tensor values = rewards.contiguous(), advantages = at::empty({B, 1}, at::kFloat);
   const float* r = values.data_ptr<float>();
-  const double batch_std = scale == "batch" ? mr1fast::reward_moments(r, B).std : 0.0;
+  using namespace mr1fast;
+  const Moments of_batch = scale == RewardScale::kBatch ? reward_moments(r, B) : Moments{};
   for (int64_t first = 0; first < B; first += group) {
-    const mr1fast::Moments m = mr1fast::reward_moments(r + first, group);
+    const Moments of_group = reward_moments(r + first, group);
     for (int64_t i = first; i < first + group; ++i) {
-      advantages.data_ptr<float>()[i] =
-          mr1fast::group_advantage(r[i], m.mean, scale != "none", scale == "batch" ? batch_std : m.std);
+      advantages.data_ptr<float>()[i] = group_advantage(r[i], of_group, of_batch, scale);
     }
   }
   return advantages.expand({B, logits.size(1)});
@@ -133,23 +142,22 @@ Tensor advantages_of(const Tensor& rewards, int64_t group, c10::string_view scal
 
 using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The one pass. From ids to entropy_weight these are the fields of kernels/reference.py's LossBatch, in its order.
 LossResult grpo_forward(
     const Tensor& logits, const Tensor& ids, const Tensor& token_weight, const Tensor& beta, const OptionalTensor& mask,
     const OptionalTensor& advantages, const OptionalTensor& rewards, int64_t num_generations,
     c10::string_view scale_rewards, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
-    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, c10::string_view loss_type,
-    c10::string_view importance_sampling_level, double epsilon_low, double epsilon_high, std::optional<double> delta,
-    bool use_bias_correction_kl, double sapo_temperature_pos, double sapo_temperature_neg, double temperature,
-    const OptionalTensor& grad) {
+    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, at::IntArrayRef switches,
+    at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
   const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
-  TORCH_CHECK_VALUE(importance_sampling_level == "token", "one pass is for token-level ratios");
   TORCH_CHECK_VALUE(advantages || rewards, "either advantages or rewards must be given");
   const Tensor advantage =
-      advantages ? *advantages : advantages_of(*rewards, num_generations, scale_rewards, logits);
+      advantages ? *advantages : advantages_of(*rewards, num_generations, scale_of(scale_rewards), logits);
 
   mr1fast::Objective objective{};
-  objective.spec = token_spec(
-      loss_type, epsilon_low, epsilon_high, delta, use_bias_correction_kl, sapo_temperature_pos, sapo_temperature_neg);
+  objective.spec = {
+      from_list<mr1fast::Switches, int32_t>(switches, "switches"),
+      from_list<mr1fast::Numbers, float>(numbers, "numbers")};
   objective.beta = beta.item<float>();
   objective.entropy_weight = entropy_weight ? entropy_weight->item<float>() : 0.0f;
   objective.advantages = view<const float>(advantage, "advantages", logits, at::kFloat);
@@ -211,9 +219,7 @@ TORCH_LIBRARY(mr1fast_native, m) {
   m.def(
       "grpo_forward(Tensor logits, Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, "
       "Tensor? rewards, int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, "
-      "Tensor? is_ratio, Tensor? entropy_weight, str loss_type, str importance_sampling_level, float epsilon_low, "
-      "float epsilon_high, float? delta, bool use_bias_correction_kl, float sapo_temperature_pos, "
-      "float sapo_temperature_neg, float temperature, "
+      "Tensor? is_ratio, Tensor? entropy_weight, int[] switches, float[] numbers, float temperature, "
       "Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("score_forward(Tensor logits, Tensor ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def(

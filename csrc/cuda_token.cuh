@@ -135,17 +135,9 @@ MR1_DEVICE Plan finish(
     if (call.lse) call.lse[row.at] = row_base * inv_temperature + log_sum;
   }
   if (!call.token_weight) return {};
-  TokenSpec spec;
-  spec.policy = (Policy)call.policy;
-  spec.epsilon_low = call.epsilon_low;
-  spec.epsilon_high = call.epsilon_high;
-  spec.delta = call.delta;
-  spec.bias_correction = call.bias_correction;
-  spec.sapo_temperature_pos = call.sapo_temperature_pos;
-  spec.sapo_temperature_neg = call.sapo_temperature_neg;
   TokenInput<float> in = t.in;
   in.logp = logp;
-  const TokenLoss<float> loss = token_loss(in, spec);
+  const TokenLoss<float> loss = token_loss(in, call.spec);
   const float coef = t.weight * loss.dloss_dlogp;
   if (store) {
     call.share[row.at] = t.weight * loss.loss - (t.entropy_weight == 0.0f ? 0.0f : t.entropy_weight * entropy);
@@ -167,15 +159,15 @@ MR1_DEVICE void clear_outputs(const Call& call, const Row& row) {
   if (call.is_low) call.is_low[row.at] = call.is_high[row.at] = false;
 }
 
-// rewards [B] -> advantages [B]. Rewards are few: a thread runs through its own group.
+// rewards [B] -> advantages [B], a thread for each. Rewards are few: it runs through its whole group, or the whole batch.
 MR1_KERNEL void advantage_kernel(const Call call) {
   const int64_t b = block() * threads() + thread();
   if (b >= call.B) return;
-  const int64_t G = call.num_generations, first = b / G * G;
-  Moments m = reward_moments(call.rewards + first, G);
-  const double mean = m.mean;
-  if (call.scale_rewards == 2) m = reward_moments(call.rewards, call.B);
-  call.advantage_space[b] = group_advantage(call.rewards[b], mean, call.scale_rewards != 0, m.std);
+  const int64_t G = call.num_generations;
+  const RewardScale scale = (RewardScale)call.scale_rewards;
+  const Moments group = reward_moments(call.rewards + b / G * G, G);
+  const Moments batch = scale == RewardScale::kBatch ? reward_moments(call.rewards, call.B) : Moments{};
+  call.advantage_space[b] = group_advantage(call.rewards[b], group, batch, scale);
 }
 
 }  // namespace

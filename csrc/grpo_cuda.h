@@ -1,7 +1,9 @@
-// The CUDA loss head's C interface: no torch and no CUDA header, so that kernels/cuda.py can mirror it with ctypes.
+// The C interface of the CUDA loss head. kernels/cuda.py mirrors it with ctypes, so that it needs no header of torch or CUDA.
 #pragma once
 
 #include <stdint.h>
+
+#include "token_loss.h"
 
 // One call. Every pointer is on the device and may be null where the argument is None; strides count elements. [B, L]
 // tensors are contiguous unless strides are given here. The order of the fields is that of `cuda.RowsCall`.
@@ -24,11 +26,9 @@ struct Mr1RowsCall {
   int64_t advantage_stride_b, advantage_stride_l, is_ratio_stride_b, is_ratio_stride_l, weight_stride_b, weight_stride_l;
   int64_t num_generations;
   double temperature;
-  float epsilon_low, epsilon_high, delta, sapo_temperature_pos, sapo_temperature_neg;
+  mr1fast::TokenSpec spec;
   int32_t dtype;          // 0 float32, 1 bfloat16, 2 float16
-  int32_t policy;         // mr1fast::Policy
-  int32_t scale_rewards;  // 0 none, 1 group, 2 batch
-  int32_t bias_correction;
+  int32_t scale_rewards;  // mr1fast::RewardScale
   int32_t two_phase;  // not 0: the path without a cluster even where a cluster fits (tests and benchmarks)
 };
 

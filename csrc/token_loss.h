@@ -1,10 +1,12 @@
-// The objective of one token, the merge of row statistics and the group-relative advantage, for host and device.
+// The objective of one token with its derivative, the merging of row statistics and the group-relative advantage, for host
+// and device.
 //
-// This is the C++ spelling of kernels/reference.py (the definition); the CPU and the CUDA kernel both include it, and
-// nothing else in C++ may contain a formula of the loss. No torch and no STL: nvcc and any host compiler take it.
+// This is the C++ spelling of kernels/reference.py and advantages.py, which define them. The CPU and the CUDA kernels both
+// include it, and no formula of the loss may stand anywhere else in C++. It uses neither torch nor the STL, so that nvcc
+// and any host compiler take it.
 //
-// F is float, or on a host Floats (floats.h): four tokens at once. Conditions on F are therefore joined by & and chosen
-// between by ?:, whose two sides may both be computed.
+// F is float or, on a host, Floats (floats.h): four tokens at once. Conditions on F are therefore combined by &, not &&,
+// and turned into values by ?:, both sides of which are computed.
 #pragma once
 
 #include <math.h>
@@ -22,21 +24,29 @@
 
 namespace mr1fast {
 
-// exp of a log-ratio or of (ref - logp) saturates here: float32 holds exp(88), and an infinite one would turn into NaN
-// in the product with a zero. The derivative keeps the saturated value, so that the slope stays finite and points back.
+// reference.EXP_LIMIT: the exponential of a log-ratio or of ref_logp - logp stays at e^80 beyond it. float32's overflows at
+// e^88.7, and inf times a zero would be NaN. The derivative keeps the saturated value, so that it stays finite and still
+// points back.
 constexpr float kExpLimit = 80.0f;
 
-// Added to the standard deviation of the rewards, as TRL does.
-constexpr double kAdvantageEps = 1e-4;
+constexpr double kAdvantageEps = 1e-4;  // advantages.EPS
 
-enum class Policy : int { kClip = 0, kCispo = 1, kSapo = 2 };  // kClip: grpo, bnpo, dr_grpo, dapo, luspo
+enum class Policy : int32_t { kClip, kCispo, kSapo };  // in the order of reference.POLICIES
 
-struct TokenSpec {
+// What a token's objective is told besides its tensors, under the names of reference.SWITCHES and reference.NUMBERS and in
+// their order (tests/test_settings.py compares them). Both arrive as lists: 4 bytes a member.
+struct Switches {
   Policy policy;
+  int32_t use_bias_correction_kl;
+};
+struct Numbers {
   float epsilon_low, epsilon_high;
-  float delta;  // upper bound of the ratio in the unclipped term; +inf for none
-  bool bias_correction;  // kl *= ratio
+  float delta;  // inf where there is none
   float sapo_temperature_pos, sapo_temperature_neg;
+};
+struct TokenSpec {
+  Switches switches;
+  Numbers numbers;
 };
 
 template <typename F>
@@ -51,13 +61,14 @@ template <typename F>
 struct TokenLoss {
   F loss;  // policy term * is_ratio + beta * kl, without the normaliser
   F dloss_dlogp;
-  F kl;                        // after bias correction; 0 without reference
+  F kl;                           // after bias correction; 0 without reference
   decltype(F{} < F{}) low, high;  // clipped from below, from above
 };
 
 MR1_HD float exp_of(float x) { return expf(x); }
 
-// exp(x) - 1, with all its digits near 0.
+// exp(x) - 1 to full relative precision: where |x| < 0.35, exp(x) is near 1 and the subtraction would cancel its digits, so
+// that the Taylor series is summed instead, whose first omitted term is below 0.35^7 / 8! = 2e-8 of the result.
 template <typename F>
 MR1_HD F exp_minus_1(F x) {
   F p = F{} + 1.0f / 5040.0f;
@@ -69,41 +80,44 @@ MR1_HD F exp_minus_1(F x) {
   return ((x > -0.35f) & (x < 0.35f)) ? x + x * x * p : exp_of(x) - 1.0f;
 }
 
+// The slopes are derivatives with respect to logp; that of the ratio is the ratio itself.
 template <typename F>
 MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
+  const Numbers& set = spec.numbers;
   const F zero = F{}, limit = zero + kExpLimit;
   const auto dead = in.logp == -INFINITY;  // the sampled token was banned: no derivative exists, so none is taken
-  const F old_logp = in.has_old ? in.old_logp : in.logp;  // on-policy the ratio is 1, or NaN for all to see
+  const F old_logp = in.has_old ? in.old_logp : in.logp;  // on-policy the ratio is 1, or NaN where logp is
   const F log_ratio = (dead & (old_logp == -INFINITY)) ? zero : in.logp - old_logp;
   const F ratio = exp_of(log_ratio > limit ? limit : log_ratio);
   const F a = in.advantage;
 
   TokenLoss<F> out{};
   F term, slope;
-  if (spec.policy == Policy::kClip) {
-    const F lo = zero + (1.0f - spec.epsilon_low), hi = zero + (1.0f + spec.epsilon_high), delta = zero + spec.delta;
+  if (spec.switches.policy == Policy::kClip) {
+    const F lo = zero + (1.0f - set.epsilon_low), hi = zero + (1.0f + set.epsilon_high), delta = zero + set.delta;
     const F bounded = ratio > delta ? delta : ratio;
     const F clipped = ratio < lo ? lo : (ratio > hi ? hi : ratio);
     const F free_term = bounded * a, clip_term = clipped * a;
     const F free_slope = ratio > delta ? zero : a;
     const F clip_slope = ((ratio < lo) | (ratio > hi)) ? zero : a;
-    // Where the two are equal the derivative is their mean, which is what torch.minimum takes.
+    // min(free, clipped) has the slope of the smaller one. Where they are equal it has that of neither; torch.min, and so
+    // the reference, takes the mean.
     const F mean = 0.5f * (free_slope + clip_slope);
     term = -(free_term < clip_term ? free_term : clip_term);
     slope = -(free_term < clip_term ? free_slope : (clip_term < free_term ? clip_slope : mean)) * ratio;
     out.low = (bounded < lo) & (a < 0.0f);
     out.high = (bounded > hi) & (a > 0.0f);
-  } else if (spec.policy == Policy::kCispo) {
-    const F bound = zero + spec.epsilon_high;  // the bound itself
-    const F weight = ratio > bound ? bound : ratio;
+  } else if (spec.switches.policy == Policy::kCispo) {
+    const F bound = zero + set.epsilon_high;  // of the ratio itself
+    const F weight = ratio > bound ? bound : ratio;  // a constant to the derivative
     term = dead ? zero : -weight * a * in.logp;
     slope = -weight * a;
     out.high = (ratio > bound) & (a > 0.0f);
   } else {
-    const F t = a > 0.0f ? zero + spec.sapo_temperature_pos : zero + spec.sapo_temperature_neg;
+    const F t = a > 0.0f ? zero + set.sapo_temperature_pos : zero + set.sapo_temperature_neg;
     const F gate = 1.0f / (1.0f + exp_of(-t * (ratio - 1.0f)));
     term = -gate * (4.0f / t) * a;
-    slope = -4.0f * gate * (1.0f - gate) * a * ratio;
+    slope = -4.0f * gate * (1.0f - gate) * a * ratio;  // gate' = t gate (1 - gate)
   }
   out.loss = term * in.is_ratio;
   out.dloss_dlogp = slope * in.is_ratio;
@@ -111,9 +125,9 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
   if (in.has_ref) {
     const F d = in.ref_logp - in.logp;
     const F growth = exp_minus_1(d > limit ? limit : d);
-    F kl = growth - d, kl_slope = -growth;
-    if (spec.bias_correction) {
-      kl_slope = -d * ratio;  // d(kl * ratio) / d(logp) = (-growth + kl) * ratio
+    F kl = growth - d, kl_slope = -growth;  // k3: e^d - d - 1, with d(d)/d(logp) = -1
+    if (spec.switches.use_bias_correction_kl) {
+      kl_slope = -d * ratio;  // d(kl * ratio)/d(logp) = (-growth + kl) * ratio, in which the exponentials cancel
       kl = kl * ratio;
     }
     out.kl = dead ? zero : kl;
@@ -126,13 +140,15 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
   return out;
 }
 
-// Running statistics of softmax over part of a row: z's maximum, sum of exp(z - max), sum of exp(z - max) * (z - max).
-// An empty part is {-inf, 0, 0}.
+// The statistics of softmax over a part of a row, from which its log-sum-exp and its entropy follow: the maximum of z, the
+// sum of exp(z - max) and the sum of exp(z - max) * (z - max). An empty part is {-inf, 0, 0}.
+//   lse = max + log(sum)        entropy = lse - sum(p z) = log(sum) - weighted / sum
 template <typename Real>
 struct RowStats {
   Real max, sum, weighted;
 };
 
+// Two parts as one: the sums of the part with the smaller maximum are brought to the larger one.
 template <typename Real>
 MR1_HD RowStats<Real> merge(const RowStats<Real>& a, const RowStats<Real>& b) {
   if (b.max == -INFINITY) return a;
@@ -144,7 +160,9 @@ MR1_HD RowStats<Real> merge(const RowStats<Real>& a, const RowStats<Real>& b) {
   return {big.max, big.sum + scale * small.sum, big.weighted + scale * (small.weighted + shift * small.sum)};
 }
 
-// d(loss)/d(logits) away from the sampled token is p * (base + slope * log p); the sampled token gets `hit` added.
+// d(loss)/d(logits) of a row. With c = d(loss)/d(logp) and e = -d(loss)/d(entropy), both over the temperature,
+//   d(loss)/d(z_j) = c (1[j = id] - p_j) + e p_j (log p_j + entropy)
+// which is p_j * (base + slope * log p_j) with base = e * entropy - c and slope = e; the sampled token gets `hit` = c added.
 template <typename F>
 struct RowGradient {
   F base, slope, hit;
@@ -158,39 +176,45 @@ MR1_HD RowGradient<F> row_gradient(F coef, F entropy_coef, F entropy, float inv_
   return {(bonus - coef) * inv_temperature, entropy_coef * inv_temperature, coef * inv_temperature};
 }
 
-// The whole gradient at the sampled token. Where p is nearly 1, 1 - p has no digits left.
+// The whole gradient at the sampled token. Without an entropy bonus it is c (1 - p), where 1 - p has no digits left if p is
+// nearly 1: hence -c * (exp(logp) - 1), by exp_minus_1.
 template <typename F>
 MR1_HD F sampled_gradient(const RowGradient<F>& g, F logp) {
   const F rest = g.base + g.hit;  // exactly 0 without an entropy bonus
   return logp == -INFINITY ? F{} : exp_of(logp) * (rest + g.slope * logp) - g.hit * exp_minus_1(logp);
 }
 
+enum class RewardScale : int32_t { kGroup, kBatch, kNone };  // in the order of advantages.SCALE_REWARDS
+
+// Of the rewards that are not NaN (a NaN reward is an absent one): one of them, the mean of their differences from it, and
+// their unbiased standard deviation. Equal rewards differ by exactly 0, while their sum over their number need not be any
+// of them.
 struct Moments {
-  double mean, std;
+  double first, mean_beyond_first, std;
 };
 
-// Mean and unbiased standard deviation of the rewards that are not NaN (a NaN reward is an absent one).
 MR1_HD Moments reward_moments(const float* rewards, int64_t n) {
-  double sum = 0.0, squares = 0.0;
+  double first = 0.0, sum = 0.0, squares = 0.0;
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (rewards[i] == rewards[i]) {
-      sum += rewards[i];
-      ++count;
-    }
+    if (rewards[i] != rewards[i]) continue;
+    if (count++ == 0) first = rewards[i];
+    sum += rewards[i] - first;
   }
   const double mean = count ? sum / count : 0.0;
   for (int64_t i = 0; i < n; ++i) {
-    if (rewards[i] == rewards[i]) squares += (rewards[i] - mean) * (rewards[i] - mean);
+    const double centred = rewards[i] - first - mean;
+    if (rewards[i] == rewards[i]) squares += centred * centred;
   }
-  return {mean, count > 1 ? sqrt(squares / (count - 1)) : 0.0};
+  return {first, mean, count > 1 ? sqrt(squares / (count - 1)) : 0.0};
 }
 
-// scale: divide by the standard deviation `std` (of the group or of the batch); otherwise only the group's mean goes.
-MR1_HD float group_advantage(float reward, double group_mean, bool scale, double std) {
-  if (!(reward == reward)) return 0.0f;
-  const double centred = reward - group_mean;
-  return (float)(scale ? centred / (std + kAdvantageEps) : centred);
+// `batch` is read only where it gives the scale.
+MR1_HD float group_advantage(float reward, const Moments& group, const Moments& batch, RewardScale scale) {
+  if (reward != reward) return 0.0f;
+  const double centred = reward - group.first - group.mean_beyond_first;
+  if (scale == RewardScale::kNone) return (float)centred;
+  return (float)(centred / ((scale == RewardScale::kGroup ? group : batch).std + kAdvantageEps));
 }
 
 }  // namespace mr1fast

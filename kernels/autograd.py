@@ -11,7 +11,10 @@ The ops they call are in ops.py.
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +50,11 @@ def grpo(
         if _direct(logits):
             loss, *per_token = run_grpo(logits, batch, spec, backend, None)
         else:
-            loss, *per_token = grpo_loss_op(logits, *flat(batch), *flat(spec), backend, False)[:-1]
+            loss, *per_token = grpo_loss_op(logits, *flat(batch, spec), backend, False)[:-1]
     else:
         # A leaf cannot be marked dirty, and a view may not be where a Function has several outputs.
         mark_dirty = inplace and not (torch.compiler.is_compiling() or logits.is_leaf or logits._is_view())
-        outputs = _OnePass.apply(logits, batch, spec, backend, inplace, mark_dirty)
+        outputs = _OnePass.apply(logits, batch, spec, backend, inplace, mark_dirty)[:-1]
         loss, *per_token = outputs[1:] if mark_dirty else outputs
         if inplace and not torch.compiler.is_compiling():
             _mark_consumed(_owner(logits))
@@ -91,7 +94,7 @@ def token_logprobs(
     _refuse_consumed(logits)
     if backend == "torch":
         return reference.score(logits, ids, mask, temperature)
-    logps, entropies, _ = _Score.apply(logits, ids, mask, temperature, inplace_backward, backend)
+    logps, entropies, *_ = _Score.apply(logits, ids, mask, temperature, inplace_backward, backend)
     return logps, entropies
 
 
@@ -107,9 +110,56 @@ def _direct(logits: Tensor) -> bool:
     )
 
 
+# ---- the autograd Functions -----------------------------------------------------------------------------------------
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients as they are, in whose own derivative an error stands in the way to the link."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "the gradient of a fused loss cannot be differentiated again (create_graph=True): mr1fast computes it in "
+            "closed form; grpo_loss and token_logprobs from logits can be, with backend='torch'"
+        )
+
+
+def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Of an autograd Function's backward: whoever differentiates its result gets an error, not a constant in silence.
+
+    torch's `once_differentiable` raises only where the incoming gradient needs a gradient, and that of a loss is 1. The
+    Function's last output and last saved tensor is a `new_link`, by which the error stands between the result and
+    whatever the Function was applied to. (torch.compile refuses double backward by itself.)
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *incoming)
+        *_, link = ctx.saved_tensors
+        with torch.no_grad():
+            results = backward(ctx, *incoming)
+        found = [result for result in results if result is not None]
+        guarded = iter(_NoSecondDerivative.apply(link, *found) if found else ())
+        return tuple(None if result is None else next(guarded) for result in results)
+
+    return once
+
+
+def new_link(like: Tensor) -> Tensor:
+    """For `differentiable_once`: an output without elements, which nobody sees and hence nobody changes."""
+    return like.new_empty(0)
+
+
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, inplace: bool, mark_dirty: bool):
+    def forward(
+        ctx: Any, logits: Tensor, batch: LossBatch, spec: LossSpec, backend: str, inplace: bool, mark_dirty: bool
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.mark_dirty_used, ctx.handed_on = mark_dirty, False
         if _direct(logits):
@@ -118,19 +168,21 @@ class _OnePass(torch.autograd.Function):
             if inplace:
                 torch.autograd.graph.increment_version(logits)
         elif inplace:
-            outputs = grpo_loss_inplace_op(logits, *flat(batch), *flat(spec), backend)
+            outputs = grpo_loss_inplace_op(logits, *flat(batch, spec), backend)
             gradient = logits
         else:
-            *outputs, gradient = grpo_loss_op(logits, *flat(batch), *flat(spec), backend, True)
+            *outputs, gradient = grpo_loss_op(logits, *flat(batch, spec), backend, True)
         ctx.mark_non_differentiable(*outputs[1:])
         if mark_dirty:
             ctx.mark_dirty(logits)
             outputs = (logits, *outputs)
-        ctx.save_for_backward(gradient)
-        return tuple(outputs)
+        link = new_link(logits)
+        ctx.save_for_backward(gradient, link)
+        return *outputs, link
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    @differentiable_once
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         if ctx.mark_dirty_used:
             if grad_outputs[0] is not None:
                 raise RuntimeError(
@@ -144,19 +196,29 @@ class _OnePass(torch.autograd.Function):
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, mask, temperature: float, inplace_backward: bool, backend: str):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        inplace_backward: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         logps, entropies, lse = score_op(logits, ids, mask, temperature, backend)
-        ctx.save_for_backward(logits, ids, mask, lse, entropies)
+        link = new_link(logits)
+        ctx.save_for_backward(logits, ids, mask, lse, entropies, link)
         ctx.temperature, ctx.inplace_backward, ctx.backend = temperature, inplace_backward, backend
         ctx.mark_non_differentiable(lse)
         # What save_for_backward hands back is another object, on which a mark would be lost.
         ctx.owner = None if torch.compiler.is_compiling() else weakref.ref(_owner(logits))
-        return logps, entropies, lse
+        return logps, entropies, lse, link
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropies, _):
-        logits, ids, mask, lse, entropies = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        logits, ids, mask, lse, entropies, _link = ctx.saved_tensors
         if grad_logps is None:
             grad_logps = torch.zeros_like(lse)
         if grad_entropies is not None:
@@ -174,9 +236,9 @@ class _Score(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def hand_on(ctx, factor: Tensor | None) -> list[Tensor | None]:
+def hand_on(ctx: Any, factor: Tensor | None) -> list[Tensor | None]:
     """The saved gradients times the loss's own gradient (0-d), in place; from the second backward on, in new memory."""
-    gradients = ctx.saved_tensors
+    *gradients, _link = ctx.saved_tensors
     if factor is None:
         return [None for _ in gradients]
     if torch.compiler.is_compiling():

@@ -12,7 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from mr1fast.kernels.reference import LossBatch, LossSpec, flat
+from mr1fast.kernels.reference import LossBatch, LossSpec, Outputs, flat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,10 +51,11 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """See `dispatch.Backend`."""
     rows = logits if grad is logits else _rows(logits)
-    outputs = torch.ops.mr1fast_native.grpo_forward(rows, *flat(batch), *flat(spec), grad)
+    settings = (spec.switches, spec.numbers, spec.temperature)
+    outputs: Outputs = torch.ops.mr1fast_native.grpo_forward(rows, *flat(batch), *settings, grad)
     return outputs if batch.ref_logps is not None else (*outputs[:4], None, *outputs[5:])
 
 
@@ -62,7 +63,9 @@ def score_forward(
     logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L]."""
-    return torch.ops.mr1fast_native.score_forward(_rows(logits), ids, mask, temperature)
+    scored: tuple[Tensor, Tensor, Tensor]
+    scored = torch.ops.mr1fast_native.score_forward(_rows(logits), ids, mask, temperature)
+    return scored
 
 
 def score_backward(

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from mr1fast.kernels import cuda_build, reference
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.advantages import SCALE_REWARDS
+from mr1fast.kernels.reference import NUMBERS, SWITCHES, LossBatch, LossSpec, Outputs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-POLICIES = {"cispo": 1, "sapo": 2}  # the others share the clipped one, 0
-SCALES = {"none": 0, "group": 1, "batch": 2}
 
 # fmt: off
 _POINTERS = (
@@ -31,13 +30,17 @@ _SIZES = (
     "advantage_stride_l", "is_ratio_stride_b", "is_ratio_stride_l", "weight_stride_b", "weight_stride_l",
     "num_generations",
 )
-_FLOATS = (
-    "epsilon_low", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg",
-)
-_INTS = (
-    "dtype", "policy", "scale_rewards", "bias_correction", "two_phase",
-)
+_INTS = ("dtype", "scale_rewards", "two_phase")
 # fmt: on
+
+
+class TokenSpec(ctypes.Structure):
+    """TokenSpec of csrc/token_loss.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in SWITCHES),
+        *((name, ctypes.c_float) for name in NUMBERS),
+    )
 
 
 class RowsCall(ctypes.Structure):
@@ -47,7 +50,7 @@ class RowsCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
         ("temperature", ctypes.c_double),
-        *((name, ctypes.c_float) for name in _FLOATS),
+        ("spec", TokenSpec),
         *((name, ctypes.c_int32) for name in _INTS),
     )
 
@@ -175,7 +178,7 @@ class _Call:
             raise RuntimeError(f"{function}: {wrong.decode()}")
 
 
-def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """See `dispatch.Backend`."""
     assert spec.importance_sampling_level == "token"
     call = _Call(logits, batch.ids, batch.mask, spec.temperature, grad)
@@ -187,13 +190,9 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
     if batch.advantages is None:
         assert batch.rewards is not None
         call.contiguous(rewards=batch.rewards, advantage_space=torch.empty_like(batch.rewards))
-        call.c.num_generations, call.c.scale_rewards = batch.num_generations, SCALES[batch.scale_rewards]
-    call.c.policy = POLICIES.get(spec.loss_type, 0)
-    call.c.bias_correction = spec.use_bias_correction_kl
-    call.c.delta = float("inf") if spec.delta is None else spec.delta
-    for name in _FLOATS:
-        if name != "delta":
-            setattr(call.c, name, getattr(spec, name))
+        call.c.num_generations = batch.num_generations
+        call.c.scale_rewards = SCALE_REWARDS.index(batch.scale_rewards)
+    call.c.spec = TokenSpec(*spec.switches, *spec.numbers)
     names = ("share", "loss", "logps", "entropies", "coef")
     share, per_token_loss, logps, entropies, coef = call.outputs(*names)
     kl = None if batch.ref_logps is None else call.outputs("kl")[0]

@@ -34,7 +34,7 @@ class CannotBuild(Exception):
 
 
 def source_folder() -> Path:
-    """csrc/ of the checkout that this package was imported from; a wheel has none."""
+    """csrc/ beside kernels/: in a checkout at its top, in an installation inside the package."""
     return Path(__file__).resolve().parents[1] / "csrc"
 
 
@@ -77,7 +77,7 @@ def build(device: int, arch: str) -> Path:
     """The library, compiled and checked on that device if it is not there yet. Raises CannotBuild."""
     if not (source_folder() / SOURCES[0]).is_file():
         raise CannotBuild(
-            "the CUDA sources are not part of this installation; install from a checkout: pip install -e ."
+            f"the CUDA sources are not part of this installation ({source_folder()} lacks them); install mr1fast again"
         )
     nvcc = find_nvcc()
     path = library_path(arch, nvcc_version(nvcc) if nvcc else "*")
@@ -109,7 +109,8 @@ def _compile_and_check(nvcc: str, device: int, arch: str, path: Path) -> None:
 
 
 def _check(library: Path, device: int) -> None:
-    packages = os.pathsep.join(filter(None, [str(source_folder().parent), os.environ.get("PYTHONPATH")]))
+    home = Path(str(sys.modules["mr1fast"].__file__)).parents[1]  # the checkout, or site-packages
+    packages = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
     try:
         checked = subprocess.run(
             [sys.executable, "-m", "mr1fast.kernels.cuda_check", str(library), str(device)],

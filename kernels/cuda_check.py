@@ -7,11 +7,14 @@ device takes no process beside those that have it, it says so in its last line a
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from mr1fast.kernels import cuda
+from mr1fast.kernels import autograd, cuda
 from mr1fast.kernels.cuda_build import NOT_CHECKED
+from mr1fast.kernels.reference import LossBatch, LossSpec
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, random_batch
 
 # Scalars only; unaligned; clusters of different sizes; too long for any cluster.
@@ -20,25 +23,40 @@ VOCABULARIES = (37, 1003, 32000, 151936, 10**6 + 8)
 TAKEN = ("out of memory", "busy or unavailable")
 
 
-def gradient(batch: dict, logits: torch.Tensor, level: str, backend: str) -> torch.Tensor:
-    from mr1fast import grpo_loss
-
+def gradient(inputs: dict[str, Any], logits: Tensor, level: str, backend: str) -> Tensor:
+    """dloss/dlogits [B, L, V] of GRPO's loss with every term that it may have."""
     leaf = logits.detach().clone().requires_grad_()
-    keywords = batch | {"logits": leaf, "importance_sampling_level": level, "entropy_coef": 0.01}
-    grpo_loss(**keywords, beta=0.1, backend=backend).loss.backward()
-    assert leaf.grad is not None
-    return leaf.grad
+    B, L, _ = leaf.shape
+    dtype = torch.float64 if leaf.dtype == torch.float64 else torch.float32
+
+    def constant(value: float) -> Tensor:
+        return torch.full((), value, dtype=dtype, device=leaf.device)
+
+    batch = LossBatch(
+        ids=inputs["completion_ids"],
+        token_weight=constant(1 / (B * L)).expand(B, L),
+        beta=constant(0.1),
+        mask=inputs["completion_mask"],
+        advantages=inputs["advantages"].to(dtype)[:, None].expand(B, L),
+        old_logps=inputs["old_per_token_logps"].to(dtype),
+        ref_logps=inputs["ref_per_token_logps"].to(dtype),
+        entropy_weight=constant(0.01 / (B * L)),
+    )
+    spec = LossSpec(importance_sampling_level=level)
+    loss, *_ = autograd.grpo(leaf, batch, spec, reduction="mean", inplace=False, backend=backend)
+    (found,) = torch.autograd.grad(loss, leaf)
+    return found
 
 
 def check(device: str, backend: str = "cuda") -> None:
     """Gradients of the one pass and of the two-pass way, every dtype and path; AssertionError if one is off."""
     for dtype in cuda.DTYPES:
         for V in VOCABULARIES:
-            batch = random_batch(2, 3, V, dtype=dtype, device=device)
+            inputs = random_batch(2, 3, V, dtype=dtype, device=device)
             for level in ("token", "sequence"):
-                exact = gradient(batch, batch["logits"].double(), level, "torch")
-                peer = gradient(batch, batch["logits"], level, "torch")
-                actual = gradient(batch, batch["logits"], level, backend)
+                exact = gradient(inputs, inputs["logits"].double(), level, "torch")
+                peer = gradient(inputs, inputs["logits"], level, "torch")
+                actual = gradient(inputs, inputs["logits"], level, backend)
                 scale = exact.abs().max()
                 name = f"{dtype}, V {V}, {level} level"
                 assert_within_budget(name, actual / scale, exact / scale, peer / scale, GRADIENT_FLOOR[dtype])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mr1fast.kernels import cpp, cuda, triton_backend
+from mr1fast.kernels.reference import Outputs
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,9 @@ class Backend:
 
     why_not(logits) -> None if it can run on such logits here, else one sentence that says why it cannot.
 
-    grpo_forward(logits, batch, spec, grad)
-        -> (loss, per_token_loss, logps, entropies, kl, is_low_clipped, is_high_clipped, coef)
+    grpo_forward(logits, batch, spec, grad) -> reference.Outputs
         The one pass. `grad` is None, or a tensor like the logits (or the logits themselves) that receives
-        dloss/dlogits (which autograd.py asks for in float32 and bfloat16 only). coef [B, L] is
-        token_weight * dloss/dlogp; kl None without ref_logps.
+        dloss/dlogits (which autograd.py asks for in float32 and bfloat16 only).
     score_forward(logits, ids, mask, temperature) -> (logps, entropies, lse), float32 [B, L]
     score_backward(logits, ids, mask, lse, entropies, grad_logps, grad_entropies, temperature, grad) -> None
         Writes the gradient into `grad`, which may be the logits; grad_entropies may be None.
@@ -31,7 +30,7 @@ class Backend:
 
     name: str
     why_not: Callable[[Tensor], str | None]
-    grpo_forward: Callable[..., tuple]
+    grpo_forward: Callable[..., Outputs]
     score_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     score_backward: Callable[..., None]
 

@@ -15,7 +15,7 @@ These functions know nothing of autograd (linear_op.py does); on a GPU each bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -146,8 +146,6 @@ class Gradients:
 
 # ---- one pass -------------------------------------------------------------------------------------------------------
 
-_PER_TOKEN = ("ids", "advantages", "old_logps", "ref_logps", "is_ratio", "token_weight")
-
 
 def grpo(
     hidden: Tensor,  # [B, L, H]
@@ -209,12 +207,7 @@ def _unmasked(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def _packed(batch: LossBatch, index: Tensor) -> LossBatch:
     """The batch of the tokens `index` [N] alone, as one completion [1, N]; advantages are made per token for that."""
-    advantages = batch.advantages
-    if advantages is None:
-        assert batch.rewards is not None
-        advantages = reference.group_advantages(batch.rewards, batch.num_generations, batch.scale_rewards)[:, None]
-        advantages = advantages.expand(batch.ids.shape)
-    batch = replace(batch, advantages=advantages, rewards=None, mask=None)
+    batch = replace(batch, advantages=reference.token_advantages(batch), rewards=None, mask=None)
     return _per_token(batch, lambda tensor: tensor.reshape(-1)[index][None])
 
 
@@ -223,8 +216,11 @@ def _columns(batch: LossBatch, start: int, stop: int) -> LossBatch:
 
 
 def _per_token(batch: LossBatch, change: Callable[[Tensor], Tensor]) -> LossBatch:
-    tensors = {name: getattr(batch, name) for name in _PER_TOKEN}
-    changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in tensors.items()}
+    """The batch with `change` made to every tensor [B, L] in it; others have fewer dimensions."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    changed: dict[str, Any] = {
+        name: change(value) for name, value in values.items() if isinstance(value, Tensor) and value.dim() == 2
+    }
     return replace(batch, **changed)
 
 

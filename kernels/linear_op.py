@@ -6,14 +6,16 @@ registered op (it needs autograd inside) and keeps the logits: Inductor fuses th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 
 from mr1fast.kernels import autograd, dispatch, linear, reference
-from mr1fast.kernels.autograd import LossOutputs
+from mr1fast.kernels.autograd import LossOutputs, differentiable_once, new_link
 from mr1fast.kernels.linear import Found, How, Needed
-from mr1fast.kernels.ops import BATCH_SCHEMA, SPEC_SCHEMA, unflat
+from mr1fast.kernels.ops import CALL_SCHEMA, unflat
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 
 
@@ -41,7 +43,7 @@ def grpo(
         )
         return autograd.objective(logps, entropies, batch, spec, reduction)
     args = (hidden, weight, bias, batch, spec, How(backend, dtype, chunk_bytes), needed)
-    loss, *per_token = _OnePass.apply(*args) if any(needed) else _grpo(*args)[:6]
+    loss, *per_token = (_OnePass.apply if any(needed) else _grpo)(*args)[:6]
     logps, entropies, kl, is_low, is_high = per_token
     return loss, logps, entropies, None if batch.ref_logps is None else kl, is_low, is_high
 
@@ -64,7 +66,7 @@ def token_logprobs(
         return reference.score(_logits(hidden, weight, bias, mask, dtype), ids, mask, temperature)
     args = (hidden, weight, bias, ids, mask, temperature, How(backend, dtype, chunk_bytes))
     needed = _needed(hidden, weight, bias)
-    logps, entropies, _ = _Score.apply(*args, needed) if any(needed) else _score(*args)
+    logps, entropies, *_ = _Score.apply(*args, needed) if any(needed) else _score(*args)
     return logps, entropies
 
 
@@ -93,33 +95,56 @@ def _needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, batch: LossBatch, spec: LossSpec, how: How, needed: Needed):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: LossBatch,
+        spec: LossSpec,
+        how: How,
+        needed: Needed,
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.needed, ctx.handed_on = needed, False
         *outputs, dhidden, dweight, dbias = _grpo(hidden, weight, bias, batch, spec, how, needed)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(dhidden, dweight, dbias)
-        return tuple(outputs)
+        link = new_link(hidden)
+        ctx.save_for_backward(dhidden, dweight, dbias, link)
+        return *outputs, link
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    @differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         gradients = [g if needed else None for g, needed in zip(autograd.hand_on(ctx, grad_loss), ctx.needed)]
         return *gradients, None, None, None, None
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, mask, temperature: float, how: How, needed: Needed):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        how: How,
+        needed: Needed,
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.how, ctx.needed = temperature, how, needed
         logps, entropies, lse = _score(hidden, weight, bias, ids, mask, temperature, how)
-        ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies)
+        link = new_link(hidden)
+        ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies, link)
         ctx.mark_non_differentiable(lse)
-        return logps, entropies, lse
+        return logps, entropies, lse, link
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropies, _):
-        saved = ctx.saved_tensors  # hidden, weight, bias, ids, mask, lse, entropies
+    @differentiable_once
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        *saved, _link = ctx.saved_tensors  # hidden, weight, bias, ids, mask, lse, entropies
         if grad_logps is None:
             grad_logps = torch.zeros_like(saved[-1])
         args = (*saved, grad_logps, grad_entropies, ctx.temperature, ctx.how, ctx.needed)
@@ -138,7 +163,7 @@ def _tensors(found: Found, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Needed) -> tuple:
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Needed) -> tuple[Tensor, ...]:
     pairs = zip((hidden, weight, bias), needed)
     return tuple(t.new_empty(t.shape) if t is not None and need else hidden.new_empty(0) for t, need in pairs)
 
@@ -158,7 +183,7 @@ def _run_grpo(
     return *(hidden.new_empty(0) if t is None else t for t in outputs), *_tensors(gradients, hidden)
 
 
-def _grpo_arguments(args: tuple) -> tuple[LossBatch, LossSpec, How, Needed]:
+def _grpo_arguments(args: tuple[Any, ...]) -> tuple[LossBatch, LossSpec, How, Needed]:
     """From the op's arguments behind the head."""
     *options, backend, dtype, chunk_bytes, needs_hidden, needs_weight, needs_bias = args
     return *unflat(options), How(backend, dtype, chunk_bytes), (needs_hidden, needs_weight, needs_bias)
@@ -167,15 +192,15 @@ def _grpo_arguments(args: tuple) -> tuple[LossBatch, LossSpec, How, Needed]:
 @custom_op(
     "mr1fast::linear_grpo_loss",
     mutates_args=(),
-    schema=f"({_HEAD}, {BATCH_SCHEMA}, {SPEC_SCHEMA}, {_HOW}, {_NEEDED}) -> ({', '.join(['Tensor'] * 9)})",
+    schema=f"({_HEAD}, {CALL_SCHEMA}, {_HOW}, {_NEEDED}) -> ({', '.join(['Tensor'] * 9)})",
 )
-def linear_grpo_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
+def linear_grpo_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high, dhidden, dweight, dbias, each or empty)."""
     return _run_grpo(hidden, weight, bias, *_grpo_arguments(args))
 
 
 @linear_grpo_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     values = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
     flags = hidden.new_empty(hidden.shape[:2], dtype=torch.bool)
     batch, _, _, needed = _grpo_arguments(args)
@@ -184,7 +209,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tenso
     return *outputs, *_fake_gradients(hidden, weight, bias, needed)
 
 
-def _run_score(hidden: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def _run_score(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         return linear.score(hidden, *args)
 
@@ -194,19 +219,19 @@ def _run_score(hidden: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     mutates_args=(),
     schema=f"({_HEAD}, Tensor ids, Tensor? mask, float temperature, {_HOW}) -> (Tensor, Tensor, Tensor)",
 )
-def linear_score_op(*args) -> tuple[Tensor, Tensor, Tensor]:
+def linear_score_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L]."""
     *tensors, backend, dtype, chunk_bytes = args
     return _run_score(*tensors, How(backend, dtype, chunk_bytes))
 
 
 @linear_score_op.register_fake
-def _(hidden: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     values = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
     return values, torch.empty_like(values), torch.empty_like(values)
 
 
-def _run_score_backward(hidden: Tensor, *args) -> tuple[Tensor, ...]:
+def _run_score_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(hidden.device.type, enabled=False):
         return _tensors(linear.score_backward(hidden, *args), hidden)
 
@@ -219,25 +244,26 @@ def _run_score_backward(hidden: Tensor, *args) -> tuple[Tensor, ...]:
         f"float temperature, {_HOW}, {_NEEDED}) -> (Tensor, Tensor, Tensor)"
     ),
 )
-def linear_score_backward_op(*args) -> tuple[Tensor, ...]:
+def linear_score_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """(dhidden, dweight, dbias), each or empty."""
     *scored, backend, dtype, chunk_bytes, needs_hidden, needs_weight, needs_bias = args
     return _run_score_backward(*scored, How(backend, dtype, chunk_bytes), (needs_hidden, needs_weight, needs_bias))
 
 
 @linear_score_backward_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(hidden, weight, bias, args[-3:])
 
 
 # The reference needs autograd inside, which a registered op switches off; it is called as it is.
 
 
-def _grpo(*args) -> tuple[Tensor, ...]:
+def _grpo(*args: Any) -> tuple[Tensor, ...]:
     *head, batch, spec, how, needed = args
     if how.backend == "torch":
         return _run_grpo(*args)
-    return linear_grpo_op(*head, *flat(batch), *flat(spec), *how, *needed)
+    outputs: tuple[Tensor, ...] = linear_grpo_op(*head, *flat(batch, spec), *how, *needed)
+    return outputs
 
 
 def _score(
@@ -247,6 +273,6 @@ def _score(
     return _run_score(*args, how) if how.backend == "torch" else linear_score_op(*args, *how)
 
 
-def _score_backward(*args) -> tuple[Tensor, ...]:
+def _score_backward(*args: Any) -> tuple[Tensor, ...]:
     *scored, how, needed = args
     return _run_score_backward(*args) if how.backend == "torch" else linear_score_backward_op(*scored, *how, *needed)

@@ -1,7 +1,7 @@
-"""The registered ops of the loss from logits: what torch.compile sees of a call, each one node with a fake version.
+"""The registered ops of the loss from logits: each is one node to torch.compile, which learns its shapes from a fake.
 
-Every op that writes over its argument is declared as a mutation, so that autograd and torch.compile know. The
-autograd rules are in autograd.py, the ops that start from hidden states are in linear_op.py.
+An op that overwrites its argument is declared as a mutation, so that autograd and torch.compile know about it. The
+autograd rules are in autograd.py, the ops that start from hidden states in linear_op.py.
 """
 
 from __future__ import annotations
@@ -17,24 +17,17 @@ from torch.library import custom_op
 from mr1fast.kernels import dispatch, triton_backend
 from mr1fast.kernels.reference import LossBatch, LossSpec
 
-# The fields of LossBatch, then those of LossSpec, in order.
-BATCH_SCHEMA = (
-    "Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, Tensor? rewards, "
-    "int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, Tensor? is_ratio, "
-    "Tensor? entropy_weight"
-)
-SPEC_SCHEMA = (
-    "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
-    "bool use_bias_correction_kl, float sapo_temperature_pos, float sapo_temperature_neg, float temperature"
-)
-BATCH_SIZE = len(fields(LossBatch))
+# A registered op takes tensors and plain values: a batch and a spec go in field by field, as `flat` lists them.
+_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "float": "float", "bool": "bool", "str": "str"}
+CALL_SCHEMA = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fields(LossBatch) + fields(LossSpec))
+_BATCH_SIZE = len(fields(LossBatch))
 # A tuple, not Tensor[]: an op that mutates an argument and returns a list cannot be functionalised by torch.compile.
 _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 
 def unflat(args: Sequence[Any]) -> tuple[LossBatch, LossSpec]:
     """What `flat` made of a batch and a spec."""
-    return LossBatch(*args[:BATCH_SIZE]), LossSpec(*args[BATCH_SIZE:])
+    return LossBatch(*args[:_BATCH_SIZE]), LossSpec(*args[_BATCH_SIZE:])
 
 
 def run_grpo(
@@ -59,9 +52,9 @@ def new_gradient(logits: Tensor) -> Tensor:
 @custom_op(
     "mr1fast::grpo_loss",
     mutates_args=(),
-    schema=f"(Tensor logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend, bool need_gradient) -> ({_OUTPUTS}, Tensor)",
+    schema=f"(Tensor logits, {CALL_SCHEMA}, str backend, bool need_gradient) -> ({_OUTPUTS}, Tensor)",
 )
-def grpo_loss_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
+def grpo_loss_op(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high, dloss/dlogits or empty)."""
     *options, backend, need_gradient = args
     gradient = new_gradient(logits) if need_gradient else None
@@ -70,7 +63,7 @@ def grpo_loss_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
 
 
 @grpo_loss_op.register_fake
-def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *options, _, need_gradient = args
     return *_fake_grpo(logits, unflat(options)[0]), new_gradient(logits) if need_gradient else logits.new_empty(0)
 
@@ -78,15 +71,15 @@ def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
 @custom_op(
     "mr1fast::grpo_loss_",
     mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {BATCH_SCHEMA}, {SPEC_SCHEMA}, str backend) -> ({_OUTPUTS})",
+    schema=f"(Tensor(a!) logits, {CALL_SCHEMA}, str backend) -> ({_OUTPUTS})",
 )
-def grpo_loss_inplace_op(logits: Tensor, *args) -> tuple[Tensor, ...]:
+def grpo_loss_inplace_op(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, kl or empty, is_low, is_high); dloss/dlogits overwrites the logits."""
     return run_grpo(logits, *unflat(args[:-1]), args[-1], logits)
 
 
 @grpo_loss_inplace_op.register_fake
-def _(logits: Tensor, *args) -> tuple[Tensor, ...]:
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_grpo(logits, unflat(args[:-1])[0])
 
 
@@ -99,7 +92,9 @@ def score_op(
 
 
 @score_op.register_fake
-def _(logits, ids, mask, temperature, backend):
+def _(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
     return values, torch.empty_like(values), torch.empty_like(values)
 
@@ -112,7 +107,7 @@ _SCORED = "Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_l
     mutates_args=(),
     schema=f"(Tensor logits, {_SCORED}, float temperature, str backend) -> Tensor",
 )
-def score_backward_op(logits: Tensor, *args) -> Tensor:
+def score_backward_op(logits: Tensor, *args: Any) -> Tensor:
     """dlogits of `score`, in a new buffer."""
     gradient = new_gradient(logits)
     dispatch.find(args[-1]).score_backward(logits, *args[:-1], gradient)
@@ -120,7 +115,7 @@ def score_backward_op(logits: Tensor, *args) -> Tensor:
 
 
 @score_backward_op.register_fake
-def _(logits, *args):
+def _(logits: Tensor, *args: Any) -> Tensor:
     return new_gradient(logits)
 
 
@@ -129,14 +124,14 @@ def _(logits, *args):
     mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, {_SCORED}, float temperature, str backend) -> ()",
 )
-def score_backward_inplace_op(logits: Tensor, *args) -> None:
+def score_backward_inplace_op(logits: Tensor, *args: Any) -> None:
     """dlogits of `score`, written over the logits."""
     dispatch.find(args[-1]).score_backward(logits, *args[:-1], logits)
 
 
 @score_backward_inplace_op.register_fake
-def _(logits, *args):
-    return None
+def _(logits: Tensor, *args: Any) -> None:
+    pass
 
 
 @custom_op("mr1fast::scale_", mutates_args=("gradient",))
@@ -152,5 +147,5 @@ def scale_op(gradient: Tensor, factor: Tensor) -> None:
 
 
 @scale_op.register_fake
-def _(gradient, factor):
-    return None
+def _(gradient: Tensor, factor: Tensor) -> None:
+    pass

@@ -1,7 +1,7 @@
 """The definition of the loss: plain PyTorch with no hand-written derivative, selectable as `backend="torch"`.
 
-Everything the fused kernels compute is defined here; they are tested against this file in float64. The objective is
-spelled out again exactly twice, in `triton_objective.py` and in `csrc/token_loss.h`.
+Everything the fused kernels compute is defined here, and they are tested against this file in float64. What one token's
+loss is stands in two more places, `triton_objective.py` and `csrc/token_loss.h`, together with its derivative.
 
 Sources: OThink-MR1 (arXiv 2503.16081) for the GRPO-D objective, TRL 1.16's `GRPOTrainer._compute_loss` for the other
 loss types. Shapes: B completions, L tokens, V vocabulary. 16-bit logits are computed in float32, float64 in float64.
@@ -12,40 +12,71 @@ and a padded position may hold anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
-SCALE_REWARDS = ("group", "batch", "none")
+from mr1fast.kernels import normalisers
+from mr1fast.kernels.advantages import group_advantages
+from mr1fast.kernels.normalisers import Tokens
 
-# float32's exp overflows at 88.7. Log-ratios are cut at 80, which leaves eight e-folds of room for what multiplies them
-# (advantage, KL weight, 1 / temperature), so that no product overflows into inf and no gradient into inf * 0 = NaN.
+# float32's exp overflows at 88.7. Log-ratios are cut off at 80, which leaves a factor of e^8.7 for what multiplies them
+# (advantage, KL weight, 1 / temperature), so that no product overflows to inf and no gradient becomes inf * 0 = NaN.
 EXP_LIMIT = 80.0
 NEG_INF = float("-inf")
 
 
+# ---- one call -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LossSpec:
-    """The settings of one call that are not tensors. Field names and defaults are those of `mr1fast.grpo_loss`."""
+    """The settings of one call that are not tensors, under the names of `mr1fast.grpo_loss`'s keywords.
+
+    A new float or bool here reaches both kernels by itself: see SWITCHES and NUMBERS.
+    """
 
     loss_type: str = "grpo"
     importance_sampling_level: str = "token"
+    use_bias_correction_kl: bool = False
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
-    delta: float | None = None
-    use_bias_correction_kl: bool = False
+    delta: float = math.inf  # inf: the ratio has no second bound
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     temperature: float = 1.0
 
+    @property
+    def policy(self) -> int:
+        """The code of the policy term, under which the other two spellings know it."""
+        return POLICIES.index(_LOSS_TYPES[self.loss_type].policy)
+
+    @property
+    def switches(self) -> tuple[int, ...]:
+        """The values of SWITCHES."""
+        return tuple(int(getattr(self, name)) for name in SWITCHES)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The values of NUMBERS."""
+        return tuple(getattr(self, name) for name in NUMBERS)
+
+
+# What the other two spellings are told about a token's objective besides its tensors: what decides which code runs, and
+# the numbers in it. Both are passed as lists in this order; csrc/token_loss.h's TokenSpec has the same names in it.
+SWITCHES = ("policy", *(field.name for field in fields(LossSpec) if field.type == "bool"))
+NUMBERS = tuple(field.name for field in fields(LossSpec) if field.type == "float" and field.name != "temperature")
+
 
 @dataclass(frozen=True)
 class LossBatch:
-    """The tensors of one call, checked and brought to one form. All but the logits; none needs a gradient.
+    """The tensors of one call but its logits, checked and brought to one form; none needs a gradient.
 
-    Small per-token tensors are [B, L] in the compute dtype and may be expanded views (stride 0).
+    Tensors [B, L] other than ids and mask are in the compute dtype and may be expanded views (stride 0).
     """
 
     ids: Tensor  # [B, L] int64
@@ -62,40 +93,22 @@ class LossBatch:
     entropy_weight: Tensor | None = None  # 0-d, entropy_coef / number of tokens
 
 
-def flat(options: LossBatch | LossSpec) -> tuple:
-    """The values of the fields, in order: a registered op takes no dataclass."""
-    return tuple(getattr(options, name) for name in type(options).__match_args__)  # astuple would copy tensors
+# What a backend's one pass finds: the loss (0-d); then, all [B, L], the loss of each token without its weight, logps,
+# entropies, kl (None without ref_logps), is_low_clipped, is_high_clipped, and token_weight * dloss/dlogp.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
+
+
+def flat(*parts: LossBatch | LossSpec) -> tuple[Any, ...]:
+    """The values of their fields, in order: registered ops take no dataclass, and astuple() would copy the tensors."""
+    return tuple(getattr(part, name) for part in parts for name in type(part).__match_args__)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """float32, but float64 of float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def saturating_exp(x: Tensor) -> Tensor:
-    """exp(min(x, EXP_LIMIT)) whose derivative is that value everywhere: cut off, but never flat and never inf.
-
-    A flat cut would leave a token that is far from the reference without any pull back towards it.
-    """
-    return torch.exp(torch.where(x <= EXP_LIMIT, x, EXP_LIMIT + (x - x.detach())))
-
-
-def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str, eps: float = 1e-4) -> Tensor:
-    """(R - mean of its group) / (std + eps), std unbiased, over the group, the batch or not at all; NaN is absent."""
-    groups = rewards.to(compute_dtype(rewards.dtype)).view(-1, num_generations)
-    present = ~groups.isnan()
-    values = groups.masked_fill(~present, 0)
-    count = present.sum(1, keepdim=True)
-    mean = values.sum(1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(present, values - mean, 0)
-    if scale_rewards == "none":
-        return centred.flatten()
-    if scale_rewards == "group":
-        variance = (centred**2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    else:
-        total = present.sum()
-        from_batch_mean = torch.where(present, values - values.sum() / total.clamp(min=1), 0)
-        variance = (from_batch_mean**2).sum() / (total - 1).clamp(min=1)
-    return (centred / (variance.sqrt() + eps)).flatten()
+# ---- logits to log-probabilities ------------------------------------------------------------------------------------
 
 
 def score(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -132,6 +145,59 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
         )
 
 
+# ---- log-probabilities to the loss ----------------------------------------------------------------------------------
+
+
+def saturating_exp(x: Tensor) -> Tensor:
+    """exp(min(x, EXP_LIMIT)), whose derivative is its value everywhere: bounded, but never flat.
+
+    A flat bound would leave a token that is far from the reference without any pull back towards it.
+    """
+    return torch.exp(torch.where(x <= EXP_LIMIT, x, EXP_LIMIT + (x - x.detach())))
+
+
+# A policy term, and where it is clipped from below and from above, all [B, L].
+Term = tuple[Tensor, Tensor, Tensor]
+
+
+def _clip(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
+    """PPO's: -min(ratio A, clip(ratio) A). The unclipped ratio has an upper bound, too, if delta is given."""
+    low, high = 1 - spec.epsilon_low, 1 + spec.epsilon_high
+    bounded = ratio.clamp(max=spec.delta)
+    loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
+    return loss, (bounded < low) & (advantages < 0), (bounded > high) & (advantages > 0)
+
+
+def _cispo(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
+    """MiniMax-M1's (arXiv 2506.13585): REINFORCE, weighted by the ratio, of which epsilon_high itself is the bound."""
+    loss = -ratio.clamp(max=spec.epsilon_high).detach() * advantages * logps
+    return loss, _nowhere(ratio), (ratio > spec.epsilon_high) & (advantages > 0)
+
+
+def _sapo(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
+    """Qwen's (arXiv 2511.20347): a sigmoid of slope 1 at ratio 1 in place of the clip."""
+    t = torch.where(advantages > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
+    loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantages
+    return loss, _nowhere(ratio), _nowhere(ratio)
+
+
+def _nowhere(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.bool)
+
+
+Policy = Callable[[Tensor, Tensor, Tensor, LossSpec], Term]
+POLICIES: tuple[Policy, ...] = (_clip, _cispo, _sapo)  # in the order of their codes in the other two spellings
+
+
+def token_advantages(batch: LossBatch) -> Tensor:
+    """The advantage of each token, [B, L] (a view), from the rewards where those were given."""
+    if batch.advantages is not None:
+        return batch.advantages
+    assert batch.rewards is not None
+    advantages = group_advantages(batch.rewards, batch.num_generations, batch.scale_rewards)
+    return advantages[:, None].expand(batch.ids.shape)
+
+
 def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Per-token loss, KL, and the two clip flags, all [B, L] and 0 where masked; differentiable in `logps` [B, L].
 
@@ -142,12 +208,7 @@ def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, 
     keep = (lambda x: x) if batch.mask is None else (lambda x: torch.where(batch.mask, x, 0))
     dead = logps == NEG_INF
     logps = torch.where(dead, 0, logps)
-    advantages = batch.advantages
-    if advantages is None:
-        assert batch.rewards is not None
-        advantages = group_advantages(batch.rewards, batch.num_generations, batch.scale_rewards)[:, None]
-        advantages = advantages.expand(logps.shape)
-    advantages = keep(advantages)
+    advantages = keep(token_advantages(batch))
 
     if batch.old_logps is None:
         log_ratio = logps - logps.detach()
@@ -161,18 +222,7 @@ def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, 
         log_ratio = (keep(log_ratio).sum(1, keepdim=True) / tokens).expand(logps.shape)
     ratio = saturating_exp(log_ratio)
 
-    is_low, is_high = torch.zeros_like(dead), torch.zeros_like(dead)
-    if spec.loss_type == "cispo":
-        loss = -ratio.clamp(max=spec.epsilon_high).detach() * advantages * logps
-        is_high = (ratio > spec.epsilon_high) & (advantages > 0)
-    elif spec.loss_type == "sapo":
-        t = torch.where(advantages > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
-        loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantages
-    else:
-        low, high = 1 - spec.epsilon_low, 1 + spec.epsilon_high
-        bounded = ratio if spec.delta is None else ratio.clamp(max=spec.delta)
-        loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
-        is_low, is_high = (bounded < low) & (advantages < 0), (bounded > high) & (advantages > 0)
+    loss, is_low, is_high = _LOSS_TYPES[spec.loss_type].policy(ratio, advantages, logps, spec)
     if batch.is_ratio is not None:
         loss = loss * keep(batch.is_ratio)
 
@@ -188,41 +238,41 @@ def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, 
     return keep(loss), kl, keep(is_low), keep(is_high)
 
 
+# ---- tokens to one number -------------------------------------------------------------------------------------------
+
+
+class LossType(NamedTuple):
+    policy: Policy
+    normaliser: normalisers.Normaliser
+
+
+_LOSS_TYPES = {
+    "grpo": LossType(_clip, normalisers.completion_tokens),
+    "bnpo": LossType(_clip, normalisers.all_tokens),
+    "dr_grpo": LossType(_clip, normalisers.longest_completions),
+    "dapo": LossType(_clip, normalisers.batch_tokens),
+    "luspo": LossType(_clip, normalisers.completions),
+    "cispo": LossType(_cispo, normalisers.batch_tokens),
+    "sapo": LossType(_sapo, normalisers.completion_tokens),
+}
+LOSS_TYPES = tuple(_LOSS_TYPES)
+
+
 def token_weight(
     ids: Tensor,
     mask: Tensor | None,
     dtype: torch.dtype,
     loss_type: str,
-    max_completion_length: int | None,
-    num_items_in_batch: Tensor | int | None,
+    max_completion_length: float | None,
+    num_items_in_batch: Tensor | float | None,
 ) -> Tensor:
-    """What each token's loss is multiplied by before the sum, [B, L] (a view); token counts are at least 1."""
-    B, L = ids.shape
-    rows = max(B, 1)
-    count: Tensor | float  # a number where it can be: small tensors cost more than they look
-    if loss_type in ("grpo", "sapo"):
-        count = rows * (max(L, 1) if mask is None else mask.sum(1, keepdim=True).clamp(min=1))
-    elif loss_type == "luspo":
-        count = rows
-    elif loss_type == "dr_grpo":
-        assert max_completion_length is not None
-        count = rows * max_completion_length
-    elif loss_type == "bnpo" or num_items_in_batch is None:
-        count = token_count(ids, mask)
-    elif isinstance(num_items_in_batch, Tensor):
-        count = num_items_in_batch.clamp(min=1)
-    else:
-        count = max(num_items_in_batch, 1)
+    """What each token's loss is multiplied by before the sum, [B, L] (a view)."""
+    count = _LOSS_TYPES[loss_type].normaliser(Tokens(ids, mask, max_completion_length, num_items_in_batch))
     if isinstance(count, Tensor):
         weight = count.to(dtype).reciprocal()
-    else:
+    else:  # a number where it can be: small tensors cost more than they look
         weight = torch.full((), 1 / count, dtype=dtype, device=ids.device)
-    return weight.expand(B, L)
-
-
-def token_count(ids: Tensor, mask: Tensor | None) -> Tensor | int:
-    """Number of unmasked tokens, at least 1; 0-d where there is a mask."""
-    return max(ids.numel(), 1) if mask is None else mask.sum().clamp(min=1)
+    return weight.expand(ids.shape)
 
 
 def aggregate(per_token_loss: Tensor, entropies: Tensor, batch: LossBatch) -> Tensor:

@@ -1,4 +1,7 @@
-"""What tests and benchmarks share: random inputs for the loss head, and the error budget the kernels are held to."""
+"""What it takes to hold a backend to the reference: random inputs of the loss, and the error budget.
+
+Freshly compiled CUDA kernels are tested with it on the user's machine (cuda_check.py), all backends by the tests.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +72,11 @@ def random_batch(
 
 class _ModelOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, trigger: Tensor, logits: Tensor) -> Tensor:
+    def forward(ctx: Any, trigger: Tensor, logits: Tensor) -> Tensor:
         return logits.data
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -82,7 +85,8 @@ def model_output(logits: Tensor) -> Tensor:
 
     A leaf's gradient would be kept, and copied for that where it is the leaf itself.
     """
-    return _ModelOutput.apply(torch.zeros((), requires_grad=True), logits)
+    output: Tensor = _ModelOutput.apply(torch.zeros((), requires_grad=True), logits)
+    return output
 
 
 def assert_within_budget(name: str, actual: Tensor, exact: Tensor, torch_same_dtype: Tensor, floor: float) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mr1fast.kernels import reference
 from mr1fast.kernels.dispatch import Backend
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.reference import LossBatch, LossSpec, Outputs
 
 
-def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """See `dispatch.Backend`."""
     with torch.enable_grad():
         z = logits.detach().requires_grad_(grad is not None)

@@ -8,9 +8,12 @@ triton_objective.py.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mr1fast.kernels.reference import Outputs
 
 INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,24 +34,25 @@ def why_not(logits: Tensor) -> str | None:
 def _interpreted() -> bool:
     import triton
 
-    return triton.knobs.runtime.interpret
+    return bool(triton.knobs.runtime.interpret)
 
 
-def grpo_forward(*args):
+def grpo_forward(*args: Any) -> Outputs:
     """See `dispatch.Backend`."""
     from mr1fast.kernels import triton_loss
 
-    return triton_loss.grpo_forward(*args)
+    outputs: Outputs = triton_loss.grpo_forward(*args)
+    return outputs
 
 
-def score_forward(*args) -> tuple[Tensor, Tensor, Tensor]:
+def score_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See `dispatch.Backend`."""
     from mr1fast.kernels import triton_score
 
     return triton_score.score_forward(*args)
 
 
-def score_backward(*args) -> None:
+def score_backward(*args: Any) -> None:
     """See `dispatch.Backend`."""
     from mr1fast.kernels import triton_score
 

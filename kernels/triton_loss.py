@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mr1fast.kernels import reference
-from mr1fast.kernels.reference import LossBatch, LossSpec
-from mr1fast.kernels.triton_objective import FAMILIES, group_advantage, token_objective
+from mr1fast.kernels.reference import LossBatch, LossSpec, Outputs
+from mr1fast.kernels.triton_objective import group_advantage, token_objective, token_spec
 from mr1fast.kernels.triton_rows import (
     LN_2,
     LOG2_E,
@@ -21,13 +21,14 @@ from mr1fast.kernels.triton_rows import (
     write_zeros,
 )
 
-# What changes from step to step. None of it may enter the specialisation key: neither a value (1, or a multiple of 16)
-# nor, for the small tensors, which are often views, an address. The logits keep the hint of their address, V is
-# constexpr, and the alignment of the rows is W: so loads are 16 bytes wide wherever they can be.
+# What changes from step to step must not enter the key under which Triton looks for a compiled kernel. By itself Triton
+# puts in it whether an integer is 1 or a multiple of 16, and whether an address is a multiple of 16. The former is
+# switched off for sizes and strides, the latter for the small tensors, which are often views. (Floats never enter it.)
+# The logits keep the hint of their address, V is a constant, and the alignment of the rows is W, so that the loads of a
+# row are 16 bytes wide wherever they can be.
 _STEPWISE = (
     "logits_stride_b logits_stride_l grad_stride_b grad_stride_l L B G advantage_stride_b advantage_stride_l "
-    "is_ratio_stride_b is_ratio_stride_l weight_stride_b weight_stride_l ratio_low ratio_high delta "
-    "sapo_temperature_pos sapo_temperature_neg temperature"
+    "is_ratio_stride_b is_ratio_stride_l weight_stride_b weight_stride_l temperature"
 ).split()
 _SMALL = (
     "ids_ptr mask_ptr advantages_ptr rewards_ptr old_ptr ref_ptr is_ratio_ptr weight_ptr entropy_weight_ptr beta_ptr "
@@ -78,11 +79,7 @@ def grpo_loss_fwd_kernel(
     weight_stride_l: tl.int64,
     entropy_weight_ptr,  # [] or None
     beta_ptr,  # []
-    ratio_low,
-    ratio_high,
-    delta,
-    sapo_temperature_pos,
-    sapo_temperature_neg,
+    spec,  # a TokenSpec
     temperature,
     share_ptr,  # out, all [B, L] contiguous: what the token adds to the loss
     loss_ptr,  # out: per-token loss, unweighted
@@ -92,8 +89,6 @@ def grpo_loss_fwd_kernel(
     is_low_ptr,  # out
     is_high_ptr,  # out
     coef_ptr,  # out: weight * dloss_dlogp
-    OBJECTIVE: tl.constexpr,
-    BIAS_CORRECTED_KL: tl.constexpr,
     SCALE_REWARDS: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -139,10 +134,7 @@ def grpo_loss_fwd_kernel(
     scale = tl.div_rn(LOG2_E, temperature)
     base, log2_sum, entropy = row_statistics(logits_ptr, scale, V, C, T, W, STAGES)
     logp = ((x_id - base) * scale - log2_sum) * LN_2
-    loss, slope, kl, is_low, is_high = token_objective(
-        logp, old_logp, ref_logp, advantage, is_ratio, beta, ratio_low, ratio_high, delta,
-        sapo_temperature_pos, sapo_temperature_neg, OBJECTIVE, BIAS_CORRECTED_KL,
-    )  # fmt: skip
+    loss, slope, kl, is_low, is_high = token_objective(logp, old_logp, ref_logp, advantage, is_ratio, beta, spec)
     coef = weight * slope
     share = weight * loss
     on_entropy = None
@@ -165,7 +157,7 @@ def grpo_loss_fwd_kernel(
             )  # fmt: skip
 
 
-def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """The one pass; see `dispatch.Backend`."""
     B, L, V = logits.shape
     reference.check_ids(batch.ids, batch.mask, V)
@@ -173,7 +165,6 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
     share, per_token_loss, logps, entropies, coef = values
     kl = None if batch.ref_logps is None else torch.empty_like(logps)
     is_low, is_high = (torch.empty((B, L), dtype=torch.bool, device=logits.device) for _ in range(2))
-    objective = FAMILIES.get(spec.loss_type, "clip")
     aligned = rows_aligned(logits) if grad is None else rows_aligned(logits, grad)
     if B * L > 0:
         with torch.cuda.device_of(logits):
@@ -190,13 +181,8 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
                 batch.is_ratio, *((0, 0) if batch.is_ratio is None else batch.is_ratio.stride()),
                 batch.token_weight, *batch.token_weight.stride(),
                 batch.entropy_weight, batch.beta,
-                1.0 - spec.epsilon_low,
-                spec.epsilon_high if objective == "cispo" else 1.0 + spec.epsilon_high,
-                float("inf") if spec.delta is None else float(spec.delta),
-                float(spec.sapo_temperature_pos), float(spec.sapo_temperature_neg), float(spec.temperature),
+                token_spec(spec), float(spec.temperature),
                 share, per_token_loss, logps, entropies, kl, is_low, is_high, coef,
-                OBJECTIVE=objective,
-                BIAS_CORRECTED_KL=spec.use_bias_correction_kl,
                 SCALE_REWARDS=batch.scale_rewards if batch.advantages is None else "none",
                 **tile_settings("loss", V, logits.element_size(), aligned),
             )  # fmt: skip

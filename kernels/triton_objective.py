@@ -1,20 +1,34 @@
-"""The objective of one token, spelled as Triton device functions: the counterpart of `reference.objective`.
+"""The objective of one token in Triton, which follows `reference.objective`, and the group-relative advantage.
 
-No derivative is taken by machinery here: `token_objective` returns the loss of a token together with its slope with
-respect to the token's log-probability, which is all the gradient of the logits needs. Everything is a float32 scalar.
+There is no autograd in a kernel: `token_objective` returns the loss of a token together with its slope, the derivative
+with respect to the token's log-probability, which is all that the gradient of the logits needs. Everything is a float32
+scalar; advantages are computed in float64, as everywhere.
 """
+
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
-# Mirrors of reference.py's EXP_LIMIT and of group_advantages' eps; a kernel can only read constexpr globals.
-EXP_LIMIT = tl.constexpr(80.0)
-ADVANTAGE_EPS = tl.constexpr(1e-4)
+from mr1fast.kernels import advantages, reference
+
+EXP_LIMIT = tl.constexpr(reference.EXP_LIMIT)
+ADVANTAGE_EPS = tl.constexpr(advantages.EPS)
 REWARD_BLOCK = tl.constexpr(512)
 NEG_INF = tl.constexpr(float("-inf"))
 
-# Which formula computes a loss type's policy term (`OBJECTIVE` below); all others share the clipped one.
-FAMILIES = {"cispo": "cispo", "sapo": "sapo"}
+# The policy terms, in the order of reference.POLICIES.
+CLIP = tl.constexpr(0)
+CISPO = tl.constexpr(1)
+SAPO = tl.constexpr(2)
+
+# Without field types, which would be another list of the names. As an argument of a kernel it is one parameter.
+TokenSpec = namedtuple("TokenSpec", reference.SWITCHES + reference.NUMBERS)  # type: ignore[misc]
+
+
+def token_spec(spec: reference.LossSpec) -> TokenSpec:
+    """Switches are compiled in. Numbers are arguments: no value of theirs compiles a kernel again."""
+    return TokenSpec(*(tl.constexpr(switch) for switch in spec.switches), *(float(number) for number in spec.numbers))
 
 
 @triton.jit
@@ -31,49 +45,45 @@ def token_objective(
     advantage,
     is_ratio,
     beta,
-    ratio_low,
-    ratio_high,
-    delta,
-    sapo_temperature_pos,
-    sapo_temperature_neg,
-    OBJECTIVE: tl.constexpr,
-    BIAS_CORRECTED_KL: tl.constexpr,
+    spec,
 ):
     """(loss, dloss_dlogp, kl, is_low_clipped, is_high_clipped) of one token, before the normaliser.
 
-    old_logp, ref_logp and is_ratio may be None (constexpr), and kl is then 0. ratio_low and ratio_high bound the ratio
-    (1 - eps_low and 1 + eps_high; cispo: no lower one, and eps_high itself), delta is inf where there is none.
-    OBJECTIVE is "clip", "cispo" or "sapo". See `reference.objective` for the rules where an exponential saturates and
-    for banned tokens (logp -inf), which get no gradient.
+    old_logp, ref_logp and is_ratio may be None, which is known at compile time; without ref_logp kl is 0. spec is a
+    TokenSpec. See `reference.objective` for where an exponential saturates, and for banned tokens (logp -inf), which
+    get no gradient. The derivative of the ratio with respect to logp is the ratio itself.
     """
     dead = logp == NEG_INF
     live_logp = tl.where(dead, 0.0, logp)
-    log_ratio = live_logp - live_logp  # on-policy the ratio is 1, or NaN for all to see
+    log_ratio = live_logp - live_logp  # on-policy the ratio is 1, or NaN where logp is
     if old_logp is not None:
-        # A ban by the old policy alone gives +inf here, and a saturated ratio; by both, inf - inf, is on-policy.
+        # Where the old policy alone banned the token this is +inf, and the ratio saturates. Where both did it would be
+        # inf - inf: the ratio is then taken to be 1.
         log_ratio = tl.where(dead & (old_logp == NEG_INF), 0.0, logp - old_logp)
     ratio = tl.exp(_smaller(log_ratio, EXP_LIMIT))
 
-    if OBJECTIVE == "cispo":
-        weight = _smaller(ratio, ratio_high) * advantage
+    if spec.policy == CISPO:
+        weight = _smaller(ratio, spec.epsilon_high) * advantage  # a constant to the derivative
         loss = -weight * live_logp
         slope = -weight
         is_low = dead != dead
-        is_high = (ratio > ratio_high) & (advantage > 0)
-    elif OBJECTIVE == "sapo":
-        t = tl.where(advantage > 0, sapo_temperature_pos, sapo_temperature_neg)
+        is_high = (ratio > spec.epsilon_high) & (advantage > 0)
+    elif spec.policy == SAPO:
+        t = tl.where(advantage > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
         gate = tl.sigmoid(t * (ratio - 1))
         loss = -gate * 4 / t * advantage
-        slope = -4 * advantage * gate * (1 - gate) * ratio
+        slope = -4 * advantage * gate * (1 - gate) * ratio  # gate' = t gate (1 - gate)
         is_low = dead != dead
         is_high = is_low
     else:
-        bounded = _smaller(ratio, delta)
+        ratio_low = 1.0 - spec.epsilon_low
+        ratio_high = 1.0 + spec.epsilon_high
+        bounded = _smaller(ratio, spec.delta)
         clipped = _smaller(tl.where(ratio < ratio_low, ratio_low, ratio), ratio_high)
         loss = -_smaller(bounded * advantage, clipped * advantage)
-        # d ratio / d logp is the ratio itself; whichever side won passes it on unless a bound holds that side fast.
+        # The smaller side has the slope of its ratio, or none where a bound holds that ratio fast.
         outside = (ratio < ratio_low) | (ratio > ratio_high)
-        held = tl.where(bounded * advantage > clipped * advantage, outside, ratio > delta)
+        held = tl.where(bounded * advantage > clipped * advantage, outside, ratio > spec.delta)
         slope = tl.where(held, 0.0, -advantage * ratio)
         is_low = (bounded < ratio_low) & (advantage < 0)
         is_high = (bounded > ratio_high) & (advantage > 0)
@@ -86,8 +96,8 @@ def token_objective(
         d = tl.where(dead, 0.0, ref_logp - live_logp)
         exp_d = tl.exp(_smaller(d, EXP_LIMIT))
         kl = exp_d - d - 1
-        kl_slope = 1 - exp_d
-        if BIAS_CORRECTED_KL:
+        kl_slope = 1 - exp_d  # d's own slope is -1
+        if spec.use_bias_correction_kl:
             kl_slope = (kl_slope + kl) * ratio
             kl *= ratio
         # beta 0 switches the term off even where kl is inf.
@@ -97,36 +107,40 @@ def token_objective(
 
 
 @triton.jit
-def _moments(rewards_ptr, first, count):
-    """(mean, unbiased std) of rewards[first : first + count], NaN left out; std 0 for fewer than two."""
-    total = 0.0
-    present = 0.0
+def _moments(rewards_ptr, first, count, origin):
+    """(mean - origin, unbiased std), both float64, of rewards[first : first + count] without the NaNs among them.
+
+    The origin [] float64 is one of the rewards: where all equal it, their differences from it are 0, and so is their
+    mean. The std of fewer than two is 0.
+    """
+    total = tl.zeros((), tl.float64)
+    present = tl.zeros((), tl.float64)
     for start in range(0, count, REWARD_BLOCK):
         i = start + tl.arange(0, REWARD_BLOCK)
-        reward = tl.load(rewards_ptr + first + i, mask=i < count, other=float("nan"))
-        total += tl.sum(tl.where(reward == reward, reward, 0.0))
-        present += tl.sum(tl.where(reward == reward, 1.0, 0.0))
+        beyond = tl.load(rewards_ptr + first + i, mask=i < count, other=float("nan")).to(tl.float64) - origin
+        total += tl.sum(tl.where(beyond == beyond, beyond, 0.0))
+        present += tl.sum(tl.where(beyond == beyond, 1.0, 0.0))
     mean = total / tl.maximum(present, 1.0)
-    squares = 0.0
+    squares = tl.zeros((), tl.float64)
     for start in range(0, count, REWARD_BLOCK):
         i = start + tl.arange(0, REWARD_BLOCK)
-        reward = tl.load(rewards_ptr + first + i, mask=i < count, other=float("nan"))
-        centred = tl.where(reward == reward, reward - mean, 0.0)
+        beyond = tl.load(rewards_ptr + first + i, mask=i < count, other=float("nan")).to(tl.float64) - origin
+        centred = tl.where(beyond == beyond, beyond - mean, 0.0)
         squares += tl.sum(centred * centred)
     return mean, tl.sqrt(squares / tl.maximum(present - 1, 1.0))
 
 
 @triton.jit
 def group_advantage(rewards_ptr, completion, B, G, SCALE_REWARDS: tl.constexpr):
-    """The group-relative advantage of one completion: the counterpart of `reference.group_advantages`.
+    """The group-relative advantage of one completion, float32: it follows `advantages.group_advantages`.
 
     rewards [B] float32, the G completions of a prompt adjacent; SCALE_REWARDS is "group", "batch" or "none".
     """
-    mean, std = _moments(rewards_ptr, completion // G * G, G)
+    reward = tl.load(rewards_ptr + completion).to(tl.float64)
+    mean, std = _moments(rewards_ptr, completion // G * G, G, reward)
     if SCALE_REWARDS == "batch":
-        _, std = _moments(rewards_ptr, 0, B)
-    reward = tl.load(rewards_ptr + completion)
-    advantage = reward - mean
+        _, std = _moments(rewards_ptr, 0, B, reward)
+    advantage = 0.0 - mean  # the mean is relative to this very reward
     if SCALE_REWARDS != "none":
         advantage = advantage / (std + ADVANTAGE_EPS)
-    return tl.where(reward == reward, advantage, 0.0)
+    return tl.where(reward == reward, advantage, 0.0).to(tl.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,19 +17,49 @@ def number(name: str, value: Any, *, above: float | None = None, at_least: float
     wanted = f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise ValueError(f"{name} must be a number{wanted}, got {described(value)}")
-    value = float(value)
+    result = float(value)
     if (
-        not -math.inf < value < math.inf  # math.isfinite cannot be traced with dynamic=True
-        or (above is not None and value <= above)
-        or (at_least is not None and value < at_least)
+        not -math.inf < result < math.inf  # math.isfinite cannot be traced with dynamic=True
+        or (above is not None and result <= above)
+        or (at_least is not None and result < at_least)
     ):
-        raise ValueError(f"{name} must be a finite number{wanted}, got {value}")
-    return value
+        raise ValueError(f"{name} must be a finite number{wanted}, got {result}")
+    return result
+
+
+def integer(name: str, value: Any, *, at_least: int) -> int:
+    """A whole number within the bound as an int, or ValueError.
+
+    It may be Python's, numpy's or torch's (0-d), or a float without a fraction (8.0, as a division makes it), but no
+    bool.
+    """
+    whole: int = value if type(value) is int else _whole(name, value, at_least)
+    if whole < at_least:
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {whole}")
+    return whole
+
+
+def _whole(name: str, value: Any, at_least: int) -> int:
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    is_float = isinstance(value, _NUMBERS) and not isinstance(value, numbers.Integral)
+    if not is_bool and not (is_float and value % 1 != 0):
+        try:
+            return int(float(value)) if is_float else operator.index(value)
+        except (TypeError, ValueError):  # not a number, or a tensor of more than one
+            pass
+    raise ValueError(f"{name} must be an integer >= {at_least}, got {described(value)}")
 
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {described(value)}")
+    return value
+
+
+def choice(name: str, value: Any, known: Iterable[str]) -> str:
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(not_one_of(name, value, known))
     return value
 
 

@@ -120,7 +120,7 @@ def test_a_run_that_is_cut_off_keeps_every_round(tmp_path, capsys, monkeypatch):
         ("cut off", "2", "1000.0"),
     ]
     said = capsys.readouterr()
-    assert "cut off: what was measured until then stands above" in said.err
+    assert "interrupted: the table above holds what was measured until then" in said.err
     assert "fails at 0" in said.out
 
 

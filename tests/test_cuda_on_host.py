@@ -171,6 +171,15 @@ def test_masked_positions_may_hold_anything(clusters, on_host):
     assert torch.equal(gradient, clean_gradient)
 
 
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_equal_rewards_give_no_gradient(scale_rewards, on_host):
+    batch = random_batch(14, 1, 16) | {"completion_mask": None, "advantages": None}
+    settings = {"rewards": torch.full((14,), 0.3), "num_generations": 7, "scale_rewards": scale_rewards}
+    output, gradient = run(grpo_loss, batch["logits"], batch, backend="cuda", **settings)
+    assert output["loss"].item() == 0
+    assert (gradient == 0).all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_and_huge_logits(temperature, on_host):
     batch = random_batch(3, 3, 400, scale=300.0)

@@ -125,7 +125,7 @@ def test_opcheck():
     advantages = batch["advantages"][:, None].expand(B, L)
     weight_and_beta = (torch.full((B, L), 1 / 30), torch.tensor(0.0))
     old = batch["old_per_token_logps"]
-    options = (*flat(LossBatch(ids, *weight_and_beta, mask, advantages, old_logps=old)), *flat(LossSpec()))
+    options = flat(LossBatch(ids, *weight_and_beta, mask, advantages, old_logps=old), LossSpec())
     how = ("cpp", torch.float32, 1000)
     torch.library.opcheck(linear_op.linear_grpo_op, (*head, *options, *how, True, True, False))
     torch.library.opcheck(linear_op.linear_score_op, (*head, ids, mask, 0.9, *how))

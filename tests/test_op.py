@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
+from mr1fast import grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
 from mr1fast.kernels import ops
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 from mr1fast.kernels.self_test import available_backends, random_batch
@@ -114,7 +114,7 @@ def test_opcheck(with_ref, backend):
         ref_logps=batch["ref_per_token_logps"] if with_ref else None,
         entropy_weight=torch.tensor(0.01),
     )
-    options = (*flat(loss_batch), *flat(LossSpec(delta=1.5)), backend)
+    options = (*flat(loss_batch, LossSpec(delta=1.5)), backend)
     for need_gradient in (True, False):
         torch.library.opcheck(ops.grpo_loss_op, (batch["logits"], *options, need_gradient))
     torch.library.opcheck(ops.grpo_loss_inplace_op, (batch["logits"].clone(), *options))
@@ -239,6 +239,59 @@ def test_backward_twice(linear, backend):
         torch.autograd.grad(other * 2, leaf, retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(other, leaf)
+
+
+def losses_of_a_leaf(backend):
+    """name -> (the leaf, a scalar made of it), for every autograd Function of the fused losses."""
+    batch = random_batch(3, 4, 40)
+    hidden, weight, rest = head(batch)
+    ids, sequence = batch["completion_ids"], {"importance_sampling_level": "sequence"}
+    leaf = batch["logits"].requires_grad_()
+    return {
+        "one pass": (leaf, grpo_loss(leaf, backend=backend, beta=0.1, **rest).loss),
+        "in place": (leaf, grpo_loss(leaf * 1, backend=backend, inplace=True, beta=0.1, **rest).loss),
+        "two passes": (leaf, grpo_loss(leaf, backend=backend, beta=0.1, **sequence, **rest).loss),
+        "score": (leaf, token_logprobs(leaf, ids, backend=backend).square().sum()),
+        "hidden": (hidden, linear_grpo_loss(hidden, weight, backend=backend, beta=0.1, **rest).loss),
+        "weight": (weight, linear_grpo_loss(hidden, weight, backend=backend, beta=0.1, **rest).loss),
+        "hidden, two passes": (hidden, linear_grpo_loss(hidden, weight, backend=backend, **sequence, **rest).loss),
+        "hidden, score": (hidden, linear_token_logprobs(hidden, weight, ids, backend=backend).square().sum()),
+    }
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", losses_of_a_leaf("torch"))
+def test_a_second_derivative_raises(name, backend):
+    leaf, loss = losses_of_a_leaf(backend)[name]
+    (wanted,) = torch.autograd.grad(loss * 2, leaf)
+    leaf, loss = losses_of_a_leaf(backend)[name]
+    (gradient,) = torch.autograd.grad(loss * 2, leaf, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), wanted)
+    for penalised in (gradient.sum(), loss + 0.1 * gradient.square().sum()):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated again .*create_graph"):
+            torch.autograd.grad(penalised, leaf, retain_graph=True)
+
+
+@pytest.mark.parametrize("name", ["one pass", "two passes", "score"])
+def test_a_second_derivative_in_torch(name):
+    """Against a difference quotient along a direction, in float64."""
+    leaf, _ = losses_of_a_leaf("torch")[name]
+    logits = leaf.detach().double().requires_grad_()
+    batch = {n: v for n, v in random_batch(3, 4, 40).items() if n != "logits"} | {"beta": 0.1, "loss_type": "sapo"}
+    level = "sequence" if name == "two passes" else "token"
+
+    def gradient_at(logits, **grad_settings):
+        if name == "score":
+            value = token_logprobs(logits, batch["completion_ids"], backend="torch").square().sum()
+        else:
+            value = grpo_loss(logits, backend="torch", importance_sampling_level=level, **batch).loss
+        return torch.autograd.grad(value, logits, **grad_settings)[0]
+
+    direction = torch.randn_like(logits)
+    (actual,) = torch.autograd.grad(gradient_at(logits, create_graph=True), logits, direction)
+    step = 1e-6
+    ahead, behind = ((logits.detach() + sign * step * direction).requires_grad_() for sign in (1, -1))
+    torch.testing.assert_close(actual, (gradient_at(ahead) - gradient_at(behind)) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", EVERY)

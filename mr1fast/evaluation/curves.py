@@ -6,7 +6,6 @@ matplotlib's Figure is used without pyplot, so that nothing here needs a display
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,14 @@ from matplotlib.ticker import MaxNLocator
 
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
+from mr1fast.evaluation.drawing import drawable, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+DRAWN = 1e100  # absolute values below this have a place in a picture
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Series:
         name = curve.metric.format(data=self.task)
         rows = self.rows if curve.sft in (None, self.method == "sft") else []
         found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-        finite = [(step, value) for step, value in found if math.isfinite(value)]
+        finite = [(step, value) for step, value in found if abs(value) < DRAWN]  # no NaN, inf or number beyond a float
         steps, values = np.array(finite, dtype=float).reshape(-1, 2).T
         return steps, values
 
@@ -126,6 +127,7 @@ def read_run(run: Path) -> list[Series]:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         result = {}
+    result = result if isinstance(result, dict) else {}
     return [Series(run, task, [rows[step] for step in sorted(rows)], result) for task, rows in tasks.items()]
 
 
@@ -140,31 +142,43 @@ def draw_curves(runs: Sequence[Path], file: Path) -> Path:
         raise UserError(f"{', '.join(map(str, runs))}: no metric that could be drawn")
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    labels = _labels(series)
-    head = 0.2 + 0.25 * len(series)  # inches, for the legend
-    figure = Figure(figsize=(max(4.1 * columns, 8), 3.1 * rows + head), dpi=110)
+    with drawing():
+        figure = _empty_figure(rows, columns, legend=0.2 + 0.25 * len(series))
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels):
+            _draw_panel(axis, panel, series)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        _draw_legend(figure, _labels(series))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+    return file
+
+
+def _empty_figure(rows: int, columns: int, legend: float) -> Figure:
+    """With room for so many panels, and for a legend above them that is so many inches high."""
+    figure = Figure(figsize=(max(4.1 * columns, 8), 3.1 * rows + legend), dpi=110)
     # Fixed margins in inches: a layout engine would take longer than everything else together.
     width, height = figure.get_size_inches()
     figure.subplots_adjust(
         left=0.7 / width,
         right=1 - 0.12 / width,
         bottom=0.5 / height,
-        top=1 - (head + 0.5) / height,
+        top=1 - (legend + 0.5) / height,
         wspace=0.75 / (width / columns - 0.75),
-        hspace=1.05 / ((height - head) / rows - 1.05),
+        hspace=1.05 / ((height - legend) / rows - 1.05),
     )
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels):
-        _draw_panel(axis, panel, series)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+    return figure
+
+
+def _draw_legend(figure: Figure, labels: Sequence[str]) -> None:
     handles = [
         Line2D([], [], color=_colour(i), ls=_dashes("-", i), lw=3, label=label) for i, label in enumerate(labels)
     ]
-    figure.legend(handles=handles, loc="upper left", frameon=False, fontsize=11, bbox_to_anchor=(0.005, 0.997))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    return file
+    place = (0.005, 0.997)
+    legend = figure.legend(handles=handles, loc="upper left", frameon=False, fontsize=11, bbox_to_anchor=place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a name is a $
 
 
 def _colour(index: int) -> str:
@@ -195,7 +209,7 @@ def _labels(series: Sequence[Series]) -> list[str]:
         before, after = one.test_accuracy("before"), one.test_accuracy("after")
         if before is not None and after is not None:
             label += f": {before:.1f} % right on the test split before training, {after:.1f} % after"
-        labels.append(label)
+        labels.append(drawable(label))
     return labels
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mr1fast.checks import choice
 from mr1fast.kernels.reference import LOSS_TYPES
 from mr1fast.losses import arguments
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
@@ -233,7 +234,7 @@ def _refuse_unsupported(loss_type: str, importance_sampling_level: str, delta: f
             "loss_type='vespo' is not computed by mr1fast (its weight is one detached number per completion, not a "
             f"function of the token's ratio); keep Liger's own function for it, or use one of {', '.join(LOSS_TYPES)}"
         )
-    arguments.choice("loss_type", loss_type, LOSS_TYPES)
+    choice("loss_type", loss_type, LOSS_TYPES)
     if loss_type in ("cispo", "sapo"):
         if importance_sampling_level == "sequence":
             raise ValueError(f"importance_sampling_level must be 'token' for loss_type={loss_type!r}, got 'sequence'")

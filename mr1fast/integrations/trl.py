@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
+from mr1fast.checks import choice
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.losses import arguments
 from mr1fast.losses.hidden import linear_grpo_loss
 from mr1fast.losses.kl_weight import SCHEDULES, kl_weight
 from mr1fast.losses.logits import GRPOLossOutput
@@ -97,7 +97,7 @@ def _checked_schedule(args: Any) -> dict[str, Any]:
     name = getattr(args, "kl_schedule", "paper")
     if name == "adaptive":
         raise ValueError(f"kl_schedule='adaptive' is not supported in TRL's trainer; use one of {', '.join(SCHEDULES)}")
-    arguments.choice("kl_schedule", name, SCHEDULES)
+    choice("kl_schedule", name, SCHEDULES)
     beta_max = getattr(args, "beta_max", None)
     if beta_max is None:
         if name not in ("paper", "constant"):  # the default, and what there is without bounds

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mr1fast.checks import choice
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels import reference
 from mr1fast.losses import arguments
 from mr1fast.losses.kl_weight import KLSchedule
+from mr1fast.losses.options import LossOptions, completed
 
 TESTED = "0.9.1"
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
@@ -50,43 +52,23 @@ def grpo_d(
     actor/pg_clipfrac_lower. Raises ValueError for a bad argument, by name.
     """
     arguments.floating("log_prob", log_prob, "[B, L]")
-    arguments.choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
+    choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
     epsilon = _setting(config, "clip_ratio", 0.2)
     epsilon_high = _setting(config, "clip_ratio_high", epsilon)
     dual_clip = _setting(config, "clip_ratio_c", None)
     if dual_clip is not None and dual_clip <= 1 + epsilon_high:
         raise ValueError(f"clip_ratio_c must be above 1 + clip_ratio_high = {1 + epsilon_high}, got {dual_clip}")
-    spec = arguments.loss_spec(
-        loss_type="grpo",
-        importance_sampling_level="token",
-        epsilon_low=_setting(config, "clip_ratio_low", epsilon),
-        epsilon_high=epsilon_high,
-        delta=dual_clip,
-        use_bias_correction_kl=False,
-        sapo_temperature_pos=1.0,
-        sapo_temperature_neg=1.0,
-        temperature=1.0,
-    )
+    options: LossOptions = {
+        "epsilon_low": _setting(config, "clip_ratio_low", epsilon),
+        "epsilon_high": epsilon_high,
+        "delta": dual_clip,
+        "completion_mask": response_mask,
+        "old_per_token_logps": old_log_prob,
+        "importance_sampling_ratio": rollout_is_weights,
+    }
     B, L = log_prob.shape
-    batch = arguments.loss_batch(
-        log_prob,
-        (B, L),
-        torch.zeros((B, L), dtype=torch.int64, device=log_prob.device),  # ids: the log-probabilities are there already
-        advantages,
-        rewards=None,
-        num_generations=None,
-        scale_rewards="group",
-        completion_mask=response_mask,
-        old_per_token_logps=old_log_prob,
-        ref_per_token_logps=None,
-        beta=0.0,
-        loss_type="grpo",
-        importance_sampling_ratio=rollout_is_weights,
-        entropy_coef=0.0,
-        max_completion_length=None,
-        num_items_in_batch=None,
-        reduction="none",
-    )
+    no_ids = torch.zeros((B, L), dtype=torch.int64, device=log_prob.device)  # the log-probabilities are there already
+    spec, batch = arguments.loss_call(log_prob, (B, L), no_ids, advantages, completed(grpo_d, options))
     mask = torch.ones_like(log_prob, dtype=torch.bool) if batch.mask is None else batch.mask
     logps = torch.where(mask, log_prob.to(reference.compute_dtype(log_prob.dtype)), 0)
     per_token, _, is_low, is_high = reference.objective(logps, batch, spec)

@@ -19,7 +19,7 @@ torch.compile(fullgraph=True) takes both functions as one node each; the "torch"
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ from mr1fast import checks
 from mr1fast.kernels import linear_op
 from mr1fast.losses import arguments
 from mr1fast.losses.logits import GRPOLossOutput
+from mr1fast.losses.options import LossOptions, completed, spelled_out
 
 _Weight = TypeVar("_Weight", Tensor, Tensor | None)
 
 
+@spelled_out
 def linear_grpo_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -40,28 +42,8 @@ def linear_grpo_loss(
     *,
     lm_head_bias: Tensor | None = None,
     chunk_bytes: int | None = None,
-    rewards: Tensor | None = None,
-    num_generations: int | None = None,
-    scale_rewards: str = "group",
-    completion_mask: Tensor | None = None,
-    old_per_token_logps: Tensor | None = None,
-    ref_per_token_logps: Tensor | None = None,
-    beta: float | Tensor = 0.0,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
-    loss_type: str = "grpo",
-    importance_sampling_level: str = "token",
-    use_bias_correction_kl: bool = False,
-    importance_sampling_ratio: Tensor | None = None,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    entropy_coef: float = 0.0,
-    max_completion_length: int | None = None,
-    num_items_in_batch: int | Tensor | None = None,
-    temperature: float = 1.0,
-    reduction: str = "mean",
     backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> GRPOLossOutput:
     """`grpo_loss(hidden @ lm_head_weight.T + lm_head_bias, ...)` with its gradients, in three GEMMs and little memory.
 
@@ -76,11 +58,13 @@ def linear_grpo_loss(
             `hidden[:, t]` predicts `completion_ids[:, t]`. Anything at masked positions.
         lm_head_weight: [V, H] in the dtype of the hidden states or float32 (any under autocast); see above for what it
             may be.
-        completion_ids, advantages: as in `grpo_loss`, like every keyword not named here.
+        completion_ids, advantages: as in `grpo_loss`.
         lm_head_bias: [V] or None.
         chunk_bytes: size of the block of logits held at a time; None for 1.2 GiB on a GPU, 160 MiB on a CPU. At least
             512 (64) rows are taken, below which the GEMMs slow down. Peak memory is inputs + gradients +
             chunk_bytes + one float32 [V, H] where the weight is not float32. Results differ by rounding only.
+        backend: as in `grpo_loss`.
+        **options: those of `mr1fast.losses.options.LossOptions`, which are:
 
     Returns:
         GRPOLossOutput, of which `loss` is differentiable in hidden, lm_head_weight and lm_head_bias, once.
@@ -89,44 +73,20 @@ def linear_grpo_loss(
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
     """
     lm_head_weight, lm_head_bias = _gathered(lm_head_weight), _gathered(lm_head_bias)
-    spec, batch = arguments.loss_settings(
-        hidden,
-        arguments.linear_head(hidden, lm_head_weight, lm_head_bias),
-        completion_ids,
-        advantages,
-        rewards=rewards,
-        num_generations=num_generations,
-        scale_rewards=scale_rewards,
-        completion_mask=completion_mask,
-        old_per_token_logps=old_per_token_logps,
-        ref_per_token_logps=ref_per_token_logps,
-        beta=beta,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        loss_type=loss_type,
-        importance_sampling_level=importance_sampling_level,
-        use_bias_correction_kl=use_bias_correction_kl,
-        importance_sampling_ratio=importance_sampling_ratio,
-        sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg,
-        entropy_coef=entropy_coef,
-        max_completion_length=max_completion_length,
-        num_items_in_batch=num_items_in_batch,
-        temperature=temperature,
-        reduction=reduction,
-    )
+    shape = arguments.linear_head(hidden, lm_head_weight, lm_head_bias)
+    values = completed(linear_grpo_loss, options)
+    spec, batch = arguments.loss_call(hidden, shape, completion_ids, advantages, values)
     outputs = linear_op.grpo(
         hidden,
         lm_head_weight,
         lm_head_bias,
         batch,
         spec,
-        reduction=reduction,
+        reduction=values["reduction"],
         chunk_bytes=arguments.chunk_bytes(chunk_bytes),
         backend=backend,
     )
-    return GRPOLossOutput.of(outputs, batch.mask, importance_sampling_level, advantages)
+    return GRPOLossOutput.of(outputs, batch.mask, spec.importance_sampling_level, advantages)
 
 
 def linear_token_logprobs(

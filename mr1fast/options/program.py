@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
-from mr1fast.options.config import GREATEST
+from mr1fast.options.fields import GREATEST
 
-ACTIVATE = "source .venv/bin/activate"
+IS_CHECKOUT = (Path(__file__).parents[2] / "Makefile").is_file()
+
+
+def prog(module: str) -> str:
+    """How the user started that program: `mr1fast train` (see mr1fast/__main__.py) or `python -m mr1fast.train`."""
+    return sys.argv[0] if sys.argv[0].startswith("mr1fast ") else f"python -m mr1fast.{module}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,8 +53,13 @@ def at_least(bound: int) -> Callable[[str], int]:
     return whole_number
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    return f"the package {error.name!r} is not installed for {sys.executable}; run 'make setup', then '{ACTIVATE}'"
+def missing_package(error: ModuleNotFoundError, extra: str = "train") -> str:
+    """Which package of that extra is missing, and the command that brings it."""
+    command = "'make setup', then 'source .venv/bin/activate'"
+    if not IS_CHECKOUT:
+        # mr1fast itself is there already, so pip adds what the extra lists and looks for no other mr1fast.
+        command = f"'{sys.executable} -m pip install \"mr1fast[{extra}]\"'"
+    return f"the package {error.name!r} is not installed for {sys.executable}; run {command}"
 
 
 def exit_code(program: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:

@@ -11,42 +11,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.errors import UserError
-from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.policy import Policy
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of
 
 STATE = "trainer_state.pt"
 
 
-def save_model(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, folder: Path) -> Path:
+def save_model(policy: Policy, folder: Path) -> Path:
     """Model and processor as a folder in Hugging Face format, which `load_model` and transformers read."""
-
-    def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-
-    return _write_whole(folder, write)
+    return _write_whole(folder, policy.save)
 
 
-def save_checkpoint(
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    state: dict[str, Any],
-    folder: Path,
-    *,
-    step: int,
-    keep: int,
-) -> Path:
+def save_checkpoint(policy: Policy, state: dict[str, Any], folder: Path, *, step: int, keep: int) -> Path:
     """`folder`/checkpoint-STEP with model, processor and `state`; then only the newest `keep` stay.
 
     Raises UserError if it cannot be written; the earlier ones are then untouched.
     """
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        policy.save(temporary)
         torch.save(state, temporary / STATE)
 
     saved = _write_whole(folder / f"checkpoint-{step:06d}", write)
@@ -55,12 +40,21 @@ def save_checkpoint(
     return saved
 
 
-def load_checkpoint(
-    checkpoint: Path, load_model: Callable[[Path], Qwen2VLForConditionalGeneration]
-) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
-    """The model and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
+def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Policy, dict[str, Any]]:
+    """The policy and the state. Raises ResumeError, which names the checkpoint before it, where it is broken.
+
+    load: path -> policy, which takes another dtype than the run's as a keyword.
+    """
     try:
-        return load_model(checkpoint), load_state(checkpoint)
+        policy, state = load(checkpoint), load_state(checkpoint)
+        masters = state.get("optimizer", {}).get("masters", [])
+        if policy.model.dtype != torch.float32 and any(master is None for master in masters):
+            # These are the weights of a float32 model, which this one, of less precision, has only rounded.
+            exact = load(checkpoint, dtype=torch.float32).trainable_parameters()
+            state["optimizer"]["masters"] = [
+                p.detach() if m is None else m for p, m in zip(exact, masters, strict=True)
+            ]
+        return policy, state
     except ValueError as error:
         earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
         if earlier:
@@ -72,9 +66,12 @@ def load_checkpoint(
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint / STATE} holds no state of training")
+    return state
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:

@@ -1,0 +1,57 @@
+"""What the sum of a batch's token losses is divided by; `reference.py` says which loss type takes which of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """What the normalisers count."""
+
+    ids: Tensor  # [B, L]
+    mask: Tensor | None  # [B, L]
+    max_completion_length: float | None
+    num_items_in_batch: Tensor | float | None
+
+
+# What a token's loss is divided by: a number, or a tensor that broadcasts to [B, L]. Counts of tokens are at least 1.
+Normaliser = Callable[[Tokens], Tensor | float]
+
+
+def token_count(ids: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Number of unmasked tokens, at least 1; 0-d where there is a mask."""
+    return max(ids.numel(), 1) if mask is None else mask.sum().clamp(min=1)
+
+
+def completion_tokens(tokens: Tokens) -> Tensor | float:
+    """The mean over a completion's tokens, then over completions."""
+    B, L = tokens.ids.shape
+    return max(B, 1) * (max(L, 1) if tokens.mask is None else tokens.mask.sum(1, keepdim=True).clamp(min=1))
+
+
+def completions(tokens: Tokens) -> float:
+    """The sum over a completion's tokens, the mean over completions."""
+    return max(len(tokens.ids), 1)
+
+
+def longest_completions(tokens: Tokens) -> float:
+    """The mean over all tokens that there could be: one weight for all, whatever the completions' lengths."""
+    if tokens.max_completion_length is None:
+        raise ValueError("max_completion_length must be given for loss_type='dr_grpo' (its normaliser), got None")
+    return max(len(tokens.ids), 1) * tokens.max_completion_length
+
+
+def all_tokens(tokens: Tokens) -> Tensor | float:
+    """The mean over the tokens of this call."""
+    return token_count(tokens.ids, tokens.mask)
+
+
+def batch_tokens(tokens: Tokens) -> Tensor | float:
+    """The mean over the tokens of a batch of which this call may see a part."""
+    items = tokens.num_items_in_batch
+    if items is None:
+        return all_tokens(tokens)
+    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)

@@ -1,0 +1,216 @@
+"""The options of the loss: the keywords that `grpo_loss`, `linear_grpo_loss` and `GRPOLoss` share, in one place.
+
+To add one, declare it in `LossOptions`: its type, its default, the check of its value, and what it means. A tensor is
+brought into shape in arguments.py. A number or a switch of the objective reaches every backend as soon as
+`reference.LossSpec` has a field of the same name.
+"""
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
+
+from torch import Tensor
+
+from mr1fast.checks import choice, flag, integer, nearest, number
+from mr1fast.kernels.advantages import SCALE_REWARDS
+from mr1fast.kernels.reference import LOSS_TYPES
+
+Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss wants it; ValueError for a wrong one
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _any(name: str, value: Any) -> Any:
+    """For tensors, whose shapes are not known yet."""
+    return value
+
+
+def _one_of(*known: str) -> Check:
+    return partial(choice, known=known)
+
+
+def _number(*, above: float | None = None, at_least: float | None = None) -> Check:
+    return partial(number, above=above, at_least=at_least)
+
+
+_COUNT: Check = partial(integer, at_least=1)
+
+
+def _or_none(name: str, value: Any, *, check: Check, instead: Any = None) -> Any:
+    return instead if value is None else check(name, value)
+
+
+def _or_tensor(name: str, value: Any, *, check: Check) -> Any:
+    return value if isinstance(value, Tensor) else check(name, value)
+
+
+class Option(NamedTuple):
+    default: Any
+    check: Check
+    meaning: str
+
+
+class LossOptions(TypedDict, total=False):
+    """B completions, L tokens. Completions of one prompt are adjacent in B."""
+
+    rewards: Annotated[
+        Tensor | None,
+        Option(None, _any, "[B], from which group-relative advantages are computed, see `group_advantages`."),
+    ]
+    num_generations: Annotated[
+        int | None,
+        Option(None, partial(_or_none, check=_COUNT), "completions of a prompt, with rewards."),
+    ]
+    scale_rewards: Annotated[
+        str,
+        Option("group", _one_of(*SCALE_REWARDS), 'with rewards: "group", "batch" or "none".'),
+    ]
+    completion_mask: Annotated[
+        Tensor | None,
+        Option(None, _any, "[B, L] bool or int, 0 where a token does not count; None for all ones."),
+    ]
+    old_per_token_logps: Annotated[
+        Tensor | None,
+        Option(None, _any, "[B, L], of the policy that sampled; None for on-policy (ratio 1, gradient flows)."),
+    ]
+    ref_per_token_logps: Annotated[
+        Tensor | None,
+        Option(None, _any, "[B, L], of the frozen reference; required unless beta is the float 0.0."),
+    ]
+    beta: Annotated[
+        float | Tensor,
+        Option(
+            0.0,
+            partial(_or_tensor, check=_number(at_least=0)),
+            "KL weight, a float >= 0 or a 0-d tensor on any device. It may change at every call at no cost.",
+        ),
+    ]
+    epsilon_low: Annotated[
+        float,
+        Option(0.2, _number(at_least=0), "the ratio is clipped below 1 - epsilon_low."),
+    ]
+    epsilon_high: Annotated[
+        float,
+        Option(
+            0.2,
+            _number(at_least=0),
+            'the ratio is clipped above 1 + epsilon_high; with "cispo", above epsilon_high itself.',
+        ),
+    ]
+    delta: Annotated[
+        float | None,
+        Option(
+            None,
+            partial(_or_none, check=_number(above=0), instead=math.inf),
+            "upper bound of the ratio that is not clipped (two-sided clipping); None for no bound.",
+        ),
+    ]
+    loss_type: Annotated[
+        str,
+        Option("grpo", _one_of(*LOSS_TYPES), '"grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo" or "sapo".'),
+    ]
+    importance_sampling_level: Annotated[
+        str,
+        Option("token", _one_of("token", "sequence"), '"token", or "sequence" (GSPO: one ratio per completion).'),
+    ]
+    use_bias_correction_kl: Annotated[
+        bool,
+        Option(False, flag, "multiply the KL by the ratio, as TRL does by default (the paper does not)."),
+    ]
+    importance_sampling_ratio: Annotated[
+        Tensor | None,
+        Option(None, _any, "[B, L] or [B, 1], correction for a rollout engine; multiplies the policy term."),
+    ]
+    sapo_temperature_pos: Annotated[
+        float,
+        Option(1.0, _number(above=0), '"sapo"\'s temperature where the advantage is positive.'),
+    ]
+    sapo_temperature_neg: Annotated[
+        float,
+        Option(1.05, _number(above=0), '"sapo"\'s temperature elsewhere.'),
+    ]
+    entropy_coef: Annotated[
+        float,
+        Option(0.0, _number(), "the loss is lowered by entropy_coef * mean entropy of the unmasked tokens."),
+    ]
+    max_completion_length: Annotated[
+        int | None,
+        Option(None, partial(_or_none, check=_COUNT), '"dr_grpo"\'s normaliser, in tokens.'),
+    ]
+    num_items_in_batch: Annotated[
+        float | Tensor | None,
+        Option(
+            None,
+            partial(_or_none, check=partial(_or_tensor, check=_number(at_least=0))),
+            '"dapo"\'s and "cispo"\'s normaliser, in tokens (a number or a 0-d tensor); None for the unmasked ones.',
+        ),
+    ]
+    temperature: Annotated[
+        float,
+        Option(1.0, _number(above=0), "the logits are divided by it."),
+    ]
+    reduction: Annotated[
+        str,
+        Option("mean", _one_of("mean", "none"), '"mean", or "none" for the [B, L] loss without normaliser.'),
+    ]
+
+
+_TYPES = get_type_hints(LossOptions)
+OPTIONS: dict[str, Option] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(LossOptions, include_extras=True).items()
+}
+_DEFAULTS = {name: option.check(name, option.default) for name, option in OPTIONS.items()}
+
+
+class UnknownOption(ValueError, TypeError):
+    """A keyword that there is none of: a ValueError like any bad argument of the loss, and Python's own TypeError."""
+
+
+def checked(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given to the function, each with its value checked and in the form in which the loss wants it."""
+    values = {}
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise UnknownOption(_unknown(function, name))
+        values[name] = OPTIONS[name].check(name, value)
+    return values
+
+
+def completed(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`checked`, with the defaults of the other options."""
+    return {**_DEFAULTS, **checked(function, options)}
+
+
+def _unknown(function: Callable[..., Any], name: str) -> str:
+    known = inspect.signature(function).parameters
+    near = nearest(name, known) or f"; its keywords are {', '.join(known)}"
+    return f"{function.__name__} got an unexpected keyword argument {name!r}{near}"
+
+
+def spelled_out(function: Function) -> Function:
+    """Lets `inspect.signature` and `help` show what `**options: Unpack[LossOptions]` tells type checkers by itself.
+
+    The meanings of the options go into the docstring, behind the line "**options: ...".
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=_TYPES[name])
+        for name, option in OPTIONS.items()
+    ]
+    positional = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+    keywords = [p for p in own if p.kind is p.KEYWORD_ONLY]
+    function.__signature__ = signature.replace(parameters=[*positional, *options, *keywords])  # type: ignore[attr-defined]
+    if function.__doc__:
+        lines = function.__doc__.split("\n")
+        at = next(i for i, line in enumerate(lines) if line.lstrip().startswith("**options:"))
+        indent = lines[at][: -len(lines[at].lstrip())]
+        for name, option in reversed(OPTIONS.items()):
+            text = textwrap.fill(
+                f"{name}: {option.meaning}", 120, initial_indent=indent, subsequent_indent=indent + "    "
+            )
+            lines.insert(at + 1, text)
+        function.__doc__ = "\n".join(lines)
+    return function
