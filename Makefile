@@ -1,8 +1,10 @@
 # make train    GRPO-D training of the embedded Qwen2-VL on the CPU; options in ARGS, e.g. make train ARGS="--task vc"
-# make test     the tests
+# make test     the tests, but for the slow ones; make test-all   all of them
 # make check    lint, format, types
+# make wheel    the source distribution and the wheel, in dist/; make wheel-check   the wheel, tried beside torch alone
 # make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
 # make compile-check, compile-check-old    every GPU kernel through its compiler, no GPU needed; old: on Triton 3.6.0
+# make device-dry-run    benchmarks/device.sh without a GPU, on tiny shapes: does every stage run?
 # Each sets up .venv first if it is missing or out of date.
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help train test check asan compile-check compile-check-old format setup clean
+.PHONY: help train test test-all check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,15 +38,37 @@ train: $(READY)
 	@echo "==> python -m mr1fast.train $(ARGS)"
 	@$(BIN)/python -m mr1fast.train $(ARGS)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8
+
 test: $(READY)
+	@echo "==> pytest without the slow tests, a process for each core (8 at most)"
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(READY)
 	@echo "==> pytest, a process for each core (8 at most)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p mr1fast
 	$(BIN)/mypy benchmarks
+
+wheel: $(READY)
+	@echo "==> the source distribution, and from it the wheel"
+	@rm -rf dist
+	@$(BIN)/python -m build --quiet --no-isolation
+
+# Not compiling what is never imported saves half of the time that installing torch takes.
+BARE := build/bare
+wheel-check: wheel
+	@echo "==> the wheel beside torch alone"
+	@rm -rf $(BARE)
+	@$(BIN)/python -m venv $(BARE)
+	@env -u PYTHONPATH $(BARE)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
+	    -c constraints.txt dist/*.whl
+	@$(BARE)/bin/python -I .ci/check_wheel.py
+	@rm -rf $(BARE)
 
 compile-check: $(READY)
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check
@@ -57,6 +81,13 @@ compile-check-old:
 	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch
 	@$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet triton==3.6.0 numpy==2.3.5
 	@env -u TRITON_INTERPRET $(OLD)/bin/python -m benchmarks.compile_check
+
+# In .venv312 where there is such an environment (make setup VENV=.venv312 PYTHON=python3.12): machines with a GPU tend to
+# have Python 3.12.
+device-dry-run: $(READY)
+	@rm -rf build/device-dry-run
+	@DRY_RUN=1 PYTHON=$(firstword $(wildcard .venv312/bin/python) $(BIN)/python) \
+	    bash benchmarks/device.sh build/device-dry-run
 
 # Leaks are not looked for: Python and torch leave much behind on purpose. libstdc++ must be there before libasan looks for
 # the functions it replaces, or the first C++ exception aborts.
@@ -73,4 +104,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD) build *.egg-info mr1fast/*.so
+	rm -rf $(VENV) $(OLD) .venv312 build dist *.egg-info mr1fast/*.so

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 GROUPS = {
     "loss": ("benchmarks.cases_loss", "the loss head from logits, on the CPU"),
     "linear": ("benchmarks.cases_linear", "the loss from hidden states and the lm_head's weight"),
     "step": ("benchmarks.cases_step", "an update of the trainer on the CPU: its memory, with logits and without"),
-    "gpu": ("benchmarks.cases_gpu", "the loss head from logits, on a CUDA device"),
+    "gpu": ("benchmarks.cases_gpu", "the loss head from logits, on a CUDA device: Qwen2-VL's, in bfloat16"),
+    "shapes": ("benchmarks.cases_gpu", "the same in float32 and with other vocabularies"),
 }
 
 
@@ -35,6 +38,7 @@ class Case:
     limit: name of the scene's case that shows how fast this work can be done on this machine.
     against: name of the case whose time this one's is divided by in the column `ratio`.
     fresh_pages: also measure with memory that the system hands out anew at every call (CPU; see timing.py).
+    late: compiles or tunes for long; on a GPU it waits until the scene's other cases have been measured.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Case:
     limit: str | None = None
     against: str | None = None
     fresh_pages: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,12 @@ class Scene:
 
 def load(group: str, quick: bool) -> list[Scene]:
     """The scenes of a group; `quick` asks for small ones, which show that everything runs."""
-    return importlib.import_module(GROUPS[group][0]).scenes(quick)
+    return [scene for scene in importlib.import_module(GROUPS[group][0]).scenes(quick) if scene.group == group]
+
+
+def device_for(quick: bool) -> str:
+    """Where the cases for a GPU run: quick ones without one on the CPU, to see that their calls are right."""
+    return "cpu" if quick and not torch.cuda.is_available() else "cuda"
 
 
 def matching(scenes: list[Scene], pattern: str) -> list[tuple[Scene, tuple[Case, ...]]]:

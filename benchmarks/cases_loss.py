@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ class Inputs:
 
     def restore(self) -> None:
         self.logits.copy_(self.source)
+
+    @cached_property
+    def longer(self) -> Tensor:
+        """The logits [B, L + 1, V] for Liger and flash-linear-attention, which ignore the last position."""
+        return torch.cat((self.source, torch.zeros_like(self.source[:, :1])), 1)
+
+    def restore_longer(self) -> None:
+        self.longer[:, :-1].copy_(self.source)
 
     def leaf(self) -> Tensor:
         return model_output(self.logits)

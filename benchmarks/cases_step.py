@@ -20,8 +20,8 @@ from benchmarks.cases import Call, Case, Scene
 from benchmarks.cases_loss import BETA, eager_loss, loss_batch
 from mr1fast import grpo_loss
 from mr1fast.data.example import Example
-from mr1fast.model.load import EMBEDDED, encode_prompts, load_processor
-from mr1fast.model.prefix import completion_hidden, encode_prefix, place_inputs
+from mr1fast.model.load import EMBEDDED, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.training.batch import Batch, grpo_batch_loss
 from mr1fast.training.optimizer import Optimizer
 
@@ -31,7 +31,7 @@ OURS = "mr1fast trainer"
 
 @dataclass
 class Inputs:
-    model: Qwen2VLForConditionalGeneration
+    policy: Policy
     optimizer: Optimizer
     batch: Batch
 
@@ -41,16 +41,17 @@ def make_inputs(L: int, V: int, dtype: torch.dtype) -> Inputs:
     config = Qwen2VLConfig.from_pretrained(EMBEDDED)
     config.get_text_config().vocab_size = V
     model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    policy = Policy(model, load_processor(EMBEDDED))
     examples = [Example(Image.new("RGB", (56, 56), (i, 0, 0)), "How many?", "3", f"{i}") for i in range(P)]
     batch = Batch(
-        inputs=place_inputs(model, encode_prompts(load_processor(EMBEDDED), examples)),
+        inputs=policy.encode(examples),
         num_generations=G,
         completion_ids=torch.randint(0, 256, (P * G, L)),
         completion_mask=torch.ones(P * G, L, dtype=torch.bool),
         advantages=torch.randn(P * G),
         ref_per_token_logps=torch.full((P * G, L), -12.0),
     )
-    return Inputs(model, Optimizer(model, max_grad_norm=1.0), batch)
+    return Inputs(policy, Optimizer(policy.trainable_parameters(), max_grad_norm=1.0), batch)
 
 
 def update(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Call:
@@ -62,12 +63,12 @@ def update(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Call:
 
 
 def of_trainer(x: Inputs) -> Tensor:
-    return grpo_batch_loss(x.model, x.batch, beta=BETA, temperature=1.0).loss
+    return grpo_batch_loss(x.policy, x.batch, beta=BETA, temperature=1.0).loss
 
 
 def logits_of(x: Inputs) -> Tensor:
-    hidden = completion_hidden(x.model, encode_prefix(x.model, x.batch.inputs), x.batch.completion_ids)
-    return x.model.lm_head(hidden)
+    prefix = x.policy.encode_prefix(x.batch.inputs)
+    return x.policy.logits(x.policy.completion_hidden(prefix, x.batch.completion_ids))
 
 
 def of_logits(x: Inputs) -> Tensor:

@@ -1,133 +1,159 @@
 #!/usr/bin/env bash
-# bash benchmarks/device.sh OUTDIR: everything that only a GPU can show, in under nine minutes.
+# bash benchmarks/device.sh OUT: everything that only a GPU can show, in nine minutes at most.
 #
-# For a machine with torch (CUDA), triton and a driver, but nothing of ours and perhaps no network. Runs this checkout:
-# the check of the CUDA kernels, the GPU tests, the benchmarks from logits and from hidden states, three steps of
-# Qwen2-VL-2B's shape with random weights, compute-sanitizer, training of the embedded model, and ncu's bytes. Writes a
-# log per stage, CSV, PNG and a summary into OUTDIR. A stage that fails, or takes longer than it may, does not stop the
-# next one; the exit code is 1 if any did, or if the time did not suffice for all.
-# Wheels of peers, pytest and what else the machine lacks: put them into a folder and name it in WHEELS.
-# Without a GPU: says so, runs the compile checks, and exits 0 if they pass.
+# For a machine with torch (CUDA), triton and a driver, but nothing of ours, perhaps no network, and perhaps lent for
+# ten minutes at a time. Runs this checkout and leaves two files in OUT: summary.txt, a line for each stage, and
+# device.tgz, all logs, CSV and PNG (packed after every stage, so that it is there even if the run is cut off). A stage
+# that fails, or takes longer than it may, does not stop the next one; the exit code is 1 if any did.
+#
+# From the environment:
+#   ONLY="tests benchmarks"  only these stages, which then share the nine minutes (docs/gpu.md lists the parts)
+#   WHEELS=FOLDER            wheels of what the machine lacks: peers, pytest
+#   PYTHON=python3           the Python that has torch
+#   MR1FAST_COMMIT=...       the commit for the CSV's rows, where the tree comes without .git
+#   TUNE="loss 16-bit"       what the stage `tune`, which runs only where ONLY names it, may change (all, if empty)
+#   DRY_RUN=1                without a GPU: every stage as far as a CPU can take it, on tiny shapes
+# Without a GPU, and without DRY_RUN: says so, runs the compile checks, and exits 0 if they pass.
 set -u
 if [ $# -ne 1 ]; then
-    echo "usage: bash benchmarks/device.sh OUTDIR" >&2
+    echo "usage: bash benchmarks/device.sh OUT" >&2
     exit 2
 fi
-mkdir -p "$1"
-OUT=$(cd "$1" && pwd)
-cd "$(dirname "$0")/.."
-unset TRITON_INTERPRET
+HERE=$(cd "$(dirname "$0")" && pwd) || exit
+. "$HERE/stages.sh"
 PYTHON=${PYTHON:-python3}
-SUMMARY=$OUT/summary.txt
-: > "$SUMMARY"
-ENOUGH=530 # seconds for everything; what would begin later is skipped
-failed=0
+export PYTHONUNBUFFERED=1
 
-# stage NAME SECONDS COMMAND...: its output goes to NAME.log, one line to the summary.
-stage() {
-    local name=$1 limit=$2 began=$SECONDS status
-    shift 2
-    if [ "$limit" -gt $((ENOUGH - SECONDS)) ]; then
-        limit=$((ENOUGH - SECONDS))
-    fi
-    if [ "$limit" -lt 10 ]; then
-        skip "$name" "the nine minutes are over"
-        failed=1
-        return
-    fi
-    echo "==> $name"
-    timeout --kill-after=10 "$limit" "$@" > "$OUT/$name.log" 2>&1
-    status=$?
-    case $status in
-        0) echo "ok      $((SECONDS - began)) s  $name" ;;
-        124 | 137) echo "TIMEOUT $limit s  $name" ;;
-        *) echo "FAILED  $((SECONDS - began)) s  $name (exit $status): $(tail -n 1 "$OUT/$name.log" | cut -c 1-160)" ;;
-    esac | tee -a "$SUMMARY"
-    [ $status -eq 0 ] || failed=1
-}
-
-skip() {
-    echo "skipped      $1: $2" | tee -a "$SUMMARY"
-}
-
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
-    echo "no GPU here (torch.cuda.is_available() is false): nothing is measured; the compile checks follow" | tee -a "$SUMMARY"
-    if ! "$PYTHON" -c 'import torch, triton' 2> /dev/null; then
-        stage setup 300 make setup
+if no_gpu=$(cd "$HERE/.." && "$PYTHON" -c 'import torch
+torch.cuda.is_available() or exit("torch.cuda.is_available() is false")' 2>&1); then
+    no_gpu=""
+else
+    no_gpu=$(tail -n 1 <<< "$no_gpu")
+fi
+if [ -n "$no_gpu" ] && [ -z "${DRY_RUN:-}" ]; then
+    hint=" (there is no GPU here; DRY_RUN=1 rehearses the stages for one)"
+    plan 540 setup=180 compile_check=200 compile_check_cuda=160
+    open_results "$1"
+    cd "$HERE/.."
+    say "no GPU here ($no_gpu): nothing is measured; the compile checks follow (DRY_RUN=1 rehearses the stages instead)"
+    if "$PYTHON" -c 'import torch, triton' 2> /dev/null; then
+        skip setup "$PYTHON has torch and triton"
+    else
+        stage setup make setup
         PYTHON=.venv/bin/python
     fi
-    stage compile_check 300 "$PYTHON" -m benchmarks.compile_check
+    unset TRITON_INTERPRET
+    stage compile_check "$PYTHON" -m benchmarks.compile_check
     if "$PYTHON" -c 'import sys; from mr1fast.kernels.cuda_build import find_nvcc; sys.exit(not find_nvcc())'; then
-        stage compile_check_cuda 300 "$PYTHON" -m benchmarks.compile_check_cuda
+        stage compile_check_cuda "$PYTHON" -m benchmarks.compile_check_cuda
     else
         skip compile_check_cuda "there is no nvcc"
     fi
-    exit $failed
+    finish
 fi
 
-stage machine 40 bash -c "nvidia-smi; $PYTHON -c 'import sys, torch, triton
-print(sys.version, torch.__version__, torch.version.cuda, triton.__version__)
-print(torch.cuda.get_device_properties(0))'"
+# What matters most comes first.
+plan 540 +machine=20 +environment=25 cuda_check=50 benchmarks=90 tests=85 linear=75 qwen2vl_2b=40 shapes=45 \
+    memcheck=35 train=25 racecheck=30 dram_bytes=20 -tune=300
+open_results "$1"
+cd "$HERE/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # not installed: the extension that this would build is for the CPU
+
+if [ ! -e .git ] && [ -z "${MR1FAST_COMMIT:-}" ]; then
+    say "the rows of the CSV files will name no commit: there is no .git here, and MR1FAST_COMMIT is not set"
+fi
+if [ -n "$no_gpu" ]; then
+    say "a rehearsal without a GPU ($no_gpu): nothing here is a measurement"
+    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+    quick=(--quick)
+    tiny=(--tiny --length 4 --steps 1)
+    few=(--device cpu --max-steps 1 --warmup-steps 0 --eval-samples 2)
+    check=(-c 'from mr1fast.kernels import cuda_check
+cuda_check.VOCABULARIES = (37,)
+cuda_check.check("cpu", "triton")')
+    linear=(--quick --filter "4 x 16 x 512")
+    skip racecheck "without its tool it would be memcheck again"
+    skip dram_bytes "there is nothing to count"
+    skip tune "there is nothing to measure"
+else
+    unset TRITON_INTERPRET
+    quick=(--seconds 0.3)
+    tiny=()
+    few=(--device cuda --max-steps 10 --warmup-steps 2 --eval-samples 16)
+    check=(-m mr1fast.kernels.cuda_check)
+    linear=(--seconds 0.3 --device cuda)
+fi
+
+stage machine bash -c "command -v nvidia-smi && nvidia-smi; '$PYTHON' -c 'import sys, torch, triton
+from benchmarks import report
+print(sys.version, torch.__version__, torch.version.cuda, triton.__version__, \"commit\", report.commit())
+print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else \"no GPU\")'"
 
 # The machine's own Python stays as it is: an environment on top of it takes the WHEELS and sees its packages (through a
 # .pth file, since it may be an environment itself), pip among them; only where it has none, venv needs ensurepip.
 if [ -n "${WHEELS:-}" ]; then
-    MACHINE=$PYTHON
-    PYTHON=$OUT/venv/bin/python
-    without=$("$MACHINE" -c 'import pip' 2> /dev/null && echo --without-pip)
-    stage environment 30 bash -c "'$MACHINE' -m venv $without '$OUT/venv' && '$MACHINE' -c 'import site, sysconfig
-print(sysconfig.get_path(\"purelib\"), sysconfig.get_path(\"platlib\"), *site.getsitepackages(), sep=chr(10))' \
-> '$OUT/machine.pth' && mv '$OUT/machine.pth' '$OUT'/venv/lib/python3*/site-packages &&
-'$PYTHON' -c 'import pip, torch, triton'"
-    stage wheels 40 "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+    stage environment bash -ec '
+        without=$("$1" -c "import pip" 2> /dev/null && echo --without-pip)
+        "$1" -m venv $without "$2"
+        "$1" -c "import site, sysconfig
+print(sysconfig.get_path(\"purelib\"), sysconfig.get_path(\"platlib\"), *site.getsitepackages(), sep=chr(10))" \
+            > "$(echo "$2"/lib/python3*/site-packages)/machine.pth"
+        "$2/bin/python" -c "import pip, torch, triton"
+        "$2/bin/python" -m pip install --no-index --no-deps "$3"/*.whl' environment "$PYTHON" "$SCRATCH/venv" "$WHEELS"
+    PYTHON=$SCRATCH/venv/bin/python
+else
+    skip environment "WHEELS names no folder"
 fi
-# Not installed: the extension that this would build is for the CPU.
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # can NAME MODULES: whether the stage can import what it runs. Where a package is missing it is skipped, and says which;
 # any other error is for the stage to show.
 can() {
     local said
+    chosen "$1" || return 1
     said=$("$PYTHON" -c "import $2" 2>&1 | tail -n 1)
     [[ $said == *ModuleNotFoundError* && $said != *mr1fast* ]] || return 0
     skip "$1" "$said (put its wheel into WHEELS)"
     return 1
 }
 
-# What matters most comes first; up to the linear figures, the seconds add up to what there is.
-stage cuda_check 80 "$PYTHON" -m mr1fast.kernels.cuda_check
-if can tests pytest; then
-    stage tests 130 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py
-fi
-stage benchmarks 120 "$PYTHON" -m benchmarks.run gpu --seconds 0.3 --csv "$OUT/gpu.csv" --plot "$OUT/gpu.png"
-stage linear 90 "$PYTHON" -m benchmarks.run linear --device cuda --seconds 0.3 --csv "$OUT/linear.csv" \
-    --plot "$OUT/linear.png"
-if can qwen2vl_2b benchmarks.steps_2b; then
-    stage qwen2vl_2b 90 "$PYTHON" -m benchmarks.steps_2b --csv "$OUT/qwen2vl_2b.csv"
-fi
-# torch's allocator hands out pieces of large blocks, within which memcheck sees nothing amiss.
+# sanitizer TOOL: after a run without it, which fills the caches of what is compiled at first use. torch's allocator
+# hands out pieces of large blocks, within which memcheck sees nothing amiss.
 sanitizer() {
-    if command -v compute-sanitizer > /dev/null; then
-        stage "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitized
+    if [ -n "$no_gpu" ]; then
+        stage "$1" "$PYTHON" -m benchmarks.sanitized # without the tool
+    elif command -v compute-sanitizer > /dev/null; then
+        stage "$1" bash -ec '"$1" -m benchmarks.sanitized
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 exec compute-sanitizer --tool "$0" --error-exitcode 9 \
+                "$1" -m benchmarks.sanitized' "$1" "$PYTHON"
     else
         skip "$1" "compute-sanitizer is not installed"
     fi
 }
+
+stage cuda_check "$PYTHON" "${check[@]}"
+stage benchmarks "$PYTHON" -m benchmarks.run gpu "${quick[@]}" --csv "$RESULTS/gpu.csv" --plot "$RESULTS/gpu.png"
+if can tests pytest; then
+    stage tests "$PYTHON" -m pytest -q -p no:cacheprovider -p benchmarks.print_failures tests/test_gpu.py
+fi
+stage linear "$PYTHON" -m benchmarks.run linear "${linear[@]}" --csv "$RESULTS/linear.csv" --plot "$RESULTS/linear.png"
+if can qwen2vl_2b benchmarks.steps_2b; then # training in Triton's interpreter would take minutes
+    stage qwen2vl_2b env -u TRITON_INTERPRET "$PYTHON" -m benchmarks.steps_2b "${tiny[@]}" \
+        --csv "$RESULTS/qwen2vl_2b.csv"
+fi
+stage shapes "$PYTHON" -m benchmarks.run shapes "${quick[@]}" --csv "$RESULTS/shapes.csv" --plot "$RESULTS/shapes.png"
 sanitizer memcheck
 if can train "mr1fast.training.loop, matplotlib, torch.utils.tensorboard"; then
-    stage train 60 "$PYTHON" -m mr1fast.train --task vc --device cuda --max-steps 10 --eval-steps 0 --eval-samples 16 \
-        --output-dir "$OUT/run"
+    stage train env -u TRITON_INTERPRET "$PYTHON" -m mr1fast.train --task vc "${few[@]}" --eval-steps 0 \
+        --output-dir "$RESULTS/run"
 fi
 sanitizer racecheck
 if command -v ncu > /dev/null; then
-    stage dram_bytes 60 ncu --clock-control none \
-        --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
-        --kernel-name "regex:cluster_fwd|rows_fwd|grpo_loss_fwd|score_fwd" "$PYTHON" -m benchmarks.sanitized --large
+    stage dram_bytes bash -ec '"$0" -m benchmarks.sanitized
+        exec ncu --clock-control none --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
+            --kernel-name "regex:cluster_fwd|rows_fwd|grpo_loss_fwd|score_fwd" \
+            "$0" -m benchmarks.sanitized --large' "$PYTHON"
 else
     skip dram_bytes "ncu is not installed"
 fi
-rm -rf "$OUT/venv"
-echo "after $SECONDS s, all in $OUT; the summary again:"
-cat "$SUMMARY"
-exit $failed
+stage tune "$PYTHON" -m benchmarks.tune --filter "${TUNE:-}" --output "$RESULTS/triton_table.py"
+finish

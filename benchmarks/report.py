@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -16,11 +17,14 @@ import torch
 from benchmarks import timing
 from benchmarks.cases import GROUPS, Scene
 from benchmarks.timing import Measurement
+from mr1fast.env import processor
 
 Row = dict[str, Any]
-MEASURED = ["group", "shape", "dtype", "case", "pages", "median_ms", "best_ms", "calls", "rate", "unit", "limit"]
-MEASURED += ["of_limit", "of_memcpy", "best_of_memcpy", "ratio", "best_ratio", "against", "peak_extra_mib", "note"]
-ENVIRONMENT = ["device", "threads", "clock", "commit", "date", "python", "torch", "triton", "trl", "liger-kernel"]
+MEASURED = ["group", "shape", "dtype", "case", "pages", "median_ms", "best_ms", "call_ms", "calls", "rate", "unit"]
+MEASURED += ["limit", "of_limit", "of_memcpy", "best_of_memcpy", "ratio", "best_ratio", "against", "peak_extra_mib"]
+MEASURED += ["note"]
+PACKAGES = ["triton", "trl", "liger-kernel", "quack-kernels", "fla-core", "cut-cross-entropy"]
+ENVIRONMENT = ["device", "threads", "clock", "commit", "date", "python", "torch", *PACKAGES]
 
 
 def rows(scene: Scene, measurements: list[Measurement]) -> list[Row]:
@@ -28,37 +32,45 @@ def rows(scene: Scene, measurements: list[Measurement]) -> list[Row]:
     the same pages where it was measured with both; the limits are measured with warm ones only).
 
     They are taken from medians; those called best_ from each case's fastest call, which a busy machine disturbs less.
+    On a GPU, median_ms is the time of the device alone and call_ms that of the call (see timing.py).
     """
-    warm = {m.case.name: m for m in measurements if m.seconds and m.pages == "warm"}
-    fresh = {m.case.name: m for m in measurements if m.seconds and m.pages == "fresh"}
+    warm = {m.case.name: m for m in measurements if m.times and m.pages == "warm"}
+    fresh = {m.case.name: m for m in measurements if m.times and m.pages == "fresh"}
     result = []
     for m in measurements:
         row: Row = dict.fromkeys(MEASURED, "")
         row |= {"group": scene.group, "shape": scene.shape, "dtype": scene.dtype, "case": m.case.name, "note": m.note}
-        if m.seconds:
+        if m.times:
             against, limit, memcpy = (warm.get(name or "") for name in (m.case.against, m.case.limit, "memcpy"))
             if m.pages == "fresh":
                 against = fresh.get(m.case.against or "", against)
-            row |= {
-                "pages": m.pages if m.case.fresh_pages else "",
-                "median_ms": _digits(m.median * 1e3),
-                "best_ms": _digits(m.best * 1e3),
-                "calls": len(m.seconds),
-                "rate": _digits(m.rate),
-                "unit": m.case.unit,
-                "limit": m.case.limit or "",
-                "of_limit": _digits(m.rate / limit.rate) if limit else "",
-                "of_memcpy": _digits(m.rate / memcpy.rate) if memcpy and memcpy.case.unit == m.case.unit else "",
-                "best_of_memcpy": _digits(m.best_rate / memcpy.best_rate)
-                if memcpy and memcpy.case.unit == m.case.unit
-                else "",
-                "ratio": _digits(m.median / against.median) if against else "",
-                "best_ratio": _digits(m.best / against.best) if against else "",
-                "against": m.case.against or "",
-                "peak_extra_mib": "" if m.peak_extra is None else _digits(m.peak_extra / 2**20),
-            }
+            row |= _figures(m, against, limit, memcpy)
+        elif not m.note:
+            row["note"] = "not measured: cut off before its first round"
         result.append(row)
     return result
+
+
+def _figures(m: Measurement, against: Measurement | None, limit: Measurement | None, memcpy: Measurement | None) -> Row:
+    row = {
+        "pages": m.pages if m.case.fresh_pages else "",
+        "median_ms": _digits(m.median * 1e3),
+        "best_ms": _digits(m.best * 1e3),
+        "call_ms": "" if m.median_call is None else _digits(m.median_call * 1e3),
+        "calls": len(m.times),
+        "rate": _digits(m.rate),
+        "unit": m.case.unit,
+        "limit": m.case.limit or "",
+        "of_limit": _digits(m.rate / limit.rate) if limit else "",
+        "ratio": _digits(m.median / against.median) if against else "",
+        "best_ratio": _digits(m.best / against.best) if against else "",
+        "against": m.case.against or "",
+        "peak_extra_mib": "" if m.peak_extra is None else _digits(m.peak_extra / 2**20),
+    }
+    if memcpy and memcpy.case.unit == m.case.unit:
+        row["of_memcpy"] = _digits(m.rate / memcpy.rate)
+        row["best_of_memcpy"] = _digits(m.best_rate / memcpy.best_rate)
+    return row
 
 
 def _digits(x: float) -> float:
@@ -82,32 +94,28 @@ def environment() -> Row:
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-    } | {name: version(name) for name in ("triton", "trl", "liger-kernel")}
+    } | {name: version(name) for name in PACKAGES}
 
 
 def device_name() -> str:
     """The GPU if there is one, and the processor as the system names it."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    cpu = f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return f"{torch.cuda.get_device_name()} ({cpu})" if torch.cuda.is_available() else cpu
 
 
-def commit(where: Path = Path(__file__).parent) -> str:
-    """The short commit, with "+" if the tree differs from it; "" outside of a repository, and without git."""
-    if shutil.which("git") is None:
-        return ""
-    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=where, capture_output=True, text=True)
-    return run.stdout.strip()
+def commit(where: Path = Path(__file__).parent.parent) -> str:
+    """The short commit, with "+" if the tree differs from it; where there is no .git, MR1FAST_COMMIT or ""."""
+    if (where / ".git").exists() and shutil.which("git"):
+        run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=where, capture_output=True, text=True)
+        if run.returncode == 0:
+            return run.stdout.strip()
+    return os.environ.get("MR1FAST_COMMIT", "")
 
 
 def write_csv(path: Path, table: list[Row], about: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*MEASURED, *ENVIRONMENT])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*table[0], *about])
         writer.writeheader()
         writer.writerows(row | about for row in table)
 
@@ -118,6 +126,7 @@ def print_table(table: list[Row]) -> None:
         "case": "case",
         "pages": "pages",
         "median_ms": "ms",
+        "call_ms": "call ms",
         "rate": "rate",
         "unit": "",
         "of_limit": "of limit",

@@ -10,18 +10,20 @@ bound of a real step. `--tiny` takes the embedded model's shape instead and runs
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import sys
 import time
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from benchmarks import report
 from mr1fast.data.example import Example
 from mr1fast.model.load import EMBEDDED, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.trainer import Trainer
 
@@ -56,8 +58,8 @@ class Photographs:
         return Example(Image.fromarray(noise.numpy()), "How many different items are there in the image?", "3", f"{i}")
 
 
-def build(tiny: bool, device: torch.device, dtype: torch.dtype):
-    """(policy, reference, processor)."""
+def build(tiny: bool, device: torch.device, dtype: torch.dtype) -> tuple[Policy, Policy]:
+    """(policy, reference)."""
     processor = load_processor(EMBEDDED)
     own = Qwen2VLConfig.from_pretrained(EMBEDDED)
     config = own
@@ -77,18 +79,16 @@ def build(tiny: bool, device: torch.device, dtype: torch.dtype):
     def model() -> Qwen2VLForConditionalGeneration:
         with torch.device(device):
             built = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        built.generation_config.eos_token_id = own.get_text_config().eos_token_id
         return nn.Module.to(built, device)
 
-    policy = model()
-    reference = model().eval().requires_grad_(False)
-    reference.load_state_dict(policy.state_dict())
-    return policy, reference, processor
+    policy, reference = Policy(model(), processor), Policy(model(), processor).freeze()
+    reference.model.load_state_dict(policy.model.state_dict())
+    return policy, reference
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there, each as soon as it is measured")
     parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a completion (%(default)s)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="(%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="the embedded model's shape, on any device")
@@ -99,7 +99,7 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
-    policy, reference, processor = build(options.tiny, device, dtype)
+    policy, reference = build(options.tiny, device, dtype)
     config = dataclasses.replace(
         TrainConfig(task="vc").for_task("vc"),
         num_generations=8,
@@ -108,43 +108,45 @@ def main() -> int:
         max_completion_length=options.length,
         max_steps=options.steps,
     )
-    trainer = Trainer(config, policy, reference, processor, Photographs())
-    parameters = sum(p.numel() for p in policy.parameters())
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, {parameters / 1e6:.0f} M parameters, {dtype}")
-    rows = []
-    for step in range(options.steps):
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        before = trainer.num_tokens
-        started = time.perf_counter()
-        sampled = trainer.sample()
-        sampling = time.perf_counter() - started
-        assert sampled.batch.advantages is not None
-        advantages = torch.randn_like(sampled.batch.advantages)
-        trainer.sampled = dataclasses.replace(sampled, batch=dataclasses.replace(sampled.batch, advantages=advantages))
-        metrics = trainer.update(trainer.sampled)
-        if gpu:
-            torch.cuda.synchronize()
-        if not metrics["grad_norm"] > 0:
-            raise SystemExit(f"not a step: the norm of its gradient is {metrics['grad_norm']}")
-        row = {
-            "step": step + 1,
-            "seconds": round(time.perf_counter() - started, 3),
-            "seconds_sampling_and_reference": round(sampling, 3),
-            "tokens": trainer.num_tokens - before,
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else "",
-            "loss": metrics["loss"],
-            "grad_norm": metrics["grad_norm"],
-        }
-        trainer.finished_steps += 1
-        rows.append(row)
-        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    if options.csv:
-        with open(options.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    trainer = Trainer(config, policy, reference, Photographs())
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    about = report.environment()
+    print(f"{about['device']}, {parameters / 1e6:.0f} M parameters, {dtype}", flush=True)
+    rows: list[report.Row] = []
+    for _ in range(options.steps):
+        rows.append(measured_step(trainer, gpu))
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+        if options.csv:
+            report.write_csv(Path(options.csv), rows, about)
     return 0
+
+
+def measured_step(trainer: Trainer, gpu: bool) -> report.Row:
+    """A step with advantages drawn at random; its time, tokens and peak memory."""
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    before = trainer.num_tokens
+    started = time.perf_counter()
+    data = trainer.collect()
+    sampling = time.perf_counter() - started
+    assert data.batch.advantages is not None
+    advantages = torch.randn_like(data.batch.advantages)
+    data = dataclasses.replace(data, batch=dataclasses.replace(data.batch, advantages=advantages))
+    metrics = trainer.update(data)
+    if gpu:
+        torch.cuda.synchronize()
+    if not metrics["grad_norm"] > 0:
+        raise SystemExit(f"not a step: the norm of its gradient is {metrics['grad_norm']}")
+    trainer.finished_steps += 1
+    return {
+        "step": trainer.finished_steps,
+        "seconds": round(time.perf_counter() - started, 3),
+        "seconds_sampling_and_reference": round(sampling, 3),
+        "tokens": trainer.num_tokens - before,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else "",
+        "loss": metrics["loss"],
+        "grad_norm": metrics["grad_norm"],
+    }
 
 
 if __name__ == "__main__":

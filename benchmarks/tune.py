@@ -1,15 +1,21 @@
-"""`python -m benchmarks.tune`: measure tile sizes on the GPU at hand and rewrite kernels/triton_table.py with the best.
+"""Measures tile sizes of the Triton kernels on the GPU at hand, and writes the best ones into kernels/triton_table.py.
 
-An explicit step: nothing is tuned at import or at the first call. For each entry of the table it times the kernel on
-the longest rows the entry serves, over a buffer several times the L2 cache, for every tile size, number of warps and of
-stages that does not spill; some 20 minutes, most of them compilation. Exits 2, and
-changes nothing, where there is no GPU.
+  python -m benchmarks.tune                                whole table, some 20 minutes, most of them compilation
+  python -m benchmarks.tune --filter "loss 16-bit"         only the entries whose name contains every word
+  python -m benchmarks.tune --output OUT/triton_table.py   writes there, and leaves the table that is in use alone
+
+An explicit step: nothing is tuned at import or at the first call. For each entry it times the kernel on the longest
+rows the entry serves, over a buffer several times the L2 cache, for every tile size, number of warps and of stages that
+does not spill. The longest rows in 16 bits come first. The file is written after each entry, with all others as they
+stand in the table in use: a run that is cut off loses one entry, and several runs, each with a filter, add up in that
+table. Exits 2, and changes nothing, where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -35,6 +41,17 @@ def candidates(key: Key) -> Iterator[Settings]:
             yield block, warps, stages
 
 
+def name_of(key: Key) -> str:
+    op, itemsize, limit = key
+    return f"{op} {8 * itemsize}-bit {limit}"
+
+
+def chosen(words: str) -> list[Key]:
+    """The table's entries whose name contains every word, those that matter most first."""
+    keys = [key for key in triton_table.TABLE if all(word in name_of(key) for word in words.split())]
+    return sorted(keys, key=lambda key: (key[1], -key[2]))
+
+
 TEMPLATE = '''"""Tile sizes of the Triton kernels. `python -m benchmarks.tune` rewrites this file on a GPU.
 
 {origin}
@@ -51,6 +68,18 @@ def rendered(table: dict[Key, Settings], origin: str) -> str:
     """The text of triton_table.py; `origin` says where the numbers were measured."""
     entries = (f'    ("{op}", {itemsize}, {limit}): {settings},' for (op, itemsize, limit), settings in table.items())
     return TEMPLATE.format(origin=origin, entries="\n".join(entries))
+
+
+def origin_of(measured: dict[Key, Settings]) -> str:
+    """Where the entries come from: those measured now, and, if there are others, what the table says of itself."""
+    import triton
+
+    here = f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, torch {torch.__version__}"
+    if len(measured) == len(triton_table.TABLE):
+        return f"Measured on {here}."
+    names = "; ".join(map(name_of, measured))
+    before = (triton_table.__doc__ or "").split("\n\n", 1)[1].strip()
+    return textwrap.fill(f"{names}: measured on {here}.", 118) + f"\n\nAll others: {before}"
 
 
 def kernel_call(key: Key) -> Callable[[], object]:
@@ -110,28 +139,37 @@ def spills(key: Key, settings: Settings) -> bool:
     return compile_offline(launch, 10 * major + minor).spill_bytes > 0
 
 
+def best_of(key: Key) -> Settings:
+    """The fastest of the entry's candidates that does not spill. Prints it beside what stands in the table."""
+    call = kernel_call(key)
+    timed = sorted((milliseconds(key, settings, call), settings) for settings in candidates(key))
+    time, best = next((time, settings) for time, settings in timed if not spills(key, settings))
+    print(f"{name_of(key)}: {best} {time:.3f} ms; before, {triton_table.TABLE[key]}", flush=True)
+    return best
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="print the table instead of rewriting the file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter", default="", metavar="WORDS", help="entries that contain every one of these words")
+    parser.add_argument("--output", type=Path, default=Path(triton_table.__file__), metavar="FILE")
     arguments = parser.parse_args()
+    keys = chosen(arguments.filter)
+    if not keys:
+        names = ", ".join(map(name_of, triton_table.TABLE))
+        print(f"no entry contains every word of {arguments.filter!r}; there are {names}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("no GPU here: the table can only be measured on one; nothing was changed", file=sys.stderr)
         return 2
-    best: dict[Key, Settings] = {}
-    for key in triton_table.TABLE:
-        call = kernel_call(key)
-        timed = sorted((milliseconds(key, settings, call), settings) for settings in candidates(key))
-        best[key] = next(settings for _, settings in timed if not spills(key, settings))
-        times = {settings: time for time, settings in timed}
-        print(f"{key}: {best[key]} {times[best[key]]:.3f} ms; before, {triton_table.TABLE[key]}", flush=True)
-    import triton
-
-    origin = f"Measured on {torch.cuda.get_device_name()}, Triton {triton.__version__}, torch {torch.__version__}."
-    text = rendered(best, origin)
-    if arguments.dry_run:
-        print(text)
-    else:
-        Path(triton_table.__file__).write_text(text, encoding="utf-8")
+    measured: dict[Key, Settings] = {}
+    try:
+        for key in keys:
+            measured[key] = best_of(key)
+            text = rendered(triton_table.TABLE | measured, origin_of(measured))
+            arguments.output.write_text(text, encoding="utf-8")
+    except KeyboardInterrupt:
+        print(f"cut off: {len(keys) - len(measured)} of {len(keys)} entries are as they were", file=sys.stderr)
+        return 130
     return 0
 
 

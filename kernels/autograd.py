@@ -276,7 +276,7 @@ def _refuse_consumed(logits: Tensor) -> None:
         owner = _owner(logits)
         if owner.__dict__.get(_CONSUMED_AT) == owner._version:
             raise RuntimeError(
-                "these logits were already consumed by a call in place and hold a gradient now; compute them again, "
+                "these logits were already consumed by an in-place call and hold a gradient now; compute them again, "
                 "make the earlier call with inplace=False (inplace_backward=False), or let activation checkpointing "
                 "recompute the lm_head together with the loss"
             )

@@ -40,7 +40,7 @@ def why_not(logits: Tensor) -> str | None:
     if logits.device.type != "cpu":
         return f"it runs on the CPU, the logits are on {logits.device}"
     if logits.dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16 logits, got {logits.dtype}"
+        return f"it supports float32, bfloat16 and float16 logits, got {logits.dtype}"
     if logits.shape[-1] == 0:
         return "the vocabulary is empty"
     return None

@@ -109,7 +109,7 @@ def why_not(logits: Tensor) -> str | None:
     if not logits.is_cuda:
         return f"it needs a CUDA device, the logits are on {logits.device}"
     if logits.dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16 logits, got {logits.dtype}"
+        return f"it supports float32, bfloat16 and float16 logits, got {logits.dtype}"
     if logits.shape[-1] == 0:
         return "the vocabulary is empty"
     return _missing(logits.get_device())

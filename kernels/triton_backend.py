@@ -23,7 +23,7 @@ def why_not(logits: Tensor) -> str | None:
     if not INSTALLED:
         return "triton is not installed; `pip install triton` (Linux)"
     if logits.dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16 logits, got {logits.dtype}"
+        return f"it supports float32, bfloat16 and float16 logits, got {logits.dtype}"
     if logits.shape[-1] == 0:
         return "the vocabulary is empty"
     if not logits.is_cuda and not _interpreted():

@@ -1,4 +1,4 @@
-"""`python -m mr1fast.evaluate`: how many questions does a model answer right?
+"""`python -m mr1fast.evaluate`: how many questions does a model answer correctly?
 
 Imports torch only when there is something to compute, so that a mistake on the command line is answered at once.
 """
@@ -14,71 +14,142 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mr1fast.data.tasks import SPLITS, TASKS
+from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
-from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
-from mr1fast.options.config import RECIPES, TASK_NAMES, choice
-from mr1fast.options.program import Parser, at_least, exit_code
+from mr1fast.evaluation.result import EvalResult, wilson_interval
+from mr1fast.evaluation.terminal import evaluation_table
+from mr1fast.options.fields import check_choice, check_value, option_string
+from mr1fast.options.parse import FIELDS
+from mr1fast.options.program import Parser, at_least, exit_code, prog
+from mr1fast.options.recipes import RECIPES, TASK_NAMES, recipe_name
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 
 if TYPE_CHECKING:
     from mr1fast.data.dataset import ImageTextDataset
+    from mr1fast.model.policy import Policy
 
-DEFAULT_SAMPLES = 400  # problems, of a task that has no end
+DEFAULT_SAMPLES = 400  # problems of a task, whose drawings never end
 
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="python -m mr1fast.evaluate",
-        description="How many questions about images a Qwen2-VL answers right. Prints a table, and writes "
+        prog=prog("evaluate"),
+        description="Count how many questions about images a Qwen2-VL answers correctly. Prints a table, and writes "
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", help="a folder (or a hub name) with a Qwen2-VL [default: the embedded one]")
-    add("--task", metavar="TEXT", help="an embedded task: vc (visual counting) or gr (geometry reasoning)")
-    add("--data", metavar="PATH", help="local data: a folder or file with the columns image, problem, solution")
-    add("--split", metavar="TEXT", default="test", help="train, validation, test or, of --data, all [default: test]")
+    add(
+        "--model",
+        metavar="DIR",
+        help="Qwen2-VL to evaluate: a folder, or a name on the Hugging Face hub [default: the embedded model]",
+    )
+    add(
+        "--task",
+        metavar="TEXT",
+        help="embedded task to evaluate on: " + " or ".join(f"{t.name} ({t.title})" for t in TASKS.values()),
+    )
+    add(
+        "--data",
+        metavar="PATH",
+        help="your own data instead of a task: a folder or a file with the columns image, problem and solution",
+    )
+    add(
+        "--split",
+        metavar="TEXT",
+        help="split to evaluate on: train, validation, test or, with --data, all; where no file or folder is named "
+        "after validation or test, that split is the rows that training leaves out for it [default: test; all of a "
+        "single file that is not named test]",
+    )
+    bounded = "".join(
+        f"; {name} has {task.splits['test']} to test" for name, task in TASKS.items() if task.splits["test"]
+    )
     add(
         "--samples",
         metavar="N",
         type=at_least(1),
-        help="problems; vc's are drawn without end, gr's test split has 200, which then come again in other drawings "
-        f"[default: {DEFAULT_SAMPLES} of a task, all of --data]",
+        help=f"largest number of problems to ask{bounded} [default: {DEFAULT_SAMPLES} of a task, all of --data]",
     )
     add(
         "--sampled",
         metavar="N",
         type=at_least(0),
         default=1,
-        help="completions of a problem for the sampled accuracy, besides the greedy one; 0 for none [default: 1]",
+        help="completions to sample for each problem, besides the greedy one; 0 for none [default: 1]",
     )
-    add("--temperature", metavar="X", type=float, default=1.0, help="of those completions [default: 1.0]")
+    add(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="temperature of the sampled completions [default: 1.0]",
+    )
     add(
         "--max-completion-length",
         metavar="N",
         type=at_least(1),
         help="longest completion, in tokens [default: 32 for the embedded model, else 512]",
     )
-    add("--max-pixels", metavar="N", type=at_least(1), help="images are scaled down to this size, in pixels")
-    add("--batch-size", metavar="N", type=at_least(1), help="problems at a time [default: by the model's size]")
-    add("--seed", metavar="N", type=at_least(0), default=0, help="of sampling [default: 0]")
-    add("--output-dir", metavar="DIR", help="a new or empty folder [default: runs/<date-time>-evaluation]")
-    add("--device", metavar="TEXT", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on a GPU")
-    add("--attention", default="auto", choices=("auto", "sdpa", "flash_attention_2", "eager"), help="[default: auto]")
-    add("--threads", metavar="N", type=at_least(1), help="CPU threads [default: by the model's size]")
+    add(
+        "--max-pixels",
+        metavar="N",
+        type=at_least(1),
+        help="largest image that the model is shown, as width x height in pixels; larger images are scaled down to it "
+        "[default: set by the model's processor]",
+    )
+    add(
+        "--batch-size",
+        metavar="N",
+        type=at_least(1),
+        help="problems answered at a time [default: 64 for a small model, else 8]",
+    )
+    add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the sampled completions [default: 0]")
+    add(
+        "--output-dir",
+        metavar="DIR",
+        help="new or empty folder for the results [default: runs/<date-time>-evaluation]",
+    )
+    add(
+        "--device",
+        metavar="TEXT",
+        default="auto",
+        help="device to run on: cpu, cuda, cuda:1, ...; auto is the GPU if there is one [default: auto]",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="number format of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU [default: auto]",
+    )
+    add(
+        "--attention",
+        default="auto",
+        choices=("auto", "sdpa", "flash_attention_2", "eager"),
+        help="attention implementation; auto is FlashAttention 2 if it is installed, else sdpa [default: auto]",
+    )
+    add(
+        "--threads",
+        metavar="N",
+        type=at_least(1),
+        help="number of CPU threads to use [default: 1 for a small model, else all CPUs]",
+    )
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
     if (options.task is None) == (options.data is None):
-        raise UserError("give either --task vc, --task gr or --data PATH")
+        raise UserError(f"give either {', '.join(f'--task {name}' for name in TASK_NAMES)} or --data PATH")
     if options.task is not None:
-        choice("--task", options.task, TASK_NAMES)
-    choice("--split", options.split, ("train", "validation", "test", *(["all"] if options.data else [])))
+        check_choice("--task", options.task, TASK_NAMES)
+    if options.split is not None:
+        check_choice("--split", options.split, (*SPLITS, *(["all"] if options.data else [])))
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         rule = "must be a finite number above 0"
         raise UserError(f"--temperature {rule}, got {options.temperature:g}; greedy decoding is always done")
+    for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
+        if (value := getattr(options, name)) is not None:
+            check_value(FIELDS[name], value, option_string(name))
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
     if options.data is not None and not Path(options.data).exists():
@@ -89,76 +160,98 @@ def run(arguments: Sequence[str] | None) -> None:
     """Raises ValueError in one sentence for a mistake of the user's."""
     options = build_parser().parse(arguments)
     _check(options)
-    import torch
-    import transformers
-
-    from mr1fast.data.dataset import load_split
-    from mr1fast.data.tasks import TASKS
-    from mr1fast.evaluation.evaluate import evaluate
-    from mr1fast.evaluation.report import result_text, write_report
-    from mr1fast.model import load as models
+    from mr1fast.evaluation.evaluate import EvaluationStopped, evaluate
+    from mr1fast.model.load import longest_prompt
+    from mr1fast.training.setup import too_long
 
     started = time.time()
-    transformers.utils.logging.disable_progress_bar()
-    device = models.choose_device(options.device)
-    path = models.EMBEDDED if options.model is None else options.model
-    count = options.samples or (DEFAULT_SAMPLES if options.task else None)
-    dataset: ImageTextDataset = load_split(options.data or options.task, options.split, count=count)
-    model = models.load_model(
-        path,
-        device=device,
-        dtype=models.choose_dtype(options.dtype, device),
-        attention=models.choose_attention(options.attention, device),
+    dataset = _load_data(options)
+    policy = _load_policy(options)
+    longest = (
+        options.max_completion_length or RECIPES[recipe_name(options.model, options.task)]["max_completion_length"]
     )
-    processor = models.load_processor(path, max_pixels=options.max_pixels)
-    torch.set_num_threads(options.threads or models.choose_threads(model))
-    recipe = RECIPES["vc" if models.is_small(model) else "model"]
-    longest = options.max_completion_length or recipe["max_completion_length"]
+    dataset.leave_out(too_long(policy.processor, longest_prompt(policy.model, longest)))
     folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
-    samples: list[Sample] = []
-    stopped = False
+    settings = _settings(options, longest, dataset, policy)
     try:
-        evaluate(
-            model,
-            processor,
+        result = evaluate(
+            policy,
             dataset,
             max_completion_length=longest,
             sampled=options.sampled,
             temperature=options.temperature,
             batch_size=options.batch_size,
-            progress=f"{dataset.name}, {options.split} split",
+            progress=f"{dataset.name}, {dataset.split}",
             seed=options.seed,
-            samples=samples,
         )
-    except KeyboardInterrupt:
-        if not samples:
-            raise
-        stopped = True
-    result = EvalResult.of(samples)
-    settings: dict[str, Any] = {
-        "model": str(path),
+    except EvaluationStopped as stopped:
+        result = stopped.result
+        settings["stopped"] = f"after {result.n} of {len(dataset)} problems"
+    settings["seconds"] = round(time.time() - started, 1)
+    _report(folder, result, settings, dataset)
+    if options.samples is not None and options.samples > len(dataset):
+        print(f"\n{dataset.name} has {len(dataset)} problems in this split, fewer than --samples {options.samples}")
+    if "stopped" in settings:
+        raise KeyboardInterrupt
+
+
+def _load_data(options: argparse.Namespace) -> ImageTextDataset:
+    from mr1fast.data.dataset import load_split
+
+    count = options.samples or (DEFAULT_SAMPLES if options.task else None)
+    used = () if options.split is None else (options.split,)
+    return load_split(options.data or options.task, options.split, count=count, used=used)
+
+
+def _load_policy(options: argparse.Namespace) -> Policy:
+    import torch
+    import transformers
+
+    from mr1fast.model import load
+    from mr1fast.model.policy import Policy
+
+    transformers.utils.logging.disable_progress_bar()
+    device = load.choose_device(options.device)
+    path = load.EMBEDDED if options.model is None else options.model
+    model = load.load_model(
+        path,
+        device=device,
+        dtype=load.choose_dtype(options.dtype, device),
+        attention=load.choose_attention(options.attention, device),
+    )
+    torch.set_num_threads(options.threads or load.choose_threads(model))
+    return Policy(model, load.load_processor(path, max_pixels=options.max_pixels))
+
+
+def _settings(options: argparse.Namespace, longest: int, dataset: ImageTextDataset, policy: Policy) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "model": whole_characters(str(policy.model.name_or_path)),
         "data": dataset.name,
-        "split": options.split,
+        "split": dataset.split,
+        **({"cut_from": dataset.cut_from} if dataset.cut_from else {}),
         "sampled": options.sampled,
         "temperature": options.temperature,
         "max_completion_length": longest,
         "seed": options.seed,
-        "device": str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seconds": round(time.time() - started, 1),
+        "device": str(policy.device),
+        "dtype": str(policy.model.dtype).removeprefix("torch."),
     }
-    if stopped:
-        settings["stopped"] = f"after {result.n} of {len(dataset)} problems"
+
+
+def _report(folder: Path, result: EvalResult, settings: dict[str, Any], dataset: ImageTextDataset) -> None:
+    """evaluation.json, report.html, and the same in the terminal."""
+    from mr1fast.evaluation.report import write_report
+    from mr1fast.rewards import unanswered, unanswered_summary
+
     write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
     page = write_report(folder / "report.html", result, settings, dataset)
-    print(result_text(result, settings))
+    print(evaluation_table(result, settings))
     if dataset.skipped or dataset.notes:
         print(f"\n{dataset.summary()}")
-    if options.task and (there := TASKS[options.task].split_size(options.split)) and result.n > there:
-        print(f"\n{options.task} has {there} problems in this split; the others were the same in another drawing")
+    if unanswered():
+        print(f"\n{unanswered_summary()}")
     print(f"\nthe mistakes with their images: {page}\nthe figures:                    {folder / 'evaluation.json'}")
-    if stopped:
-        raise KeyboardInterrupt
 
 
 def as_json(result: EvalResult, settings: dict[str, Any], summary: str) -> dict[str, Any]:
@@ -170,7 +263,7 @@ def as_json(result: EvalResult, settings: dict[str, Any], summary: str) -> dict[
         "settings": settings,
         "versions": versions(),
         "data": summary,
-        "samples": [asdict(sample) for sample in result.samples],
+        "samples": [asdict(one) for one in result.answered],
     }
 
 

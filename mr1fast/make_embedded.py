@@ -1,13 +1,13 @@
-"""Make the embedded model again: `python -m mr1fast.make_embedded [--output DIR]` (CPU, minutes).
+"""Make the embedded model again: `python -m mr1fast.make_embedded [--output DIR]` (on a CPU, in minutes).
 
-It stands where the paper's base stands: its arithmetic is sound, learnt from text problems, its eyes are weak, and a
-third to a half of both tasks is right. Three steps, all of them supervised:
+It starts where the paper's base model starts: its arithmetic, learnt from text problems, is sound, but its vision is
+weak, and it answers a third to a half of the problems of both tasks correctly. Three steps, all of them supervised:
 
 1. a byte-level BPE tokenizer of Qwen's kind, trained on the prompts;
 2. a language model that solves the triangle in words ("Two angles of a triangle are 35 and 65 degrees. ..."), on every
    pair of angles but those of the validation and test splits;
-3. images, until an average of the weights is in the band on the validation splits of both tasks. A task that is in the
-   band is not shown until it leaves it. Nothing here looks at the test splits.
+3. images, until the accuracy of an average of the weights lies in the wanted band on the validation splits of both
+   tasks. A task inside the band is not shown until it leaves the band. Nothing here looks at the test splits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mr1fast.data.example import Example
 from mr1fast.data.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, encode_prompts
+from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.program import Parser, at_least, exit_code
 from mr1fast.training.checkpoint import save_model
@@ -52,7 +53,7 @@ TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the thir
 
 # Greedy accuracy on the validation splits; what is promised is 0.30 to 0.60 on the test splits.
 BAND = (0.34, 0.44)
-# So many that neither is remembered: a base that knows its pictures by heart is too sure of itself to explore.
+# So many that no picture is remembered: a base that knows its pictures by heart is too sure of itself to explore.
 IMAGES = {"vc": 3000, "gr": 6000}
 
 
@@ -167,8 +168,8 @@ def image_examples(task: str, count: int) -> tuple[list[Example], list[str]]:
     return examples, completions
 
 
-class Shown:
-    """Encoded examples of one kind, from which batches are drawn."""
+class Lessons:
+    """Encoded examples of one kind with their completions, from which batches are drawn."""
 
     def __init__(self, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example], completions: Sequence[str]):
         tokenizer = processor.tokenizer
@@ -182,7 +183,7 @@ class Shown:
 
     def loss(self, model: Qwen2VLForConditionalGeneration, rows: Tensor) -> Tensor:
         """Mean negative log-likelihood of the completions' tokens."""
-        batch = prompt_rows(self.prompts, rows)
+        batch = select_prompts(self.prompts, rows)
         ids, mask = self.completion_ids[rows], self.completion_mask[rows]
         labels = torch.cat([torch.full_like(batch["input_ids"], -100), ids.masked_fill(mask == 0, -100)], 1)
         batch["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
@@ -191,7 +192,7 @@ class Shown:
         return model(**batch, labels=labels).loss
 
 
-def prompt_rows(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+def select_prompts(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Some of the encoded prompts; every image of a batch has the same number of patches."""
     batch = {name: tensor[rows] for name, tensor in prompts.items() if name != "pixel_values"}
     if "pixel_values" in prompts:
@@ -203,45 +204,48 @@ def prompt_rows(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def learn_text(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 600) -> Shown:
-    """The third angle from words, to the point of no mistakes. Returns what was shown, to be shown again later."""
+def learn_text(
+    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 600
+) -> Lessons:
+    """Teach the third angle from words until there are no mistakes. Returns what was shown, to be shown again later."""
     pairs = text_pairs()
     examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
-    shown = Shown(processor, examples, [gr_completion(a, b) for a, b in pairs])
+    lessons = Lessons(processor, examples, [gr_completion(a, b) for a, b in pairs])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
     warm_up, decay = (lambda step: (step + 1) / 50), (lambda step: (steps - step) / (steps / 2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, warm_up(step), decay(step)))
     progress = tqdm(range(steps), desc="text")
     for _ in progress:
-        loss = shown.loss(model, torch.randint(0, len(shown), (96,)))
+        loss = lessons.loss(model, torch.randint(0, len(lessons), (96,)))
         descend(model, optimizer, loss)
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}")
-    return shown
+    return lessons
 
 
 def learn_images(
-    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, text: Shown
+    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, text: Lessons
 ) -> tuple[Qwen2VLForConditionalGeneration, dict[str, dict[str, float]]]:
-    """Both tasks until the average of the weights is in the band on both validation splits. Returns that average."""
-    shown = {task: Shown(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
+    """Teach both tasks until the averaged weights are in the band on both validation splits. Returns that average."""
+    lessons = {task: Lessons(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
     watched = {task: load_split(task, "validation", count=300) for task in IMAGES}
     # Without the average, greedy accuracy jumps between checkpoints.
     average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, 0.1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
-    shares = dict.fromkeys(IMAGES, 32)  # of a batch
+    counts = dict.fromkeys(IMAGES, 32)  # in a batch
     for step in tqdm(range(1000), desc="images"):
         loss = text.loss(model, torch.randint(0, len(text), (16,))) * 16
-        for task, count in shares.items():
+        for task, count in counts.items():
             if count:
-                loss = loss + shown[task].loss(model, torch.randint(0, len(shown[task]), (count,))) * count
+                loss = loss + lessons[task].loss(model, torch.randint(0, len(lessons[task]), (count,))) * count
         descend(model, optimizer, loss / 80)
         schedule.step()
         average.update_parameters(model)
         if step % 5 == 4:
+            policy = Policy(average.module, processor)
             results = {
-                task: evaluate(average.module, processor, split, max_completion_length=20, sampled=0).figures()
+                task: evaluate(policy, split, max_completion_length=20, sampled=0).figures()
                 for task, split in watched.items()
             }
             right = {task: figures["greedy_accuracy"] for task, figures in results.items()}
@@ -251,8 +255,8 @@ def learn_images(
             well_formed = min(figures["format_accuracy"] for figures in results.values()) > 0.95
             if well_formed and all(BAND[0] <= accuracy <= BAND[1] for accuracy in right.values()):
                 return average.module, results
-            shares = {task: 0 if accuracy >= BAND[0] else 32 for task, accuracy in right.items()}
-    raise SystemExit(f"no checkpoint had both tasks between {BAND[0]} and {BAND[1]}: try another --seed")
+            counts = {task: 0 if accuracy >= BAND[0] else 32 for task, accuracy in right.items()}
+    raise SystemExit(f"at no step was the accuracy of both tasks between {BAND[0]} and {BAND[1]}; try another --seed")
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -268,22 +272,28 @@ def run(arguments: Sequence[str] | None) -> None:
         prog="python -m mr1fast.make_embedded", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--output", type=Path, default=EMBEDDED, metavar="DIR", help=f"a new or empty folder; default: {EMBEDDED}"
+        "--output",
+        type=Path,
+        default=EMBEDDED,
+        metavar="DIR",
+        help=f"new or empty folder for the model [default: {EMBEDDED}]",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of the weights and of training [default: 0]"
+    )
     options = parser.parse(arguments)
     folder = options.output.resolve()
-    if folder != EMBEDDED.resolve():  # that one is replaced
+    if folder != EMBEDDED.resolve():  # the package's own model is replaced
         new_folder(str(folder), default=folder)
     torch.manual_seed(options.seed)
-    torch.set_num_threads(1)  # a model of this size is slower on more
+    torch.set_num_threads(1)  # a model of this size is slower on more threads
 
     processor = make_processor()
     model = make_model(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
     text = learn_text(model, processor)
     base, reached = learn_images(model, processor, text)
-    save_model(base, processor, folder)
+    save_model(Policy(base, processor), folder)
     print(f"validation: {json.dumps(reached)}\nsaved to {folder}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m mr1fast.plot RUN [RUN ...]` draws the curves of one run, or lays those of several over each other."""
+"""`python -m mr1fast.plot RUN [RUN ...]` draws the curves of one run, or of several in one picture."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mr1fast.errors import UserError
-from mr1fast.options.program import Parser, exit_code
+from mr1fast.options.program import Parser, exit_code, prog
 
 
 def run(arguments: Sequence[str] | None) -> None:
     """Raises UserError."""
     parser = Parser(
-        prog="python -m mr1fast.plot",
-        description="Draw rewards, accuracies, KL, entropy, lengths and times of a run over its steps, or of several "
-        "runs over each other.",
+        prog=prog("plot"),
+        description="Draw rewards, accuracies, KL divergence, entropy, completion lengths and step times against the "
+        "training step, for one run or for several in the same picture.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the --output-dir of a training run")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output folder of a training run")
     parser.add_argument(
         "--output",
         metavar="FILE",
         type=Path,
-        help="a .png, .pdf or .svg file [default: curves.png, in the run's folder if there is one run]",
+        help="picture to write, a .png, .pdf or .svg file [default: curves.png, in the run's folder if only one run is "
+        "given, else in the current folder]",
     )
     options = parser.parse(arguments)
     file = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "curves.png"
     if file.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--output must be a .png, .pdf or .svg file, got {str(file)!r}")
-    from mr1fast.evaluation.curves import draw_curves  # after what is wrong with the options: matplotlib takes its time
+    from mr1fast.evaluation.curves import draw_curves  # only once the options are right: matplotlib is slow to import
 
     try:
         print(f"curves: {draw_curves(options.runs, file)}")

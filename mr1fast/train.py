@@ -1,4 +1,4 @@
-"""`python -m mr1fast.train`: checks the options, before the seconds that importing torch takes, and runs `loop.run`."""
+"""`python -m mr1fast.train`: checks the options before torch is imported, which takes seconds, and runs `loop.run`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,32 @@ import time
 from collections.abc import Sequence
 
 from mr1fast.errors import UserError
-from mr1fast.options.parse import parse_arguments
+from mr1fast.options.parse import parse_arguments, printed_config
 from mr1fast.options.program import missing_package
-from mr1fast.training.run_folder import OpenRun, ResumeError, open_run
+from mr1fast.training.open_run import OpenRun, open_run, requested_config
+from mr1fast.training.run_folder import ResumeError
 from mr1fast.training.stop import Stopped, stop_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 2 for a mistake of the user's; 1 if training broke off; 128 + the signal's number after one."""
+    """The exit code: 0; 2 for a mistake of the user's; 1 if training failed; 128 + its number after a signal."""
     started = time.time()
-    opened: OpenRun | None = None
     try:
-        opened = open_run(parse_arguments(sys.argv[1:] if arguments is None else arguments))
+        request = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if request.print_config:
+            print(printed_config(requested_config(request)), end="")
+            return 0
+        with open_run(request) as opened:
+            return _train(opened, started)
+    except (UserError, OSError) as error:
+        return _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl-C", 130)
+
+
+def _train(opened: OpenRun, started: float) -> int:
+    """Train. A failure from here on leaves a run that can be resumed, or no folder at all."""
+    try:
         with stop_on_sigterm():
             from torch import OutOfMemoryError
 
@@ -29,11 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run(opened, started)
             except TrainingError as error:
                 return _fail(f"error: {error}", 1, opened)
-            except OutOfMemoryError:
-                advice = "try a larger --gradient-accumulation-steps, or fewer --num-generations or --max-pixels"
-                return _fail(f"error: the GPU's memory is too small; {advice}", 1, opened)
+            except (OutOfMemoryError, MemoryError):
+                return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
+            except RuntimeError as error:
+                if "can't allocate memory" in str(error):  # as torch says it on a CPU
+                    return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
+                raise
     except ResumeError as error:
-        return _fail(f"error: {error}", 2, None)
+        return _fail(f"error: {error}", 2)
     except ModuleNotFoundError as error:
         return _fail(f"error: {missing_package(error)}", 2, opened)
     except (UserError, OSError) as error:  # OSError: most often a full disk
@@ -45,11 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(message: str, exit_code: int, opened: OpenRun | None) -> int:
+OUT_OF_MEMORY = (
+    "there is too little memory; try a larger --gradient-accumulation-steps, or smaller values of --num-generations, "
+    "--prompts-per-step, --max-completion-length or --max-pixels"
+)
+
+
+def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:
     print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
     if opened is not None:
         if opened.folder.config_file.exists():
-            print(f"to go on: python -m mr1fast.train --resume {opened.folder.path}", file=sys.stderr)
+            print(f"to continue: python -m mr1fast.train --resume {opened.folder.path}", file=sys.stderr)
         elif not any(opened.folder.path.iterdir()):
             opened.folder.path.rmdir()
     return exit_code

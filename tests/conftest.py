@@ -56,3 +56,26 @@ def folder(tmp_path):
     for number in range(30):
         picture(number).save(tmp_path / f"{number}.png")
     return tmp_path
+
+
+@pytest.fixture
+def broken(folder):
+    """data.jsonl: ten rows, of which those with an odd number have an image that breaks only when it is decoded."""
+    from data_files import encoded, row, write_jsonl
+    from PIL import Image
+
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    rows = [row(n) for n in range(10)]
+    for number in range(1, 10, 2):
+        rows[number]["image"] = f"{number}.jpg"
+        (folder / f"{number}.jpg").write_bytes(encoded(noise, "JPEG")[:1500])
+    return write_jsonl(folder / "data.jsonl", rows)
+
+
+@pytest.fixture
+def hostile_settings():
+    """A user's matplotlibrc that no picture could be drawn with here."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "No Such Font", "savefig.dpi": 1e6}):
+        yield

@@ -1,5 +1,6 @@
 """Rows and images of local data, and each format that they can be written in."""
 
+import base64
 import csv
 import io
 import json
@@ -116,3 +117,35 @@ FORMATS = [
 
 def solutions(dataset):
     return [dataset[i].solution for i in range(len(dataset))]
+
+
+def spellings(folder, number):
+    """The image `number`.png in every way that a row can name it."""
+    path = folder / f"{number}.png"
+    (folder / "links").mkdir(exist_ok=True)
+    copy, link, link_to_link = (folder / "links" / f"{name}{number}.png" for name in ("copy", "link", "again"))
+    copy.write_bytes(path.read_bytes())
+    for name, target in ((link, path), (link_to_link, link)):
+        name.unlink(missing_ok=True)
+        name.symlink_to(target)
+    content = base64.b64encode(path.read_bytes()).decode()
+    return [
+        path.name,
+        f"./{path.name}",
+        f"links/../{path.name}",
+        f".//{path.name}",
+        str(path),
+        path.as_uri(),
+        f"file:{path.name}",
+        str(copy),
+        f"links/{link.name}",
+        link_to_link.as_uri(),
+        f"data:image/png;base64,{content}",
+        {"path": path.name},
+        [str(path)],
+    ]
+
+
+def shown(dataset):
+    """The numbers of the images, which `picture` has painted."""
+    return {dataset[i].image.getpixel((0, 0))[0] for i in range(len(dataset))}

@@ -83,7 +83,7 @@ def test_ids_out_of_range_on_every_backend(backend):
 
 
 def test_both_advantages_and_rewards():
-    with pytest.raises(ValueError, match=r"advantages or rewards .* exactly one of them, got both"):
+    with pytest.raises(ValueError, match=r"exactly one of advantages and rewards .* got both"):
         grpo_loss(**random_batch(B, L, V), rewards=torch.zeros(B), num_generations=2)
 
 
@@ -149,9 +149,9 @@ def test_scale_rewards_without_rewards():
 )
 def test_logits_that_share_memory_cannot_be_overwritten(overlapping):
     batch = random_batch(B, L, V)
-    with pytest.raises(ValueError, match="logits must not share memory among themselves"):
+    with pytest.raises(ValueError, match="logits that will be overwritten must not overlap in memory"):
         grpo_loss(**(batch | {"logits": overlapping}), inplace=True)
-    with pytest.raises(ValueError, match="logits must not share memory among themselves"):
+    with pytest.raises(ValueError, match="logits that will be overwritten must not overlap in memory"):
         token_logprobs(overlapping, batch["completion_ids"], inplace_backward=True)
     grpo_loss(**(batch | {"logits": overlapping}))
     whole = torch.zeros(L + 1, B, 2 * V)  # views of torch's that do not overlap

@@ -1,6 +1,8 @@
 """The benchmark runner: results are kept with what they depend on, and a picture never invents a figure."""
 
 import csv
+import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -31,7 +33,7 @@ def test_what_was_not_measured_says_so(tmp_path, capsys, monkeypatch):
     texts = []
     monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **more: texts.append(text))
     table, picture = tmp_path / "out.csv", tmp_path / "out.png"
-    assert run.main(["gpu", "--quick", "--csv", str(table), "--plot", str(picture)]) == 0
+    assert run.main(["gpu", "--csv", str(table), "--plot", str(picture)]) == 0
     assert "not measured: there is no CUDA device" in capsys.readouterr().out
     assert set(texts) == {"not measured: there is no CUDA device"}
     for row in csv.DictReader(table.open()):
@@ -64,44 +66,91 @@ def fails_at_call(number):
     return Case(f"fails at {number}", lambda inputs: Call(call), 1)
 
 
+def last_of(results):
+    *_, last = results
+    return last
+
+
 def test_a_case_that_raises_loses_no_other():
     cases = (fails_at_call(1), fails_at_call(4), fails_at_call(0))
     scene = Scene("loss", "1 x 1", "float32", lambda: None, cases)
-    measured = {m.case.name: m for m in timing.measure(scene, cases, 1.0, lambda name: None)}
+    measured = {m.case.name: m for m in last_of(timing.measure(scene, cases, 1.0, lambda name: None))}
     assert measured["fails at 1"].note == "not measured: RuntimeError: out of something"
-    assert not measured["fails at 1"].seconds
+    assert not measured["fails at 1"].times
     assert measured["fails at 4"].note == "broke off in round 2: RuntimeError: out of something"  # after two to warm up
-    assert len(measured["fails at 4"].seconds) == 1
+    assert len(measured["fails at 4"].times) == 1
     assert not measured["fails at 0"].note
-    assert len(measured["fails at 0"].seconds) == 25
+    assert len(measured["fails at 0"].times) == 25
     assert report.rows(scene, [measured["fails at 4"]])[0]["calls"] == 1
 
 
 def test_inputs_that_cannot_be_made():
     scene = Scene("loss", "1 x 1", "float32", lambda: torch.empty(-1), (fails_at_call(0),))
-    (measured,) = timing.measure(scene, scene.cases, 1.0, lambda name: None)
+    (measured,) = last_of(timing.measure(scene, scene.cases, 1.0, lambda name: None))
     assert measured.note.startswith("not measured, no inputs: RuntimeError")
 
 
-def test_a_run_that_is_cut_off_keeps_its_scenes(tmp_path, monkeypatch):
-    def measure(scene, *rest):
-        if "float32" not in scene.title:
-            raise KeyboardInterrupt
-        return real(scene, *rest)
+def test_a_peer_that_is_not_installed_says_so():
+    def prepare(inputs):
+        import no_such_package  # noqa: F401
 
-    real = timing.measure
-    monkeypatch.setattr(timing, "measure", measure)
+    scene = Scene("loss", "1 x 1", "float32", lambda: None, (Case("peer", prepare, 1), fails_at_call(0)))
+    first, second = report.rows(scene, last_of(timing.measure(scene, scene.cases, 0.01, lambda name: None)))
+    assert first["note"] == "not measured: no_such_package is not installed"
+    assert second["note"] == ""
+
+
+def test_a_run_that_is_cut_off_keeps_every_round(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def call():
+        calls.append(None)
+        if len(calls) == 5:  # after two to warm up and two rounds
+            raise KeyboardInterrupt  # SIGINT, which is what a time limit sends
+
+    cases = (fails_at_call(0), Case("cut off", lambda inputs: Call(call), 1))
+    scene = Scene("loss", "1 x 1", "float32", lambda: None, cases)
+    monkeypatch.setattr(run.cases, "load", lambda group, quick: [scene])
+    monkeypatch.setattr(timing, "now", iter(range(10**6)).__next__)  # each call takes a second: three rounds
     table = tmp_path / "out.csv"
-    with pytest.raises(KeyboardInterrupt):
-        run.main(["loss", "--quick", "--filter", "256 mr1fast buffer", "--csv", str(table)])
+    assert run.main(["loss", "--csv", str(table)]) == 130
     rows = list(csv.DictReader(table.open()))
-    assert {row["dtype"] for row in rows} == {"float32"}
-    assert all(float(row["median_ms"]) > 0 for row in rows)
+    assert [(row["case"], row["calls"], row["median_ms"]) for row in rows] == [
+        ("fails at 0", "2", "1000.0"),
+        ("cut off", "2", "1000.0"),
+    ]
+    said = capsys.readouterr()
+    assert "interrupted: the table above holds what was measured until then" in said.err
+    assert "fails at 0" in said.out
 
 
-def test_no_commit_without_git(monkeypatch):
+def test_a_case_that_is_cut_off_before_its_first_round_has_no_figures():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    scene = Scene("loss", "1 x 1", "float32", lambda: None, (fails_at_call(0), Case("b", lambda x: Call(interrupt), 1)))
+    results = timing.measure(scene, scene.cases, 0.01, lambda name: None)
+    (row,) = report.rows(scene, next(results))
+    assert row["note"] == "not measured: cut off before its first round"
+    assert row["median_ms"] == ""
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_comes_from_git_or_else_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MR1FAST_COMMIT", "abc1234")
+    assert report.commit(tmp_path) == "abc1234"
+    (tmp_path / ".git").mkdir()  # which git will not take for a repository
+    assert report.commit(tmp_path) == "abc1234"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert head.startswith(report.commit(tmp_path).rstrip("+"))
     monkeypatch.setenv("PATH", "")
-    assert report.commit() == ""
+    monkeypatch.delenv("MR1FAST_COMMIT")
+    assert report.commit(tmp_path) == ""
 
 
 def test_two_phase_case_takes_that_path(monkeypatch):

@@ -1,5 +1,6 @@
 """The CUDA backend around its kernels: finding nvcc, building, the cache, and what it says where it cannot run."""
 
+import platform
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 from benchmarks import compile_check_cuda
 from mr1fast import grpo_loss
-from mr1fast.kernels import cuda, cuda_build
+from mr1fast.kernels import cuda, cuda_build, cuda_check
 from mr1fast.kernels.self_test import random_batch
 
 NVCC = cuda_build.find_nvcc()
@@ -39,7 +40,8 @@ def pretended_nvcc(tmp_path, monkeypatch):
 
     def pretend(script):
         nvcc = tmp_path / "nvcc"
-        nvcc.write_text('#!/bin/sh\nfor output; do :; done\necho "$output" >> "$0.calls"\n' + script)
+        version = 'if [ "$1" = --version ]; then echo "release 13.0, V13.0.88"; exit; fi'
+        nvcc.write_text(f'#!/bin/sh\n{version}\nfor output; do :; done\necho "$output" >> "$0.calls"\n{script}')
         nvcc.chmod(0o755)
         monkeypatch.setattr(cuda_build, "find_nvcc", lambda: str(nvcc))
         return nvcc.with_name("nvcc.calls")
@@ -53,19 +55,19 @@ def test_a_failing_compiler_is_quoted(pretended_nvcc):
         cuda_build.build(0, "90a")
 
 
-def test_a_library_that_fails_its_check_is_not_kept(pretended_nvcc, monkeypatch, capfd):
+def test_a_library_that_fails_its_check_is_not_kept(pretended_nvcc, tmp_path, monkeypatch, capfd):
     pretended_nvcc('echo nonsense > "$output"')
     monkeypatch.setattr(cuda_build.sys, "executable", "false")
     with pytest.raises(cuda_build.CannotBuild, match="failed their check on device 0"):
         cuda_build.build(0, "90a")
     assert "compiling the CUDA kernels for sm_90a" in capfd.readouterr().err
-    assert not cuda_build.library_path("90a").exists()
+    assert not list((tmp_path / "cache").glob("*.so"))
 
 
 def test_a_library_that_hangs_is_not_kept(pretended_nvcc, monkeypatch):
     monkeypatch.setattr(cuda_build, "CHECK_SECONDS", 0.01)
     pretended_nvcc('echo nonsense > "$output"')
-    with pytest.raises(cuda_build.CannotBuild, match="did not come to an end"):
+    with pytest.raises(cuda_build.CannotBuild, match="did not finish"):
         cuda_build.build(0, "90a")
 
 
@@ -77,6 +79,74 @@ def test_a_checked_library_is_built_once(pretended_nvcc, monkeypatch):
     assert first.read_text() == "library\n"
     assert len(calls.read_text().splitlines()) == 1
     assert cuda_build.build(0, "80") != first
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)  # gone by now
+    assert cuda_build.build(0, "90a") == first
+
+
+def test_the_librarys_name_says_what_it_depends_on(pretended_nvcc, monkeypatch):
+    pretended_nvcc('echo library > "$output"')
+    monkeypatch.setattr(cuda_build.sys, "executable", "true")
+    name = cuda_build.build(0, "90a").name
+    assert name.startswith(f"grpo_cuda_{platform.machine()}_sm_90a_nvcc_13.0.88_")
+    monkeypatch.setattr(cuda_build, "FLAGS", (*cuda_build.FLAGS, "-lineinfo"))
+    assert cuda_build.build(0, "90a").name not in ("", name)
+
+
+def test_where_the_device_takes_no_second_process_the_check_is_skipped_once(
+    pretended_nvcc, tmp_path, monkeypatch, capfd
+):
+    calls = pretended_nvcc('echo library > "$output"')
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'CUDA error: devices are busy' >&2\nexit {cuda_build.NOT_CHECKED}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(cuda_build.sys, "executable", str(python))
+    first = cuda_build.build(0, "90a")
+    assert (
+        "used unchecked, because device 0 took no second process (CUDA error: devices are busy)"
+        in capfd.readouterr().err
+    )
+    assert cuda_build.build(0, "90a") == first
+    assert not capfd.readouterr().err
+    assert len(calls.read_text().splitlines()) == 1
+
+
+BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be reported later"
+
+
+@pytest.mark.parametrize(
+    "message", [BUSY, "CUDA out of memory. Tried to allocate 20.00 MiB.", "CUDA error: out of memory"]
+)
+def test_the_check_says_that_it_could_not_run(message, monkeypatch, capsys):
+    def check(device):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(cuda_check.sys, "argv", ["cuda_check"])
+    monkeypatch.setattr(cuda_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_check, "check", check)
+    assert cuda_check.main() == cuda_build.NOT_CHECKED
+    assert capsys.readouterr().err.splitlines() == [message.splitlines()[0]]
+
+
+def test_the_check_does_not_excuse_other_errors(monkeypatch):
+    def check(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(cuda_check.sys, "argv", ["cuda_check"])
+    monkeypatch.setattr(cuda_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_check, "check", check)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cuda_check.main()
+
+
+def test_the_check_itself(monkeypatch, capsys):
+    """Of another backend, since there may be no device; and it finds a gradient that is off."""
+    monkeypatch.setattr(cuda_check, "VOCABULARIES", (37,))
+    cuda_check.check("cpu", "cpp")
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(cuda.DTYPES)
+    right = cuda_check.gradient
+    monkeypatch.setattr(cuda_check, "gradient", lambda *args: right(*args) * (1.1 if args[-1] == "cpp" else 1.0))
+    with pytest.raises(AssertionError, match="off by"):
+        cuda_check.check("cpu", "cpp")
 
 
 def test_without_nvcc_or_sources_it_says_what_to_do(tmp_path, monkeypatch):

@@ -97,14 +97,19 @@ def test_csv_that_is_not_clean(folder):
     file = folder / "data.csv"
     file.write_bytes(
         b'image, problem,solution\r\n0.png,"two\nlines, one cell",3\r\n'
-        b"1.png,short row\r\n2.png,a,b,too many\r\n3.png,\xff?,4\r\n"
+        b"1.png,short row\r\n2.png,a,b,too many\r\n3.png,\xff \xc3\xa9\xc3\xa9?,4\r\n4.png,?,4\xff\r\n"
     )
     dataset = load_split(file, "all")
     assert [(e.problem, e.solution) for e in (dataset[0], dataset[1])] == [
         ("two\nlines, one cell", "3"),
-        ("\ufffd?", "4"),
+        ("\ufffd éé?", "4"),
     ]
-    assert dataset.skipped == {"no answer": 1, "line has more fields than there are columns": 1}
+    assert dataset.skipped == {
+        "no answer": 1,
+        "line has more fields than there are columns": 1,
+        "answer has broken characters": 1,
+    }
+    assert dataset.notes["broken characters in the question replaced"] == 1
 
 
 def test_an_image_that_breaks_late_is_replaced_and_counted_once(folder):
@@ -121,7 +126,7 @@ def test_an_image_that_breaks_late_is_replaced_and_counted_once(folder):
     assert dataset.summary() == "data/all: 2 examples; skipped 2: 2 x image file is truncated"
     (folder / "0.png").unlink()
     (folder / "3.png").unlink()
-    with pytest.raises(ValueError, match="no image that can be decoded"):
+    with pytest.raises(ValueError, match="no row that can be used: 2 x image"):
         dataset[0]
 
 

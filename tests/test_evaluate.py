@@ -1,39 +1,35 @@
-"""Evaluation: the figures, the page with the mistakes, and the program."""
+"""Evaluation: the figures, and the program."""
 
-import base64
-import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
-from PIL import Image
+from data_files import row, write_jsonl
+from report_page import SETTINGS, Page, answered
 
-from mr1fast.data.dataset import load_split
+from mr1fast.data.dataset import load_split, problems
 from mr1fast.data.example import Example
+from mr1fast.data.tasks import TASKS
+from mr1fast.errors import UserError
 from mr1fast.evaluate import main
 from mr1fast.evaluation.evaluate import evaluate
-from mr1fast.evaluation.report import answer_rows, result_text, write_report
-from mr1fast.evaluation.result import EvalResult, Sample, wilson_interval
+from mr1fast.evaluation.figures import answer_rows
+from mr1fast.evaluation.result import EvalResult, wilson_interval
+from mr1fast.evaluation.terminal import evaluation_table
 from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.policy import Policy
+from mr1fast.model.rollout import Sampler
 from mr1fast.rewards import accuracy_reward, format_reward
 
-SETTINGS = {"data": "vc", "split": "test", "model": "a <b> model", "sampled": 1, "temperature": 1.0}
-
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return load_processor()
+def policy():
+    return Policy(load_model(), load_processor())
 
 
 @pytest.fixture(scope="module")
@@ -42,67 +38,91 @@ def dataset():
 
 
 @pytest.fixture(scope="module")
-def result(model, processor, dataset):
-    return evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8)
+def result(policy, dataset):
+    return evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=8)
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_completions_are_those_of_transformers(model, processor, dataset, result):
+def test_greedy_completions_are_those_of_transformers(policy, dataset, result):
+    model, processor = policy.model.eval(), policy.processor
     texts = []
     for index in range(4):
         inputs = encode_prompts(processor, [dataset[index]])
-        ids = model.eval().generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
         texts.append(processor.tokenizer.decode(ids[ids != model.generation_config.eos_token_id]))
-    assert [sample.completion for sample in result.samples[:4]] == texts
+    assert [one.completion for one in result.answered[:4]] == texts
 
 
 def test_figures_are_means_of_rewards(result, dataset):
-    assert [sample.index for sample in result.samples] == list(range(20))
-    assert [sample.solution for sample in result.samples] == [dataset[i].solution for i in range(20)]
-    correct = [accuracy_reward(s.completion, s.solution) for s in result.samples]
-    formatted = [format_reward(s.completion) for s in result.samples]
+    assert [one.index for one in result.answered] == list(range(20))
+    assert [one.solution for one in result.answered] == [dataset[i].solution for i in range(20)]
+    correct = [accuracy_reward(s.completion, s.solution) for s in result.answered]
+    formatted = [format_reward(s.completion) for s in result.answered]
     assert result.n == 20
     assert result.greedy_accuracy == pytest.approx(sum(correct) / 20)
     assert result.format_accuracy == pytest.approx(sum(formatted) / 20)
     both = sum(a * b for a, b in zip(correct, formatted))
     assert result.accuracy_when_formatted == pytest.approx(both / sum(formatted))
-    assert all(len(s.sampled_correct) == 3 for s in result.samples)
-    assert result.sampled_accuracy == pytest.approx(sum(sum(s.sampled_correct) for s in result.samples) / 60)
+    assert all(len(s.sampled_correct) == 3 for s in result.answered)
+    assert result.sampled_accuracy == pytest.approx(sum(sum(s.sampled_correct) for s in result.answered) / 60)
     assert 0 < result.greedy_accuracy < 1, "the embedded model is neither hopeless nor perfect"
 
 
-def test_depends_on_the_seed_alone_and_leaves_no_trace(model, processor, dataset, result, capsys):
+def test_depends_on_the_seed_alone_and_leaves_no_trace(policy, dataset, result, capsys):
     for training in (True, False):
-        model.train(training)
+        policy.model.train(training)
         torch.manual_seed(7)
         state = torch.get_rng_state()
-        again = evaluate(
-            model, processor, dataset, max_completion_length=24, sampled=3, batch_size=8, progress="bar", seed=0
-        )
+        again = evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=8, progress="bar", seed=0)
         assert again == result
         assert torch.equal(torch.get_rng_state(), state)
-        assert model.training is training
+        assert policy.model.training is training
         assert capsys.readouterr().err.startswith("\rbar:   0%|          | 0/80 ")
-    other = evaluate(model, processor, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
-    assert [s.completion for s in other.samples] == [s.completion for s in result.samples]
-    assert other.samples != result.samples
+    other = evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
+    assert [s.completion for s in other.answered] == [s.completion for s in result.answered]
+    assert other.answered != result.answered
 
 
-def test_without_samples_there_is_no_sampled_accuracy(model, processor, dataset):
-    result = evaluate(model, processor, dataset, max_completion_length=2, sampled=0)
+def test_without_samples_there_is_no_sampled_accuracy(policy, dataset):
+    result = evaluate(policy, dataset, max_completion_length=2, sampled=0)
     assert math.isnan(result.sampled_accuracy)
     assert "sampled_accuracy" not in result.figures()
     assert result.format_accuracy == result.accuracy_when_formatted == 0
-    assert "sampled" not in result_text(result, SETTINGS)
+    assert "sampled" not in evaluation_table(result, SETTINGS)
 
 
-def test_a_problem_that_stands_in_for_a_broken_one_counts_once(model, processor, dataset):
-    rows = [dataset[0], dataset[1], dataset[1], dataset[0], dataset[2]]
-    result = evaluate(model, processor, rows, max_completion_length=24, sampled=0, batch_size=2)
-    assert [sample.index for sample in result.samples] == [0, 1, 4]
-    assert result.n == 3
+def test_problems_are_told_apart_by_their_index(policy, dataset):
+    """Not by their names, which they need not have, nor by what is asked."""
+    examples = [Example(dataset[i].image, dataset[i].problem, dataset[i].solution) for i in (0, 1, 2, 1, 0)]
+    result = evaluate(policy, examples, max_completion_length=24, sampled=1, batch_size=2)
+    assert [one.index for one in result.answered] == [0, 1, 2, 3, 4]
+    assert result.n == 5
+    assert result.answered[0].completion == result.answered[4].completion
+
+
+def test_a_problem_whose_image_breaks_is_not_asked_and_no_other_twice(policy, broken):
+    result = evaluate(policy, load_split(broken, "all"), max_completion_length=4, sampled=0, batch_size=3)
+    assert [(one.index, one.solution) for one in result.answered] == [(n, str(n)) for n in range(0, 10, 2)]
+    assert result.n == 5
+
+
+def test_without_any_problem_there_is_one_sentence(policy, broken):
+    for number in range(0, 10, 2):
+        (broken.parent / f"{number}.png").write_bytes((broken.parent / "1.jpg").read_bytes())
+    with pytest.raises(
+        UserError,
+        match="there is no problem that can be asked: data/all: 0 examples; skipped 10: ",
+    ):
+        evaluate(policy, load_split(broken, "all"), max_completion_length=4)
+
+
+def test_the_test_split_of_gr_has_200_problems():
+    """Not 400: each would come twice, in two drawings, and the interval be too narrow."""
+    assert len({tuple(sorted(TASKS["gr"].triangle("test", i).angles)) for i in range(200)}) == 200
+    assert len(list(problems(load_split("gr", "test", count=400)))) == 200
+    assert len(list(problems(load_split("vc", "test", count=400)))) == 400
 
 
 @pytest.mark.parametrize(("accuracy", "n"), [(0.0, 10), (1.0, 10), (0.5, 1), (0.4, 400), (0.97, 30)])
@@ -114,88 +134,18 @@ def test_wilson_interval_is_where_the_observation_is_z_deviations_away(accuracy,
             assert abs(accuracy - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n), rel=1e-6)
 
 
-def sample(solution, answer, index=0, **changes):
-    completion = f"<think></think><answer>{answer}</answer>"
-    made = Sample(index, f"row {index}", "How many?", solution, completion, answer, solution == answer, True, (True,))
-    return replace(made, **changes)
-
-
 def test_accuracy_by_answer():
-    few = EvalResult.of([sample("10", "10"), sample("2", "3"), sample("2", "2"), sample("2", "3"), sample("b", "a")])
+    pairs = [("10", "10"), ("2", "3"), ("2", "2"), ("2", "3"), ("b", "a")]
+    few = EvalResult.of([answered(*pair) for pair in pairs])
     assert few.by_answer() == {"2": (1, 3), "10": (1, 1), "b": (0, 1)}
     assert answer_rows(few) == [("2", 1, 3), ("10", 1, 1), ("b", 0, 1)]
     assert few.confusions() == [("2", "3", 2)]
-    numbers = EvalResult.of([sample(str(n), "4") for n in range(32)])
+    numbers = EvalResult.of([answered(str(n), "4") for n in range(32)])
     assert answer_rows(numbers)[:2] == [("0 to 3", 0, 4), ("4 to 7", 1, 4)]
     assert sum(n for _, _, n in answer_rows(numbers)) == 32
-    words = EvalResult.of([sample(letter, "a") for letter in "aaabcdefghijklmnop"])
+    words = EvalResult.of([answered(letter, "a") for letter in "aaabcdefghijklmnop"])
     assert answer_rows(words)[0] == ("a", 3, 3)
     assert answer_rows(words)[-1] == ("5 others", 0, 5)
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order; collects images and text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.images, self.text = [], set(), [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        if tag == "img":
-            self.images.append(dict(attrs)["src"])
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-HOSTILE = '<script>alert("1")</script><img src=http://example.org/x> & </div>'
-
-
-def test_page_shows_every_mistake_and_nothing_from_elsewhere(tmp_path):
-    images = [
-        Image.new("RGB", (6, 4), (10, 20, 30)),
-        Image.new("RGB", (2000, 1000), (200, 20, 30)),
-        Image.new("RGB", (6, 4), (1, 2, 3)),
-    ]
-    examples = [Example(image, HOSTILE, "4", HOSTILE) for image in images]
-    samples = [
-        sample("4", HOSTILE, 0, problem=HOSTILE, completion=HOSTILE, name=HOSTILE),
-        sample(HOSTILE, None, 1, completion="", formatted=False),
-        sample("4", "4", 2),
-    ]
-    file = write_report(tmp_path / "report.html", EvalResult.of(samples), SETTINGS, examples)
-    text = file.read_text(encoding="utf-8")
-    page = Page(text)
-    assert not page.tags & {"script", "link", "iframe", "object"}
-    assert page.text.count(HOSTILE) == 6  # problem, answer, completion, name; truth; and one in the table by answer
-    assert "Wrong answers (2)" in page.text
-    assert "no answer in tags" in page.text
-    assert "not well formed" in page.text
-    assert all(source.startswith("data:image/") for source in page.images)
-    shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.images]
-    assert [image.size for image in shown] == [(6, 4), (480, 240), (6, 4)]
-    assert shown[0].getpixel((0, 0)) == (10, 20, 30)
-    assert len(re.findall('class="sample wrong"', text)) == 2
-
-
-def test_page_of_a_perfect_model(tmp_path):
-    file = write_report(
-        tmp_path / "r.html", EvalResult.of([sample("4", "4")]), SETTINGS, load_split("vc", "test", count=1)
-    )
-    text = Page(file.read_text(encoding="utf-8")).text
-    assert "Wrong answers" not in text
-    assert "100.0 %" in text
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
@@ -227,10 +177,46 @@ def test_program_on_local_data(tmp_path, capsys, monkeypatch):
     assert "shapes, test split, 6 problems" in Page((tmp_path / "out" / "report.html").read_text()).text
 
 
-def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
-    from mr1fast.model import rollout
+def evaluated(tmp_path, *arguments):
+    """evaluation.json of the program, which says one token a problem."""
+    threads = torch.get_num_threads()
+    arguments = [
+        *map(str, arguments),
+        "--sampled=0",
+        "--max-completion-length=1",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 0
+    torch.set_num_threads(threads)
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    shutil.rmtree(tmp_path / "out")
+    return figures
 
-    calls, generate = [], rollout.generate
+
+@pytest.mark.parametrize(
+    ("name", "split", "n", "said"),
+    [
+        ("test.jsonl", "--split=test", 10, "test, test split, 10 problems"),
+        ("test.jsonl", None, 10, "test, test split, 10 problems"),
+        ("test.jsonl", "--split=all", 10, "test, all rows, 10 problems"),
+        ("rows.jsonl", None, 10, "rows, all rows, 10 problems"),
+        ("rows.jsonl", "--split=test", 1, "rows, test split (cut from the unnamed rows), 1 problem"),
+        ("train.jsonl", "--split=train", 10, "train, train split, 10 problems"),
+        ("train.jsonl", "--split=test", 1, "train, test split (cut from train), 1 problem"),
+        ("val.json", None, 10, "val, all rows, 10 problems"),
+    ],
+)
+def test_a_file_is_evaluated_whole_unless_the_split_is_cut(folder, tmp_path, capsys, name, split, n, said):
+    file = write_jsonl(folder / name, [row(number) for number in range(10)])
+    figures = evaluated(tmp_path, "--data", file, *([split] if split else []))
+    assert figures["n"] == n
+    assert ("cut_from" in figures["settings"]) == ("cut from" in said)
+    assert capsys.readouterr().out.startswith(said + "\n")
+
+
+def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
+    calls, generate = [], Sampler.generate
 
     def interrupted(*arguments, **keywords):
         calls.append(None)
@@ -238,7 +224,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return generate(*arguments, **keywords)
 
-    monkeypatch.setattr(rollout, "generate", interrupted)
+    monkeypatch.setattr(Sampler, "generate", interrupted)
     threads = torch.get_num_threads()
     arguments = ["--task", "vc", "--samples", "9", "--batch-size", "3", "--output-dir", str(tmp_path / "out")]
     assert main(arguments) == 130
@@ -257,7 +243,10 @@ def test_more_problems_than_there_are(tmp_path, capsys):
     threads = torch.get_num_threads()
     assert main([*arguments, "--max-completion-length", "1", "--output-dir", str(tmp_path / "out")]) == 0
     torch.set_num_threads(threads)
-    assert "gr has 80 problems in this split; the others were the same in another drawing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gr, validation split, 80 problems\n" in out
+    assert "gr has 80 problems in this split, fewer than --samples 81" in out
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["n"] == 80
 
 
 MISTAKES = [

@@ -1,5 +1,6 @@
 """Images as users have them: unusual ones look right, unusable ones say why."""
 
+import struct
 import warnings
 import zlib
 
@@ -101,6 +102,47 @@ def test_unusual_images_look_right(name):
             )
     else:
         assert len(set(np.asarray(image).reshape(-1, 3).max(1).tolist())) > 1  # not one flat colour
+
+
+@pytest.mark.parametrize("bits", [8, 9, 10, 12, 16])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TIFF, the other byte order", "PNG in 32 bits"])
+def test_images_of_16_bits_are_as_bright_as_the_bits_that_they_hold(bits, kind):
+    top = 2**bits - 1
+    values = np.linspace(0, top, 800).round().astype(np.uint16).reshape(20, 40)
+    if kind == "PNG in 32 bits":
+        content = encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
+    elif kind == "TIFF, the other byte order":
+        content = encoded(Image.frombytes("I;16B", (40, 20), values.astype(">u2").tobytes()), "TIFF")
+    else:
+        content = encoded(Image.fromarray(values), kind)
+    check_image(content)
+    image, notes = load_image(content)
+    assert notes == [DEEP]
+    scale = {9: 2**10 - 1}.get(bits, top)
+    np.testing.assert_allclose(np.asarray(image)[..., 0], values * (255.0 / scale), atol=0.51)
+
+
+def png_of_16_bits(values):
+    """[height, width, channels] uint16, which Pillow reads but does not write."""
+    height, width, channels = values.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return content
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colour_images_of_16_bits_are_read_or_left_out_but_never_black(channels):
+    values = np.full((20, 40, channels), 2**16 - 1, np.uint16)  # opaque
+    colours = slice(0, 1 if channels == 2 else 3)
+    values[..., colours] = 100 * 257
+    assert load_image(png_of_16_bits(values))[0].getpixel((0, 0)) == (100, 100, 100)
+    for bits in (8, 10, 12):
+        values[..., colours] = 2**bits - 1
+        with pytest.raises(BadImage, match="colour image of 16 bits a channel holds 12 or fewer"):
+            load_image(png_of_16_bits(values))
 
 
 def bomb():

@@ -70,7 +70,7 @@ def test_command_needs_a_library_and_names_one_that_is_missing(capsys, monkeypat
     assert "choose --trl, --liger or both" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         check.main(["--liger", "--loss-type", "luspo"])
-    assert "nothing to compare for luspo" in capsys.readouterr().err
+    assert "cannot compare luspo" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         check.main(["--trl", "--steps", "0"])
     assert "--steps: must be at least 1, got 0" in capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_command_needs_a_library_and_names_one_that_is_missing(capsys, monkeypat
 
     monkeypatch.setattr(check, "check_liger", missing)
     assert check.main(["--liger"]) == 2
-    assert "--liger needs a package that is not installed: liger_kernel" in capsys.readouterr().err
+    assert "--liger: the package 'liger_kernel' is not installed" in capsys.readouterr().err
 
 
 def test_compare_trl_on_ones_own_trainer(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from mr1fast import GRPOLoss, KLSchedule, kl_weight
 from mr1fast.kernels.self_test import random_batch
+from mr1fast.losses.kl_weight import EXPLORING, SCHEDULES
 
 VISUAL_COUNTING = {"beta_min": 0.04, "beta_max": 0.10}
 GEOMETRY = {"beta_min": 0.0, "beta_max": 0.02}
@@ -55,6 +56,21 @@ def test_other_schedules(schedule, form):
         assert kl_weight(s, 40, beta_min=0.02, beta_max=0.09, schedule=schedule) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("explore_fraction", [0.0, 0.25, 0.999])
+def test_reversed_is_the_papers_schedule_backwards(explore_fraction):
+    total, bounds = 40, {"beta_min": 0.02, "beta_max": 0.09, "explore_fraction": explore_fraction}
+    for s in range(total + 1):
+        backwards = kl_weight(s, total, schedule="reversed", **bounds)
+        assert backwards == pytest.approx(kl_weight(total - s, total, **bounds), abs=1e-12)
+    assert kl_weight(0, total, schedule="reversed", **bounds) == pytest.approx(0.09)
+
+
+def test_a_schedule_is_one_function_and_one_entry(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "square", lambda p, low, high: low + (high - low) * p * p)
+    assert kl_weight(5, 10, beta_min=0.0, beta_max=1.0, schedule="square") == 0.25
+    assert set(EXPLORING) == {"paper", "reversed"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -73,6 +89,7 @@ def test_other_schedules(schedule, form):
         ({"explore_fraction": -0.1}, "explore_fraction"),
         ({"schedule": "papr"}, "did you mean 'paper'"),
         ({"schedule": "adaptive"}, "KLSchedule"),
+        ({"schedule": ["paper"]}, "schedule must be one of paper, linear"),
     ],
 )
 def test_bad_arguments(change, message):

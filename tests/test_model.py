@@ -1,17 +1,28 @@
 """The embedded model and the loading of any other: real classes, real files, errors in one sentence."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
+from mr1fast.errors import UserError
 from mr1fast.model import load as loading
-from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, encode_prompts, load_model, load_processor
+from mr1fast.model.load import (
+    EMBEDDED,
+    PROMPT_SUFFIX,
+    encode_prompts,
+    load_model,
+    load_processor,
+    longest_prompt,
+    prompt_length,
+)
 from mr1fast.rewards import accuracy_reward, format_reward
 
 
@@ -96,13 +107,53 @@ def test_max_pixels_bounds_the_image():
         load_processor(max_pixels=195)
 
 
+@pytest.mark.parametrize("bounds", [(3136, 3136), (3136, 401408), (100_000, 100_000)])
+def test_prompt_length_is_that_of_the_encoded_prompt(bounds):
+    processor = load_processor()
+    processor.image_processor.size = {"shortest_edge": bounds[0], "longest_edge": bounds[1]}
+    questions = ["", "How many?", "Wie viele Bälle? 数\n" * 20, "<think> <|im_end|>" * 3]
+    sizes = [None, (56, 56), (1, 1), (31, 200), (1, 200), (1000, 700)]
+    examples = [
+        Example(None if size is None else Image.new("RGB", size), question, "", "")
+        for size in sizes
+        for question in questions
+    ]
+    lengths = [prompt_length(processor, example) for example in examples]
+    assert lengths == encode_prompts(processor, examples)["attention_mask"].sum(1).tolist()
+    assert len(set(lengths)) > len(questions)
+
+
+def test_the_longest_prompt_leaves_room_for_the_completion(embedded):
+    assert longest_prompt(embedded, 48) == longest_prompt(embedded.config, 48) == 2000
+    assert longest_prompt(embedded, 2047) == 1
+    with pytest.raises(UserError, match=r"2048 tokens leaves no room for a prompt: the model takes 2048 tokens"):
+        longest_prompt(embedded, 2048)
+
+
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [
+        ("How many <|image_pad|>?", r"the question of row 7 has <\|image_pad\|> or <\|video_pad\|> in it"),
+        ("<|video_pad|>", "which stand for pixels"),
+        ("broken \ud83d text", "the question of row 7 is not valid Unicode: surrogates not allowed"),
+    ],
+)
+def test_questions_that_cannot_be_encoded_are_named(problem, says, processor):
+    for image in (None, Image.new("RGB", (56, 56))):
+        example = Example(image, problem, "1", "row 7")
+        with pytest.raises(UserError, match=says):
+            encode_prompts(processor, [example])
+        with pytest.raises(UserError, match=says):
+            prompt_length(processor, example)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda folder: folder / "missing", "does not exist"),
         (lambda folder: folder, "holds no model"),
         (lambda folder: (folder / "config.json").write_text("{") and folder, "config.json is not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]") and folder, "model of type None"),
+        (lambda folder: (folder / "config.json").write_text("[]") and folder, "config.json is not a JSON object"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder, "'llama'"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,
@@ -148,8 +199,20 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch):
         raise OSError("no connection\nat all")
 
     monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", fail)
-    with pytest.raises(ValueError, match=r"'no/model' cannot be loaded: no connection, and there is no such folder$"):
+    with pytest.raises(
+        ValueError, match=r"'no/model' cannot be loaded: no connection at all, and there is no such folder$"
+    ):
         load_model("no/model")
+
+
+@pytest.mark.parametrize(("wanted", "threads"), [(None, 3), ("2", 2), ("5", 5), ("0", 3), ("4,2", 3), ("", 3)])
+def test_threads_are_those_that_this_process_may_have(wanted, threads, embedded, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 4, 6}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert loading.choose_threads(torch.nn.Linear(4000, 4000, device="meta")) == threads
+    assert loading.choose_threads(embedded) == 1
 
 
 def test_choices(embedded):
@@ -158,7 +221,6 @@ def test_choices(embedded):
     assert loading.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert loading.choose_attention("auto", cpu) == "sdpa"
     assert loading.choose_attention("eager", cpu) == "eager"
-    assert loading.choose_threads(embedded) == 1
     with pytest.raises(ValueError, match="flash_attention_2"):
         loading.choose_attention("flash_attention_2", cpu)
     with pytest.raises(ValueError, match="'nonsense'"):

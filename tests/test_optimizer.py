@@ -35,7 +35,10 @@ def backward(model: nn.Module, seed: int, scale: float = 1.0) -> None:
 
 def test_it_is_adamw_with_clipping():
     ours, theirs = layers(), layers()
-    optimizer, adamw = Optimizer(ours, max_grad_norm=0.1), torch.optim.AdamW(theirs.parameters(), weight_decay=0.0)
+    optimizer, adamw = (
+        Optimizer(ours.parameters(), max_grad_norm=0.1),
+        torch.optim.AdamW(theirs.parameters(), weight_decay=0.0),
+    )
     for step in range(5):
         backward(ours, step)
         backward(theirs, step)
@@ -53,7 +56,7 @@ def test_it_is_adamw_with_clipping():
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(scale):
     model = layers()
-    optimizer = Optimizer(model, max_grad_norm=1.0)
+    optimizer = Optimizer(model.parameters(), max_grad_norm=1.0)
     backward(model, 0)
     optimizer.step(0.01)
     before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -69,7 +72,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(scale):
 def test_bfloat16_weights_move_at_a_small_rate():
     model = layers(torch.bfloat16)
     start = copy.deepcopy(model.state_dict())
-    optimizer = Optimizer(model, max_grad_norm=1.0)
+    optimizer = Optimizer(model.parameters(), max_grad_norm=1.0)
     for step in range(300):
         backward(model, step)
         optimizer.step(1e-5)
@@ -82,7 +85,10 @@ def test_bfloat16_weights_move_at_a_small_rate():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_state_goes_on_bit_for_bit(dtype, tmp_path):
     whole, first = layers(dtype), layers(dtype)
-    runs = [(whole, Optimizer(whole, max_grad_norm=1.0)), (first, Optimizer(first, max_grad_norm=1.0))]
+    runs = [
+        (whole, Optimizer(whole.parameters(), max_grad_norm=1.0)),
+        (first, Optimizer(first.parameters(), max_grad_norm=1.0)),
+    ]
     for model, optimizer in runs:
         for step in range(3):
             backward(model, step)
@@ -90,7 +96,7 @@ def test_its_state_goes_on_bit_for_bit(dtype, tmp_path):
     torch.save(runs[1][1].state_dict(), tmp_path / "state.pt")
     second = layers(dtype)
     second.load_state_dict(first.state_dict())
-    resumed = Optimizer(second, max_grad_norm=1.0)
+    resumed = Optimizer(second.parameters(), max_grad_norm=1.0)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for model, optimizer in (runs[0], (second, resumed)):
         for step in range(3, 6):

@@ -1,49 +1,14 @@
-"""Pictures: what is in them, and that nothing a run can leave behind stops them."""
+"""curves.png: what is in it, and that nothing a run can leave behind stops it."""
 
-import json
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from run_files import ODD, not_blank, row, write_run
 
-from mr1fast.data.dataset import load_split
-from mr1fast.data.example import Example
 from mr1fast.evaluation import curves
 from mr1fast.evaluation.curves import PANELS, _labels, draw_curves, read_run, smoothed
-from mr1fast.evaluation.result import Sample
-from mr1fast.evaluation.samples import Shown, before_and_after, clipped, draw_samples
-from mr1fast.model.load import load_model, load_processor
-from mr1fast.options.config import TrainConfig
 from mr1fast.plot import main
-from mr1fast.training.loop import draw_pictures
-from mr1fast.training.run_folder import RunFolder
-
-
-def row(step, task="vc", **changes):
-    metrics = {
-        "rewards/accuracy_reward/mean": 0.4 + step / 100,
-        "rewards/format_reward/mean": 1.0,
-        "reward": 0.9,
-        "kl": 0.01 * step,
-        "beta": 0.04,
-        "entropy": 0.5,
-        "completions/mean_length": 12.0,
-        "loss": -0.1,
-        "step_time": 0.3,
-    }
-    if step % 5 == 0:
-        metrics |= {f"eval/{task}/greedy_accuracy": 0.5, f"eval/{task}/sampled_accuracy": 0.4}
-    return {"task": task, "step": step, **metrics, **changes}
-
-
-def write_run(folder, rows, result=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    if result is not None:
-        (folder / "result.json").write_text(json.dumps(result))
-    return folder
 
 
 @pytest.fixture
@@ -60,10 +25,6 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(curves, "_draw_panel", spy)
     return panels
-
-
-def not_blank(file):
-    return len(np.unique(np.asarray(Image.open(file).convert("L")))) > 10
 
 
 def test_a_whole_run(tmp_path, drawn):
@@ -174,9 +135,9 @@ def test_smoothing():
 
 MISTAKES = [
     (["nowhere"], "run folder 'nowhere' does not exist"),
-    (["."], "'.' is no run: it has no metrics.jsonl"),
-    (["empty"], "has no step in it yet"),
-    (["odd"], "no metric that could be drawn"),
+    (["."], "'.' is not a run: it has no metrics.jsonl"),
+    (["empty"], "has no training step in it yet"),
+    (["odd"], "there is no metric to draw"),
     (["good", "--output", "a.txt"], "--output must be a .png, .pdf or .svg file, got 'a.txt'"),
     (["good", "--output", "good/metrics.jsonl/a.png"], "cannot be written"),
     (["good", "--ouput", "a.png"], "unknown option --ouput (did you mean '--output'?)"),
@@ -197,79 +158,12 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, mes
     assert error.count("\n") == 1
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------
-
-
-def test_both_models_answer_the_same_problems():
-    base, processor = load_model(), load_processor()
-    broken = load_model()
-    broken.lm_head.weight.data.mul_(-1)
-    dataset = load_split("vc", "test", count=3)
-    examples = [dataset[i] for i in range(3)]
-    shown = before_and_after(base, broken, processor, examples, max_completion_length=16)
-    assert [one.example for one in shown] == examples
-    assert [one.before.solution for one in shown] == [example.solution for example in examples]
-    assert all(one.before.answer is not None for one in shown)
-    assert all(one.after.answer is None and not one.after.correct for one in shown)
-
-
-def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
-    model = load_model()
-    setup = SimpleNamespace(
-        config=TrainConfig(task="vc"),
-        folder=RunFolder(write_run(tmp_path / "run", [row(1)])),
-        names=["vc"],
-        load=lambda folder: model,
-        tests={"vc": load_split("vc", "test", count=2)},
-        base=model,
-        processor=load_processor(),
-    )
-    (tmp_path / "run" / "vc" / "model").mkdir(parents=True)
-    draw_pictures(setup)
-    assert not_blank(tmp_path / "run" / "curves.png")
-    assert not_blank(tmp_path / "run" / "samples.png")
-
-    def full_disk(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(curves, "draw_curves", full_disk)
-    draw_pictures(setup)
-    assert capsys.readouterr().err.endswith("no pictures: No space left on device\n")
-
-
-def shown(number, **changes):
-    example = Example(
-        Image.new("RGB", (56, 56), (30 * number, 90, 90)), "How many $x_1$ \\frac{?", "4", f"row {number}"
-    )
-    arguments = {"index": number, "name": "", "problem": "", "solution": "4", "sampled_correct": (), "formatted": True}
-    after = Sample(**arguments, completion="<answer>4</answer>", answer="4", correct=True)
-    before = Sample(**arguments, completion=changes.pop("completion", ""), answer=None, correct=False)
-    return Shown(Example(**{**vars(example), **changes}), before, after)
-
-
-@pytest.mark.parametrize("number", [1, 3, 12])
-def test_samples_are_drawn(tmp_path, number):
-    file = draw_samples(tmp_path / "vc" / "samples.png", [shown(n) for n in range(number)], "a $title_$")
-    pixels = np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3)
-    for colour in ((26, 127, 55), (207, 34, 46)):  # right, wrong
-        assert (np.abs(pixels.astype(int) - colour).max(1) < 8).sum() > 100
-    assert (pixels == (0, 90, 90)).all(1).sum() > 5000  # the first image
-
-
-def test_samples_with_odd_texts_and_images(tmp_path):
-    odd = [
-        shown(0, problem="每个三角形 " * 40, completion="word " * 500),
-        shown(1, problem="x" * 500, solution="y" * 300),
-        shown(2, image=Image.new("RGB", (3000, 40))),
-        shown(3, image=None, problem=""),
+def test_no_text_number_or_setting_stops_curves(tmp_path, hostile_settings):
+    rows = [row(1, ODD), row(2, ODD, reward=10**400, kl=1e300, loss=-(10**350)), row(3, "$\\frac{$", step_time=True)]
+    runs = [
+        write_run(tmp_path / name, rows, result)
+        for name, result in (("$a_{$ 每个", []), ("_b", {"config": {"method": "$x^$"}}))
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not_blank(draw_samples(tmp_path / "samples.png", odd, "odd"))
-
-
-def test_clipped():
-    assert clipped("one two three", 2, 7) == "one two\nthree"
-    assert clipped("one two three four five", 2, 7) == "one two\nthree…"
-    assert clipped("", 2, 7) == ""
-    assert clipped("abcdefghijkl", 1, 6) == "abcde…"
+        assert not_blank(draw_curves(runs, tmp_path / "a.png"))

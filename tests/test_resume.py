@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,15 @@ import pytest
 import torch
 from train_program import SMALL, main, metrics, program
 
-from mr1fast.model.load import load_model
+from mr1fast.data.tasks import TASKS
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
+from mr1fast.model.policy import Policy
+from mr1fast.options.config import TrainConfig
+from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint
+from mr1fast.training.loop import _go_on
 from mr1fast.training.metrics import MetricsLog
-from mr1fast.training.run_folder import RunFolder
+from mr1fast.training.run_folder import ResumeError, RunFolder
+from mr1fast.training.trainer import Trainer
 
 
 def stopped(number, options, run) -> subprocess.CompletedProcess:
@@ -39,7 +46,7 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     run, alone = tmp_path / "run", tmp_path / "alone"
     process = stopped(number, options, run)
     assert process.returncode == 128 + number, process.stderr
-    assert f"to go on: python -m mr1fast.train --resume {run}" in process.stderr
+    assert f"to continue: python -m mr1fast.train --resume {run}" in process.stderr
     assert "Traceback" not in process.stderr
     assert 2 <= len(metrics(run)) < 16
     assert len(list(run.glob("*/checkpoint-*"))) == 1
@@ -67,7 +74,7 @@ def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_pat
     assert main("--resume", run) == 2
     error = capsys.readouterr().err
     assert "nothing to resume: the run" in error
-    assert "to go on" not in error
+    assert "to continue" not in error
     for step in (2, 3):
         skipped = run / "vc" / "skipped" / f"step-{step:06d}.json"
         skipped.parent.mkdir(exist_ok=True)
@@ -95,9 +102,9 @@ def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path, capsys, monke
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("mr1fast.training.loop.evaluate", interrupt)
+        patch.setattr("mr1fast.training.setup.evaluate", interrupt)
         assert main("--task=vc", "--max-steps=1", "--eval-steps=0", *SMALL, "--output-dir", run) == 143
-    assert f"to go on: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
+    assert f"to continue: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
     assert main("--resume", run) == 0
     assert json.loads((run / "result.json").read_text())["steps"] == {"vc": 1}
 
@@ -124,7 +131,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_survives(tmp_path, 
     error, advice = capsys.readouterr().err.strip().splitlines()[-2:]
     assert "checkpoint-000002 could not be written" in error
     assert "the last whole checkpoint is" in error
-    assert advice == f"to go on: python -m mr1fast.train --resume {run}"
+    assert advice == f"to continue: python -m mr1fast.train --resume {run}"
     assert main("--resume", run) == 0
 
 
@@ -161,24 +168,77 @@ def test_a_broken_checkpoint_names_the_one_before_it(file, tmp_path, capsys):
     assert main("--resume", run) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "checkpoint-000003" in error
-    assert error.endswith(f"to go on from the checkpoint before it: --resume {run / 'vc' / 'checkpoint-000002'}")
+    assert error.endswith(f"to continue from the checkpoint before it: --resume {run / 'vc' / 'checkpoint-000002'}")
     assert main("--resume", run / "vc" / "checkpoint-000002") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith(f"there is no earlier one; move it away, and --resume {run} does without it")
+    assert error.endswith(f"there is no earlier one; move it away, and --resume {run} starts without it")
     assert sorted(run.rglob("*")) == before
 
 
-def test_an_option_that_contradicts_the_run_is_not_ignored(tmp_path, capsys):
-    run = tmp_path / "run"
-    checkpoint = run / "vc" / "checkpoint-000001"
-    checkpoint.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"seed": 3, "task": "vc"}))
-    assert main("--resume", run, "--seed", 4) == 2
-    assert "--seed was 3 there, and is 4 here" in capsys.readouterr().err
-    (run / "vc" / "model").mkdir()
-    assert main("--resume", run, "--max-steps", 4) == 2
-    longer = f"to train longer, start a new run from --model {run / 'vc' / 'model'}"
-    assert f"--max-steps was the default there, and is 4 here; {longer}" in capsys.readouterr().err
-    (run / "config.json").write_text("{")
-    assert main("--resume", checkpoint) == 2
-    assert "is not the configuration of a run" in capsys.readouterr().err
+def test_broken_lines_of_the_metrics_are_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = [{"task": "vc", "step": 1}, {"task": "gr", "step": 9}, {"task": "vc", "step": 5}]
+    lines = [json.dumps(rows[0]), "{broken}", "[1]", '{"task": "vc"}', json.dumps(rows[1]), "", json.dumps(rows[2])]
+    folder.metrics_file.write_text("\n".join(lines) + '\n{"task": "v')
+    MetricsLog(folder, "vc", first_step=5).close()
+    assert metrics(tmp_path) == rows[:2]
+
+
+class TwoOf:
+    """The first two, or three, drawings."""
+
+    def __init__(self, length=2):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return TASKS["vc"].example("train", index)
+
+
+def small_trainer(policy: Policy, length=2) -> Trainer:
+    small = {"method": "sft", "max_steps": 4, "prompts_per_step": 2, "warmup_steps": 0, "learning_rate": 1e-4}
+    return Trainer(TrainConfig(**small, task="vc").for_task("vc"), policy, None, TwoOf(length))
+
+
+def load(path=EMBEDDED, dtype=torch.float32) -> Policy:
+    return Policy(load_model(path, dtype=dtype), load_processor(path))
+
+
+@pytest.mark.parametrize(("first", "then"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_float32_weights_survive_a_change_of_dtype(first, then, tmp_path, one_thread):
+    """Saved in one precision, resumed in another and in the first again: not a bit of what AdamW steps on is lost."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    trainer = small_trainer(load(dtype=dtypes[first]))
+    for _ in range(2):
+        trainer.step()
+    exact = [master.detach().clone() for master in trainer.optimizer.masters]
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in exact)
+    for step, dtype in enumerate((then, first, then), start=2):
+        folder = save_checkpoint(trainer.policy, trainer.state_dict(), tmp_path, step=step, keep=9)
+        policy, state = load_checkpoint(folder, lambda path, dtype=dtypes[dtype]: load(path, dtype))
+        assert policy.model.dtype == dtypes[dtype]
+        trainer = small_trainer(policy)
+        trainer.load_state_dict(state)
+        for weight, master, one in zip(trainer.optimizer.weights, trainer.optimizer.masters, exact, strict=True):
+            assert master.dtype == torch.float32
+            assert torch.equal(master, one)
+            assert torch.equal(weight, one.to(weight.dtype))
+    assert trainer.step()["skipped_steps"] == 0
+
+
+def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path, one_thread, capsys):
+    trainer = small_trainer(load())
+    trainer.step()
+    state = trainer.state_dict()
+    _go_on(small_trainer(load()), state, tmp_path)
+    assert "warning" not in capsys.readouterr().err
+    optimizer = {"adamw": torch.optim.AdamW([torch.zeros(3)]).state_dict(), "masters": [None]}
+    for broken in ({}, state | {"optimizer": optimizer}, state | {"generator": 3}, state | {"kl_schedule": None}):
+        with pytest.raises(ResumeError, match=re.escape(f"{tmp_path} is not a checkpoint of this run")):
+            _go_on(small_trainer(load()), broken, tmp_path)
+    with pytest.raises(ResumeError, match="is beyond the run's last step, 4"):
+        _go_on(small_trainer(load()), state | {"finished_steps": 5}, tmp_path)
+    _go_on(small_trainer(load(), length=3), state, tmp_path)
+    assert "the run began with 2 training examples, but now there are 3" in capsys.readouterr().err

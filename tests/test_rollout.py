@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from mr1fast.model.rollout import Rollout, banned_tokens, decode, end_tokens, generate
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, prompt_rows, sft_batch_loss, split_batch
-from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model
+from mr1fast.errors import UserError
+from mr1fast.model.rollout import Rollout, Sampler
+from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, slice_prompts, split_batch
+from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model, tiny_policy
 
 BANNED = [IMAGE, VIDEO, START, END, PAD]
 
@@ -14,13 +15,20 @@ def plain_logps(model, inputs, ids, mask, G, temperature):
     return logits.log_softmax(-1).gather(2, ids[..., None])[..., 0] * mask
 
 
-def sample(model, inputs, *, G=3, L=12, temperature=0.9, seed=5):
-    rng = torch.Generator().manual_seed(seed)
-    return generate(model, inputs, num_generations=G, temperature=temperature, max_new_tokens=L, generator=rng)
+def placed(model=None):
+    """A policy, and the tiny prompts on it."""
+    policy = tiny_policy(model or tiny_model())
+    return policy, policy.place(tiny_inputs())
 
 
-def make_batch(model, inputs, G=3, temperature=0.9) -> Batch:
-    rollout = sample(model, inputs, G=G, temperature=temperature)
+def sample(policy, inputs, *, G=3, L=12, temperature=0.9, seed=5) -> Rollout:
+    """`inputs` of `Policy.place`, in place of examples."""
+    sampler = Sampler(policy, max_completion_length=L, generator=torch.Generator().manual_seed(seed))
+    return sampler.generate([], num_generations=G, temperature=temperature, prefix=policy.encode_prefix(inputs))
+
+
+def make_batch(policy, inputs, G=3, temperature=0.9) -> Batch:
+    rollout = sample(policy, inputs, G=G, temperature=temperature)
     B = rollout.completion_ids.shape[0]
     rng = torch.Generator().manual_seed(2)
     return Batch(
@@ -37,7 +45,8 @@ def make_batch(model, inputs, G=3, temperature=0.9) -> Batch:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_greedy_equals_generate_of_transformers(attention, seed):
     model, inputs = tiny_model(seed, attention), tiny_inputs(seed)
-    ours = generate(model, inputs, temperature=0, max_new_tokens=12)
+    policy = tiny_policy(model)
+    ours = sample(policy, policy.place(inputs), G=1, temperature=0)
     theirs = model.generate(**inputs, max_new_tokens=12, suppress_tokens=BANNED)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(ours.completion_ids, theirs)
 
@@ -45,27 +54,28 @@ def test_greedy_equals_generate_of_transformers(attention, seed):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_equal_a_plain_forward(attention, temperature):
-    model, inputs = tiny_model(attention=attention), tiny_inputs()
-    rollout = sample(model, inputs, temperature=temperature)
+    policy, inputs = placed(tiny_model(attention=attention))
+    rollout = sample(policy, inputs, temperature=temperature)
     ids, mask = rollout.completion_ids, rollout.completion_mask
     assert 0 < mask.sum() < mask.numel()
     with torch.no_grad():
-        expected = plain_logps(model, inputs, ids, mask, 3, temperature)
-        ours = batch_logps(model, Batch(inputs, 3, ids, mask), temperature)
+        expected = plain_logps(policy.model, inputs, ids, mask, 3, temperature)
+        ours = batch_logps(policy, Batch(inputs, 3, ids, mask), temperature)
     torch.testing.assert_close(rollout.per_token_logps.double(), expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_the_shared_prefix_has_the_gradient_of_whole_sequences():
-    model, inputs = tiny_model(tied=False).double(), tiny_inputs()
+    model = tiny_model(tied=False).double()
+    policy, inputs = placed(model)
     inputs["pixel_values"] = inputs["pixel_values"].double()
-    rollout = sample(model, inputs)
+    rollout = sample(policy, inputs)
     ids, mask = rollout.completion_ids, rollout.completion_mask
     for tensor in (ids, mask):  # one completion twice, another three times, one also of another prompt
         tensor[2], tensor[4], tensor[5], tensor[11] = tensor[0], tensor[3], tensor[3], tensor[6]
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradients = []
-    for logps in (batch_logps(model, Batch(inputs, 3, ids, mask), 0.8), plain_logps(model, inputs, ids, mask, 3, 0.8)):
+    for logps in (batch_logps(policy, Batch(inputs, 3, ids, mask), 0.8), plain_logps(model, inputs, ids, mask, 3, 0.8)):
         (logps * weight).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
@@ -78,20 +88,20 @@ def test_the_shared_prefix_has_the_gradient_of_whole_sequences():
 
 
 def test_completions_of_one_token():
-    model, inputs = tiny_model(), tiny_inputs()
-    rollout = sample(model, inputs, L=1)
+    policy, inputs = placed()
+    rollout = sample(policy, inputs, L=1)
     assert rollout.completion_ids.shape == (12, 1)
-    logps = batch_logps(model, Batch(inputs, 3, rollout.completion_ids, rollout.completion_mask), 0.9)
+    logps = batch_logps(policy, Batch(inputs, 3, rollout.completion_ids, rollout.completion_mask), 0.9)
     torch.testing.assert_close(logps, rollout.per_token_logps, atol=2e-5, rtol=1e-5)
 
 
 def test_what_is_sampled():
-    model, inputs = tiny_model(), tiny_inputs()
+    policy, inputs = placed()
     with torch.no_grad():  # a model that is fond of what it must not say
-        model.lm_head.weight[BANNED] += 2 * model.lm_head.weight.norm(dim=1).max()
-    rollout = sample(model, inputs, G=16, L=20)
+        policy.head_weight[BANNED] += 2 * policy.head_weight.norm(dim=1).max()
+    rollout = sample(policy, inputs, G=16, L=20)
     ids, mask = rollout.completion_ids, rollout.completion_mask
-    assert sorted(banned_tokens(model).tolist()) == sorted(BANNED)
+    assert policy.banned_ids.tolist() == sorted(BANNED)
     assert not torch.isin(ids[mask], torch.tensor(BANNED)).any()
     assert (ids[~mask] == PAD).all()
     assert (rollout.per_token_logps[~mask] == 0).all()
@@ -102,18 +112,18 @@ def test_what_is_sampled():
 
 
 def test_the_generator_decides():
-    model, inputs = tiny_model(), tiny_inputs()
-    first, again, other = (sample(model, inputs, seed=seed).completion_ids for seed in (1, 1, 2))
+    policy, inputs = placed()
+    first, again, other = (sample(policy, inputs, seed=seed).completion_ids for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
 
 
 def test_sampling_follows_the_distribution():
     """Chi-squared of 4,000 first tokens against the model's softmax, banned tokens left out."""
-    model, inputs = tiny_model(), prompt_rows(tiny_inputs(), 0, 1)
-    rollout = sample(model, inputs, G=4000, L=1, temperature=1.3)
+    policy, inputs = placed()
+    rollout = sample(policy, slice_prompts(inputs, 0, 1), G=4000, L=1, temperature=1.3)
     with torch.no_grad():
-        probabilities = (model(**inputs).logits[0, -1].double() / 1.3).softmax(-1)
+        probabilities = (policy.model(**slice_prompts(tiny_inputs(), 0, 1)).logits[0, -1].double() / 1.3).softmax(-1)
     probabilities[BANNED] = 0
     expected = 4000 * probabilities / probabilities.sum()
     counts = torch.bincount(rollout.completion_ids[:, 0], minlength=VOCABULARY).double()
@@ -123,41 +133,43 @@ def test_sampling_follows_the_distribution():
 
 
 def test_several_end_tokens_and_a_pad_that_is_one_of_them():
-    model, inputs = tiny_model(), tiny_inputs()
+    model = tiny_model()
     model.generation_config.eos_token_id = [EOS, PAD]
-    assert end_tokens(model).tolist() == [EOS, PAD]
-    assert PAD not in banned_tokens(model)
-    rollout = sample(model, inputs, G=16, L=20)
+    policy, inputs = placed(model)
+    assert policy.end_ids.tolist() == [EOS, PAD]
+    assert PAD not in policy.banned_ids
+    rollout = sample(policy, inputs, G=16, L=20)
     ended = rollout.completion_ids[rollout.completion_mask]
     assert (ended == PAD).any()
     assert (ended == EOS).any()
 
 
 def test_a_broken_model_is_reported():
-    model = tiny_model()
+    policy, inputs = placed()
     with torch.no_grad():
-        model.model.language_model.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="not finite"):
-        sample(model, tiny_inputs())
+        policy.model.model.language_model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        sample(policy, inputs)
 
 
 def test_decode_keeps_tags_that_are_special():
-    class Tokenizer:
-        def decode(self, ids, skip_special_tokens=False):
-            return " ".join("<think>" if i == 7 and not skip_special_tokens else str(i) for i in ids.tolist())
-
+    policy = tiny_policy(tiny_model())
+    policy.processor.tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
     ids = torch.tensor([[7, 3, EOS, PAD], [1, 2, 3, 4]])
-    rollout = Rollout(ids, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool(), torch.zeros(2, 4))
-    assert decode(Tokenizer(), rollout, torch.tensor([EOS])) == ["<think> 3", "1 2 3 4"]
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    assert policy.decode(ids, mask) == ["w7 w3", "w1 w2 w3 w4"]
+    again, again_mask = policy.encode_completions(["w7 w3", "w1"])
+    assert again.tolist() == [[7, 3, EOS], [1, EOS, PAD]]
+    assert again_mask.tolist() == [[True, True, True], [True, True, False]]
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_pieces_add_up_to_the_gradient_of_the_batch(pieces):
-    model, inputs = tiny_model(), tiny_inputs()
-    batch = make_batch(model, inputs)
+    policy, inputs = placed()
+    batch, model = make_batch(policy, inputs), policy.model
     losses = {
-        "grpo": lambda part: grpo_batch_loss(model, part, beta=0.1, temperature=0.9).loss,
-        "sft": lambda part: sft_batch_loss(model, part),
+        "grpo": lambda part: grpo_batch_loss(policy, part, beta=0.1, temperature=0.9).loss,
+        "sft": lambda part: sft_batch_loss(policy, part),
     }
     for loss in losses.values():
         gradients = []
@@ -171,14 +183,14 @@ def test_pieces_add_up_to_the_gradient_of_the_batch(pieces):
 
 
 def test_old_logps_and_kl_reach_the_loss():
-    model, inputs = tiny_model(), tiny_inputs()
-    batch = make_batch(model, inputs)
-    output = grpo_batch_loss(model, batch, beta=0.1, temperature=0.9)
+    policy, inputs = placed()
+    batch = make_batch(policy, inputs)
+    output = grpo_batch_loss(policy, batch, beta=0.1, temperature=0.9)
     with torch.no_grad():
-        expected = plain_logps(model, inputs, batch.completion_ids, batch.completion_mask, 3, 0.9)
+        expected = plain_logps(policy.model, inputs, batch.completion_ids, batch.completion_mask, 3, 0.9)
     torch.testing.assert_close(output.per_token_logps.double(), expected, atol=2e-5, rtol=1e-5)
     assert output.kl.sum() > 0
     old = batch.ref_per_token_logps
-    clipped = grpo_batch_loss(model, Batch(**{**vars(batch), "old_per_token_logps": old * 2}), beta=0, temperature=0.9)
+    clipped = grpo_batch_loss(policy, Batch(**{**vars(batch), "old_per_token_logps": old * 2}), beta=0, temperature=0.9)
     assert clipped.is_high_clipped.any()
     assert not torch.equal(clipped.loss, output.loss)

@@ -12,6 +12,7 @@ from data_files import (
     as_saved_of_image_lists,
     picture,
     row,
+    shown,
     solutions,
     with_bytes,
     write_jsonl,
@@ -20,8 +21,6 @@ from data_files import (
 from mr1fast.data.dataset import ENDLESS, load_split, split_sizes
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
-
-EMBEDDING = [as_jsonl, as_parquet_of_bytes, as_parquet_of_images, as_saved, as_saved_of_image_lists]
 
 
 def test_unnamed_data_is_cut_80_10_10_disjoint_and_the_same_every_time(folder):
@@ -119,6 +118,96 @@ def test_embedded_tasks():
     assert (dataset.name, len(dataset), dataset.summary()) == ("vc", 3, "vc/test: 3 examples")
     assert dataset[2].solution == TASKS["vc"].example("test", 2).solution
     assert len(load_split("vc", "train")) == ENDLESS
-    assert len(load_split("gr", "test")) == TASKS["gr"].split_size("test")
+    assert len(load_split("gr", "train")) == ENDLESS
+    assert len(load_split("gr", "test")) == 200
+    assert len(load_split("gr", "test", count=400)) == 200, "a problem would come twice"
+    assert len(load_split("gr", "test", count=7)) == 7
+    assert len(load_split("gr", "validation", count=128)) == 80
     with pytest.raises(IndexError):
         dataset[3]
+
+
+# ---- what is cut, and when ------------------------------------------------------------------------------------------
+
+
+def test_without_validation_its_share_is_trained_on(folder):
+    file = as_jsonl(folder, [row(n) for n in range(30)])
+    everything = {split: shown(load_split(file, split)) for split in ("train", "validation", "test")}
+    assert shown(load_split(file, "train", used=("train", "test"))) == everything["train"] | everything["validation"]
+    assert shown(load_split(file, "test", used=("train", "test"))) == everything["test"]
+    assert shown(load_split(file, "train", used=("train",))) == set(range(30))
+
+
+def test_with_a_test_split_of_its_own_and_without_validation_all_is_trained_on(folder):
+    write_jsonl(folder / "train.jsonl", [row(n) for n in range(20)])
+    write_jsonl(folder / "test.jsonl", [row(n) for n in range(20, 30)])
+    assert len(load_split(folder, "train", used=("train", "test"))) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test.jsonl", "test"),
+        ("test-00000-of-00001.jsonl", "test"),
+        ("clevr_test_200.jsonl", "test"),
+        ("eval.jsonl", "test"),
+        ("val.jsonl", "validation"),
+        ("dev.jsonl", "validation"),
+        ("test/metadata.jsonl", "test"),
+        ("validation/metadata.jsonl", "validation"),
+    ],
+)
+def test_a_lone_file_is_the_split_that_its_name_says(folder, name, split):
+    file = write_jsonl(folder / name, [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
+    dataset = load_split(file, split)
+    assert (len(dataset), dataset.split, dataset.cut_from) == (10, split, "")
+    for other in {"train", "validation", "test"} - {split}:
+        with pytest.raises(UserError, match=f"no readable row for {other}: all rows are of {split}"):
+            load_split(file, other)
+    assert len(load_split(file, "all")) == 10
+    assert (len(load_split(file, None)), load_split(file, None).split) == (10, "test" if split == "test" else "all")
+
+
+@pytest.mark.parametrize(("name", "cut_from"), [("train.jsonl", "train"), ("rows.jsonl", "the unnamed rows")])
+def test_a_lone_file_of_another_name_is_cut_for_training_alone(folder, name, cut_from):
+    file = write_jsonl(folder / name, [row(n) for n in range(10)])
+    splits = [load_split(file, split) for split in ("train", "validation", "test")]
+    assert [(len(one), one.cut_from) for one in splits] == [(8, ""), (1, cut_from), (1, cut_from)]
+    dataset = load_split(file, None)
+    assert (len(dataset), dataset.split, dataset.cut_from) == (10, "all", "")
+
+
+@pytest.mark.parametrize(("name", "split"), [("test", "test"), ("val", "validation"), ("Evaluation", "test")])
+def test_a_folder_named_after_a_split_is_that_split(folder, name, split):
+    write_jsonl(folder / name / "rows.jsonl", [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
+    assert len(load_split(folder / name, split)) == 10
+    with pytest.raises(UserError, match=f"all rows are of {split}"):
+        load_split(folder / name, "train")
+
+
+def test_a_word_in_the_name_of_the_whole_folder_says_nothing(folder):
+    for name in ("my-test-project", "training_data_val"):
+        write_jsonl(folder / name / "rows.jsonl", [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
+        assert len(load_split(folder / name, "train")) == 8
+
+
+def test_a_saved_split_alone(folder):
+    data = datasets.DatasetDict({name: with_bytes(folder, [row(n) for n in range(6)]) for name in ("train", "test")})
+    data.save_to_disk(folder / "saved")
+    assert len(load_split(folder / "saved" / "test", "test")) == 6
+    assert load_split(folder / "saved", "train", used=("train", "test")).shown_in == {"test": 6}
+
+
+def test_no_split_is_the_test_split_where_there_is_one(folder):
+    write_jsonl(folder / "parts" / "train.jsonl", [row(f"../{n}") for n in range(20)])
+    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None)]] == [("test", 2, "train")]
+    write_jsonl(folder / "parts" / "test.jsonl", [row(f"../{n}") for n in range(20, 25)])
+    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None)]] == [("test", 5, "")]
+    assert load_split("gr", None).split == "test"
+
+
+def test_a_named_split_without_rows_says_so(folder):
+    write_jsonl(folder / "train.jsonl", [row(n) for n in range(20)])
+    write_jsonl(folder / "test.jsonl", [])
+    with pytest.raises(UserError, match="no readable row for test: there are no rows"):
+        load_split(folder, "test")

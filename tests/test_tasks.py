@@ -1,7 +1,10 @@
 """The embedded tasks: answers recomputed from the drawing's parameters, splits that share nothing, stable drawings."""
 
 import hashlib
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,9 @@ from PIL import ImageChops
 
 from mr1fast.data import tasks
 from mr1fast.data.tasks import SPLITS, TASKS, angle_pairs, draw_scene, draw_triangle
+from mr1fast.evaluation import curves
+from mr1fast.evaluation.curves import Series
+from mr1fast.options.config import TrainConfig
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -71,12 +77,13 @@ def test_the_splits_of_geometry_share_no_problem():
     assert sum(map(len, pairs.values())) == len(set.union(*pairs.values()))
     assert all(a <= b for split in SPLITS for a, b in pairs[split])
     assert {split: len(pairs[split]) for split in SPLITS} == {"train": 460, "validation": 80, "test": 200}
-    assert {split: TASKS["gr"].split_size(split) for split in SPLITS} == {split: len(pairs[split]) for split in SPLITS}
+    # What is trained on is drawn anew each time, and has no end.
+    assert TASKS["gr"].splits == {"train": None, "validation": 80, "test": 200}
 
 
 def test_evaluation_visits_every_problem_of_geometry_before_it_repeats_one():
     gr = TASKS["gr"]
-    count = gr.split_size("test")
+    count = gr.splits["test"]
     assert {tuple(sorted(gr.triangle("test", i).angles)) for i in range(count)} == set(angle_pairs("test"))
     again = gr.triangle("test", count)
     assert sorted(again.angles) == sorted(gr.triangle("test", 0).angles)
@@ -99,6 +106,43 @@ def test_drawings_are_a_function_of_task_split_and_index():
     first = [digest(*which) for which in everything]
     assert first == [digest(*which) for which in reversed(everything)][::-1]
     assert len(set(first)) == len(first), "two drawings are equal"
+
+
+def test_a_task_carries_all_that_is_said_of_it():
+    for name, task in TASKS.items():
+        assert task.name == name
+        assert tuple(task.splits) == SPLITS
+        assert task.example("train", 0).problem == task.question
+        assert TrainConfig(task=name).for_task(name).learning_rate == task.recipe["learning_rate"]
+        assert curves._labels([Series(Path("run"), name, [], {})]) == [task.title]
+
+
+def test_adding_a_task_touches_one_place():
+    """A task that only the registry knows: options, help texts, programs and data loading all know it from there."""
+    code = """
+from mr1fast.data import tasks
+class Other(tasks.VisualCounting):
+    name, title = "other", "another task"
+    splits = {"train": None, "validation": 3, "test": 7}
+    recipe = {"prompts_per_step": 4, "learning_rate": 5e-5, "max_steps": 6, "max_completion_length": 7}
+tasks.TASKS["other"] = Other()
+import sys
+from mr1fast import evaluate
+from mr1fast.data.dataset import load_split
+from mr1fast.options.config import TrainConfig
+from mr1fast.options.recipes import RECIPES
+from mr1fast.options.parse import build_parser
+assert TrainConfig().tasks == ("vc", "gr", "other")
+assert TrainConfig(task="other").for_task("other").max_steps == 6
+assert len(load_split("other", "test", count=400)) == 7
+text = " ".join(build_parser().format_help().split())
+assert "other: 5e-05)" in text and "gr has 200; other has 7" in text, text
+assert "other (another task); vc,gr,other trains a separate model on each" in text, text
+text = " ".join(evaluate.build_parser().format_help().split())
+assert "other (another task)" in text and "other has 7 to test" in text, text
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_split_is_refused():

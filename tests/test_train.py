@@ -6,12 +6,19 @@ import sys
 import time
 
 import pytest
+from data_files import row as data_row
+from data_files import write_jsonl
 from PIL import Image
 from train_program import SMALL, main, metrics, program
 
 from mr1fast import evaluate, train
 from mr1fast.model.load import load_model, load_processor
-from mr1fast.options.config import RECIPES
+from mr1fast.options.parse import parse_arguments
+from mr1fast.options.recipes import RECIPES
+from mr1fast.rewards import REWARDS
+from mr1fast.training.open_run import OpenRun
+from mr1fast.training.run_folder import RunFolder
+from mr1fast.training.setup import prepare
 from tests.test_config import BAD_ARGUMENTS
 
 
@@ -35,6 +42,12 @@ def test_the_whole_program(tmp_path, monkeypatch):
     assert (result["seed"], result["config"]["num_generations"]) == (0, 2)
     assert result["config_of_task"]["gr"]["learning_rate"] == RECIPES["gr"]["learning_rate"]
     assert result["seconds"] > 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["schema_version"] == 1
+    assert None not in config.values()
+    assert config["learning_rate"] == {name: RECIPES[name]["learning_rate"] for name in ("vc", "gr")}
+    assert config["task"] == "vc,gr"
+    assert "\nvc: 2 steps of 2 prompts x 2 completions of up to 12 tokens, learning rate 0.0003 (defaults of" in output
     assert set(result["versions"]) == {"mr1fast", "torch", "transformers", "python"}
     rows = metrics(run)
     assert [(row["task"], row["step"]) for row in rows] == [(task, step) for task in ("vc", "gr") for step in range(3)]
@@ -54,20 +67,33 @@ def test_the_whole_program(tmp_path, monkeypatch):
     assert loaded["model"].num_parameters() == load_model().num_parameters()
     assert loaded["processor"].tokenizer.eos_token
     assert output.count("load_model(") == 1
-    assert "0completion" not in errors
+    assert "0completion [" not in errors  # what tqdm prints of a bar that has no total
 
 
 def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mr1fast.training.trainer.format_reward", lambda completion: float("nan"))
+    monkeypatch.setitem(REWARDS, "format", lambda completion, solution, choices: float("nan"))
     run = tmp_path / "run"
     assert main("--task=vc", "--max-steps=30", "--eval-steps=0", *SMALL, "--output-dir", run) == 1
     errors = capsys.readouterr().err
-    assert "10 steps in a row had no finite numbers (the last: a reward is not a finite number)" in errors
+    assert "10 steps in a row had NaN or infinite numbers (the last: a reward is not a finite number)" in errors
     samples = sorted((run / "vc" / "skipped").iterdir())
     assert len(samples) == len(metrics(run)) == 10
     sample = json.loads(samples[0].read_text())
     assert len(sample["completions"]) == 4
     assert sample["reason"] == "a reward is not a finite number"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_too_little_memory_is_one_sentence(error, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("mr1fast.training.loop.prepare", fail)
+    assert main("--task=vc", "--output-dir", tmp_path / "run") == 1
+    assert re.fullmatch(r"error: there is too little memory; try [^\n]+\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_package_is_one_sentence(tmp_path, capsys, monkeypatch):
@@ -122,6 +148,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, capsys, monkeypatch):
         ["--output-dir", "file"],
         ["--output-dir", "file/run"],
         ["--output-dir", "/proc/run"],
+        ["--reward-weights", "no_such_module:reward=1"],
     ]
     for arguments in mistakes:
         assert main(*arguments) == 2, arguments
@@ -157,6 +184,66 @@ def test_local_data(tmp_path, capsys):
     assert re.search(rf"shapes: train \d+, validation 2 {re.escape(rest)}, test \d+ {re.escape(rest)}\n", output)
     assert sum(map(int, re.findall(r"(\d+) x no answer", output.partition("before")[0]))) == 6
     assert output.count("shapes/train: ") <= 1
+
+
+def test_what_is_not_used_is_not_cut_and_what_two_splits_share_is_said(folder, capsys):
+    """Without validation its share is trained on; that images of the test split are trained on is said."""
+    write_jsonl(folder / "data" / "train.jsonl", [data_row(n, image=f"../{n}.png") for n in range(20)])
+    write_jsonl(folder / "data" / "test.jsonl", [data_row(n, image=f".././{n}.png") for n in range(18, 25)])
+    arguments = ["--data", folder / "data", "--max-steps=1", *SMALL, "--eval-steps=0", "--output-dir", folder / "run"]
+    assert main(*arguments) == 0
+    output = capsys.readouterr().out
+    assert "data: train 20, test 4\n" in output  # of the test split, as many as --eval-samples says
+    assert output.count("data/train: 20 examples; warning: 2 of them show an image of the test split\n") == 1
+
+
+def test_what_does_not_fit(tmp_path, capsys):
+    for arguments, message in (
+        ("--max-completion-length=2048", "a completion of 2048 tokens leaves no room for a prompt"),
+        (
+            "--max-prompt-length=2017",
+            "--max-prompt-length must be at most 2016, which is what the model has room",
+        ),
+        ("--max-prompt-length=5 --max-steps=1", "no row that can be used: 16 x prompt is longer than 5 tokens"),
+        (
+            "--prompts-per-step=4096 --num-generations=4096",
+            "16,777,216 completions of up to 32 tokens at a time",
+        ),
+    ):
+        assert main("--task=vc", *arguments.split(), "--output-dir", tmp_path / "run") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_with_long_prompts_are_left_out_and_counted(tmp_path, capsys, monkeypatch):
+    """A question of 15,000 tokens among twelve, and others that a bound of the user's leaves out; data called gr."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for index in range(12):
+        Image.new("RGB", (56, 56), (20 * index, 0, 0)).save(tmp_path / f"{index}.png")
+        rows.append({"image": f"{index}.png", "problem": "How many?", "solution": "3"})
+    rows[4]["problem"] = "How many? " * 3000
+    rows[7]["problem"] = "How many? " * 20
+    (tmp_path / "gr").mkdir()
+    for split, part in (("train", rows), ("validation", rows[:5]), ("test", rows[:5])):
+        text = "".join(json.dumps({**row, "image": f"../{row['image']}"}) + "\n" for row in part)
+        (tmp_path / "gr" / f"{split}.jsonl").write_text(text)
+    options = ["--data=gr", "--max-steps=6", "--method=sft", *SMALL, "--eval-samples=9", "--eval-validation-samples=9"]
+    assert main(*options, "--output-dir", "run") == 0
+    output = capsys.readouterr().out
+    for split, left in (("train", 11), ("validation", 4), ("test", 4)):
+        assert f"gr/{split}: {left} examples; skipped 1: 1 x prompt is longer than 2036 tokens" in output
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["before"]["gr"]["n"] == result["after"]["gr"]["n"] == 4
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"] == str(tmp_path / "gr")
+    assert config["learning_rate"] == RECIPES["vc"]["learning_rate"]  # the folder's name is no recipe
+    assert "learning rate 0.0003 (defaults of vc for small models)" in output
+    shorter = prepare(OpenRun(RunFolder(tmp_path), parse_arguments([*options, "--max-prompt-length=60"]).config))
+    assert len({shorter.train["gr"][index].name for index in range(12)}) == 10
+    assert shorter.train["gr"].skipped == {"prompt is longer than 60 tokens": 2}
 
 
 def test_a_data_folder_with_a_test_split_alone_leaves_nothing(tmp_path, capsys):

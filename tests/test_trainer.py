@@ -7,7 +7,9 @@ from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.model.load import load_model, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
+from mr1fast.options.reward_weights import Reward
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.checkpoint import load_state, save_checkpoint, save_model
 from mr1fast.training.run_folder import checkpoints
@@ -42,16 +44,16 @@ def processor():
 
 def make_trainer(processor, folder=None, **options) -> Trainer:
     config = TrainConfig(**{**SMALL, **options}).for_task("vc")
-    reference = load_model().eval().requires_grad_(False) if needs_reference(config) else None
-    model = load_model() if folder is None else load_model(folder)
-    trainer = Trainer(config, model, reference, processor, Drawings())
+    reference = Policy(load_model(), processor).freeze() if needs_reference(config) else None
+    policy = Policy(load_model() if folder is None else load_model(folder), processor)
+    trainer = Trainer(config, policy, reference, Drawings())
     if folder is not None:
         trainer.load_state_dict(load_state(folder))
     return trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.policy.model.state_dict().items()}
 
 
 SETTINGS = {
@@ -71,7 +73,7 @@ def test_a_resumed_run_ends_with_the_same_weights(setting, processor, tmp_path):
     metrics, states = [], []
     for step in range(1, 6):
         if step in (2, 4):  # stopped after step 1, in the middle of a batch with 2 or 3 iterations, and after 3
-            states.append(save_checkpoint(whole.model, processor, whole.state_dict(), tmp_path, step=step - 1, keep=9))
+            states.append(save_checkpoint(whole.policy, whole.state_dict(), tmp_path, step=step - 1, keep=9))
         metrics.append(whole.step())
     base = load_model().state_dict()
     assert any(not torch.equal(base[name], value) for name, value in weights(whole).items())
@@ -96,11 +98,30 @@ def test_prompts_are_new_each_step_and_all_are_seen_in_an_epoch(processor):
     assert seen[:7] != seen[7:14]
 
 
+EXTREMES = [
+    {"temperature": 0.01, "max_grad_norm": 1e308, "reward_weights": "accuracy=1e6,format=1e-6", "warmup_steps": 10**9},
+    {"temperature": 100.0, "learning_rate": 1e-12, "seed": 2**63 - 1},
+    {"learning_rate": 1.0, "max_grad_norm": 1e-6, "kl_schedule": "adaptive", "target_kl": 1e-6},
+    {"method": "grpo", "beta": 1000.0, "max_steps": 10**9, "num_iterations": 10**9},
+    {"kl_schedule": "reversed", "explore_fraction": 1e-320, "beta_min": 1e-320, "temperature": 1.5},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+def test_the_bounds_of_the_options_are_numbers_one_can_train_with(extreme, processor):
+    trainer = make_trainer(processor, **{"learning_rate": 1e-3, **extreme})
+    for _ in range(2):
+        metrics = trainer.step()
+    assert metrics["skipped_steps"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 def test_the_metrics_have_trls_names(processor):
     metrics = make_trainer(processor).step()
     assert set(metrics) >= {
         "loss", "grad_norm", "learning_rate", "num_tokens", "completions/mean_length", "completions/clipped_ratio",
         "rewards/accuracy_reward/mean", "rewards/accuracy_reward/std", "rewards/format_reward/mean", "reward",
+        "rewards/unanswered",
         "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean", "step_time", "beta",
     }  # fmt: skip
     assert all(isinstance(value, float | int) for value in metrics.values())
@@ -112,9 +133,11 @@ def test_the_metrics_have_trls_names(processor):
 def test_the_ratio_is_one_at_the_first_iteration_only(processor):
     trainer = make_trainer(processor, num_iterations=2, temperature=2.0, method="grpo", learning_rate=0.1)
     first = trainer.step()
-    assert trainer.sampled.batch.old_per_token_logps is not None
+    assert trainer.step_data.batch.old_per_token_logps is not None
     second = trainer.step()
     assert first["clip_ratio/region_mean"] == 0
+    assert 0 <= first["sampling/sampling_logp_difference/mean"] <= first["sampling/sampling_logp_difference/max"] < 1e-4
+    assert "sampling/sampling_logp_difference/max" not in second, "the policy is no longer the one that sampled"
     assert second["clip_ratio/region_mean"] > 0
     assert second["rewards/accuracy_reward/mean"] == first["rewards/accuracy_reward/mean"]
 
@@ -124,11 +147,11 @@ def test_pieces_change_how_much_is_held_and_not_the_gradient(processor):
     steps = []
     for pieces in (1, 2):
         trainer = make_trainer(processor, gradient_accumulation_steps=pieces, temperature=1.5)
-        trainer.sampled = trainer.sample()
-        assert (trainer.sampled.batch.prefix is None) == (pieces == 2)
-        completions = trainer.sampled.completions
+        trainer.step_data = trainer.collect()
+        assert (trainer.step_data.batch.prefix is None) == (pieces == 2)
+        completions = trainer.step_data.completions
         steps.append((completions, trainer.step(), trainer.step()))
-        assert trainer.sampled.batch.prefix is None
+        assert trainer.step_data.batch.prefix is None
     assert steps[0][0] == steps[1][0]
     for one, two in zip(steps[0][1:], steps[1][1:]):
         for name in ("grad_norm", "loss", "kl", "entropy", "reward", "completions/mean_length"):
@@ -149,22 +172,22 @@ class Mixed(Drawings):
 @pytest.mark.parametrize(("dtype", "attention"), [(torch.bfloat16, "sdpa"), (torch.float32, "eager")])
 def test_mixed_data_in_every_dtype_and_attention(dtype, attention, processor):
     options = {**SMALL, "prompts_per_step": 6, "gradient_accumulation_steps": 3, "num_iterations": 2}
-    model, reference = (load_model(dtype=dtype, attention=attention).eval() for _ in range(2))
-    trainer = Trainer(TrainConfig(**options).for_task("vc"), model, reference, processor, Mixed())
+    policy, reference = (Policy(load_model(dtype=dtype, attention=attention), processor) for _ in range(2))
+    trainer = Trainer(TrainConfig(**options).for_task("vc"), policy, reference.freeze(), Mixed())
     for _ in range(2):
         metrics = trainer.step()
         assert metrics["skipped_steps"] == 0
         assert metrics["grad_norm"] > 0
     assert metrics["kl"] > 0
-    assert model.dtype == dtype
+    assert policy.model.dtype == dtype
 
 
 def test_the_reference_does_not_move(processor):
     trainer = make_trainer(processor, temperature=1.5)
-    before = {name: value.clone() for name, value in trainer.reference.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.reference.model.state_dict().items()}
     for _ in range(3):
         metrics = trainer.step()
-    assert all(torch.equal(before[name], value) for name, value in trainer.reference.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in trainer.reference.model.state_dict().items())
     assert metrics["kl"] > 0
 
 
@@ -201,21 +224,46 @@ def test_sft_learns_its_target(processor):
     losses = [trainer.step()["loss"] for _ in range(12)]
     assert losses[-1] < 0.5 * losses[0]
     assert sft_target("3") == "<think>3</think><answer>3</answer>"
-    ids = trainer.sampled.batch.completion_ids[0][trainer.sampled.batch.completion_mask[0]]
-    assert processor.tokenizer.decode(ids) == trainer.sampled.completions[0] + processor.tokenizer.eos_token
+    ids = trainer.step_data.batch.completion_ids[0][trainer.step_data.batch.completion_mask[0]]
+    assert processor.tokenizer.decode(ids) == trainer.step_data.completions[0] + processor.tokenizer.eos_token
 
 
 def test_the_weighted_sum_of_the_rewards(processor):
-    trainer = make_trainer(processor, accuracy_weight=0.0, format_weight=2.0)
+    both = make_trainer(processor, reward_weights="accuracy=0.25,format=2").step()
+    means = [both[f"rewards/{name}/mean"] for name in ("accuracy_reward", "format_reward")]
+    assert both["reward"] == pytest.approx(0.25 * means[0] + 2 * means[1])
+    tags = make_trainer(processor, reward_weights="accuracy=0,format=2").step()
+    assert tags["reward"] == pytest.approx(2 * tags["rewards/format_reward/mean"])
+    assert "rewards/accuracy_reward/mean" not in tags  # a weight of 0 leaves a reward out
+
+
+def test_a_reward_of_ones_own(processor, tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_a_test.py").write_text(
+        "def length(completion, solution):\n    return len(completion)\n"
+        "def nothing(completion, solution):\n    pass\n"
+        "def broken(completion, solution):\n    return {}[solution]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    trainer = make_trainer(processor, reward_weights="rewards_of_a_test:length=0.5,format=1")
     metrics = trainer.step()
-    assert metrics["reward"] == pytest.approx(2 * metrics["rewards/format_reward/mean"])
+    lengths = [len(completion) for completion in trainer.step_data.completions]
+    assert metrics["rewards/length/mean"] == pytest.approx(sum(lengths) / len(lengths))
+    assert metrics["reward"] == pytest.approx(
+        0.5 * metrics["rewards/length/mean"] + metrics["rewards/format_reward/mean"]
+    )
+    for name, message in (
+        ("nothing", "the reward nothing must return a number, got None"),
+        ("broken", r"the reward broken failed: KeyError: '\d' \(.*rewards_of_a_test.py, line 6\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_trainer(processor, reward_weights=f"rewards_of_a_test:{name}=1").step()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_reward_that_is_no_number_skips_the_step(bad, processor, monkeypatch):
     trainer = make_trainer(processor, temperature=1.5)
     before = weights(trainer)
-    monkeypatch.setattr(trainer_module, "accuracy_reward", lambda completion, solution: bad)
+    monkeypatch.setattr(trainer, "rewards", [Reward("bad", 1.0, lambda completion, solution, choices: bad)])
     for step in (1, 2):
         metrics = trainer.step()
         assert metrics["skipped_steps"] == trainer.skipped_in_a_row == step
@@ -234,7 +282,7 @@ def test_a_reward_that_is_no_number_skips_the_step(bad, processor, monkeypatch):
 def test_a_gradient_that_is_no_number_skips_the_step(processor):
     trainer = make_trainer(processor, temperature=1.5)
     before = weights(trainer)
-    hook = trainer.model.model.visual.patch_embed.proj.weight.register_hook(lambda grad: grad * math.nan)
+    hook = trainer.policy.model.model.visual.patch_embed.proj.weight.register_hook(lambda grad: grad * math.nan)
     metrics = trainer.step()
     assert math.isnan(metrics["grad_norm"])
     assert trainer.skipped_sample["reason"] == "grad_norm is nan"
@@ -252,14 +300,14 @@ def test_a_loss_that_is_no_number_skips_the_step(processor, monkeypatch):
     metrics = trainer.step()
     assert math.isnan(metrics["loss"])
     assert trainer.skipped_sample["reason"] == "loss is nan"
-    assert trainer.sampled.batch.old_per_token_logps is None
+    assert trainer.step_data.batch.old_per_token_logps is None
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
 
 
 def test_checkpoints_are_whole_and_the_last_are_kept(processor, tmp_path):
-    model = load_model()
+    policy = Policy(load_model(), processor)
     for step in (1, 2, 3, 3):
-        save_checkpoint(model, processor, {"step": step}, tmp_path, step=step, keep=2)
+        save_checkpoint(policy, {"step": step}, tmp_path, step=step, keep=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-000002", "checkpoint-000003"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
     assert load_state(tmp_path / "checkpoint-000003") == {"step": 3}
@@ -267,17 +315,17 @@ def test_checkpoints_are_whole_and_the_last_are_kept(processor, tmp_path):
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(processor, tmp_path):
     resource = pytest.importorskip("resource")  # not on Windows
-    model = load_model()
-    save_checkpoint(model, processor, {}, tmp_path, step=1, keep=1)
+    policy = Policy(load_model(), processor)
+    save_checkpoint(policy, {}, tmp_path, step=1, keep=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         with pytest.raises(UserError, match=r"000002 could not be written .*last whole checkpoint is .*000001"):
-            save_checkpoint(model, processor, {}, tmp_path, step=2, keep=1)
+            save_checkpoint(policy, {}, tmp_path, step=2, keep=1)
         with pytest.raises(UserError, match="model could not be written"):
-            save_model(model, processor, tmp_path / "model")
+            save_model(policy, tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
     loaded = load_model(tmp_path / "checkpoint-000001").state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, loaded[name]) for name, value in policy.model.state_dict().items())

@@ -1,10 +1,40 @@
 """A Qwen2-VL of a few thousand random weights, and prompts for it, made by hand."""
 
 import torch
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mr1fast.make_embedded import CHAT_TEMPLATE
+from mr1fast.model.policy import Policy
+from mr1fast.model.processor import Qwen2VLTextImageProcessor
 
 EOS, PAD, START, END, IMAGE, VIDEO = 60, 61, 56, 57, 58, 59
 VOCABULARY = 64
+SPECIAL = {
+    EOS: "<|im_end|>",
+    PAD: "<|endoftext|>",
+    START: "<|vision_start|>",
+    END: "<|vision_end|>",
+    IMAGE: "<|image_pad|>",
+    VIDEO: "<|video_pad|>",
+}
+
+
+def tiny_processor() -> Qwen2VLTextImageProcessor:
+    """A tokenizer of words w0, w1, ... and Qwen2-VL's special tokens."""
+    words = {SPECIAL.get(i, f"w{i}"): i for i in range(VOCABULARY)}
+    backend = Tokenizer(WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_tokens([AddedToken(token, special=True) for token in SPECIAL.values()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[EOS], pad_token=SPECIAL[PAD])
+    return Qwen2VLTextImageProcessor(Qwen2VLImageProcessorPil(patch_size=4), tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def tiny_policy(model: Qwen2VLForConditionalGeneration) -> Policy:
+    return Policy(model, tiny_processor())
 
 
 def tiny_model(seed=0, attention="sdpa", tied=True) -> Qwen2VLForConditionalGeneration:

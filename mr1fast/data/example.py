@@ -15,7 +15,8 @@ class Example:
     image: Image.Image | None  # RGB
     problem: str  # the question, without the prompt suffix
     solution: str  # the answer alone, e.g. "3"
-    name: str  # for reports: "vc/test/17", or file and row
+    name: str = ""  # what a reader finds it by: "vc/test/17", or file and row; several may have the same
+    choices: tuple[str, ...] | None = None  # what the answers A, B, ... stand for
 
 
 class Examples(Protocol):

@@ -23,6 +23,8 @@ TRANSPARENT = "transparent image put on white"
 PALETTE = "palette image converted to RGB"
 CMYK = "CMYK image converted to RGB"
 DEEP = "image of more than 8 bits a channel scaled to 8"
+# Of 16 bits a colour Pillow keeps the upper 8, in which an image of up to 12 bits is black.
+HELD_TOO_LITTLE = "colour image of 16 bits a channel holds 12 or fewer"
 
 
 class BadImage(ValueError):
@@ -41,7 +43,10 @@ def load_image(source: Path | bytes) -> tuple[Image.Image, list[str]]:
         notes = []
         if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO is a photograph with its previews
             notes.append(ANIMATED)
+        deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))  # of which `load` leaves nothing
         image.load()
+        if deep and image.mode in ("RGB", "RGBA") and np.asarray(image)[..., :3].max() < 16:
+            raise BadImage(HELD_TOO_LITTLE)
         if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
             notes.append(ROTATED)
         rgb, mode_note = _to_rgb(ImageOps.exif_transpose(image))
@@ -91,13 +96,13 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits by their full range; of 32 bits or in floating point by the range that occurs.
+    """Grey values of up to 16 bits by the range of 8, 10, 12 or 16 bits that holds them; others by that which occurs.
 
-    Pillow's own convert("RGB") clips them at 255, which leaves a white picture.
+    Cameras and scanners keep 10 or 12 bits in 16. Pillow's own convert("RGB") clips at 255: a white picture.
     """
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, posinf=0, neginf=0)
     low, high = values.min(), values.max()
-    if image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0 if high > 255 or image.mode.startswith("I;16") else 255.0
+    if image.mode != "F" and low >= 0 and high < 2**16:
+        low, high = 0.0, next(2.0**bits - 1 for bits in (8, 10, 12, 16) if high < 2**bits)
     return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))

@@ -2,68 +2,78 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field
 
-from mr1fast.data.tables import ArrowRows, Table
+from mr1fast.data.identity import Place, image_keys
+from mr1fast.data.tables import Table
 
-Place = tuple[int, int]  # table, row
+HELD_OUT = ("test", "validation")  # in the order in which they get their shares
 
 
-def rows_of_split(tables: Sequence[Table], split: str) -> list[Place]:
-    named = {table.split for table in tables} - {None, "train"}
-    rest = [(t, r) for t, table in enumerate(tables) if table.split in (None, "train") for r in range(len(table.rows))]
+@dataclass(frozen=True)
+class Share:
+    """The rows of a split, and how it came to be these."""
+
+    places: list[Place]
+    tables: list[Table]  # that these rows are of, or are cut from
+    cut_from: str = ""  # "train" or "the unnamed rows", if the split is a tenth of these
+    shown_in: Counter[str] = field(default_factory=Counter)  # a held-out split -> rows whose image it shows as well
+
+
+def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Share:
+    """The rows of "train", "validation", "test" or "all"; `used`: the splits that training must not learn from.
+
+    Where tables are named after "validation" or "test", that split is their rows, all of them. Where none is, it is a
+    tenth of the other rows, by one fixed permutation of their images: questions about one image stay together. "train"
+    is the other rows without the tenths of the splits that are used.
+    """
     if split == "all":
-        return all_rows(tables)
+        return Share(all_places(tables), list(tables))
+    named = [name for name in HELD_OUT if any(table.split == name for table in tables)]
     if split in named:
-        return [(t, r) for t, table in enumerate(tables) if table.split == split for r in range(len(table.rows))]
-    groups: dict[Any, list[Place]] = {}
-    for t, r in rest:
-        groups.setdefault(_image_key(tables[t], r), []).append((t, r))
-    keys = list(groups)
-    random.Random("split/0").shuffle(keys)
-    share = max(1, round(len(keys) / 10)) if len(keys) >= 3 else 0
-    start = 0
-    shares = {}
-    for name in ("test", "validation"):
-        stop = start + (0 if name in named else share)
-        shares[name] = keys[start:stop]
-        start = stop
-    shares["train"] = keys[start:]
-    return [place for key in shares[split] for place in groups[key]]
+        return Share(_places_of(tables, split), [table for table in tables if table.split == split])
+    others = [table for table in tables if table.split not in HELD_OUT]
+    rest = _places_of(tables, None, "train")
+    watched = {name: _places_of(tables, name) for name in named if split == "train" and name in used}
+    keys = image_keys(tables, [*rest, *(place for places in watched.values() for place in places)])
+    cuts = _cut(list(dict.fromkeys(keys[place] for place in rest)), named)
+    if split in HELD_OUT:
+        cut_from = "train" if any(table.split == "train" for table in tables) else "the unnamed rows"
+        return Share(_with_images(cuts[split], rest, keys), others, cut_from)
+    kept = [key for name, cut in cuts.items() if name == "train" or name not in used for key in cut]
+    places = _with_images(kept, rest, keys)
+    shown_in: Counter[str] = Counter()
+    for name, theirs in watched.items():
+        images = {keys[place] for place in theirs}
+        shown_in[name] = sum(keys[place] in images for place in places)
+    return Share(places, others, shown_in=+shown_in)
 
 
-def all_rows(tables: Sequence[Table]) -> list[Place]:
-    return [(t, r) for t, table in enumerate(tables) for r in range(len(table.rows))]
+def _cut(images: list[Hashable], named: Collection[str]) -> dict[str, list[Hashable]]:
+    """A tenth of the images for each held-out split without a name; none of fewer than three."""
+    images = images.copy()
+    random.Random("split/0").shuffle(images)
+    size = max(1, round(len(images) / 10)) if len(images) >= 3 else 0
+    unnamed = [name for name in HELD_OUT if name not in named]
+    cuts = {name: images[size * i : size * (i + 1)] for i, name in enumerate(unnamed)}
+    return {**cuts, "train": images[size * len(unnamed) :]}
 
 
-def cut_from(tables: Sequence[Table], split: str) -> str:
-    """Whose share `validation` or `test` is if nothing is named after it, else ""."""
-    named = {table.split for table in tables}
-    if split in named or split not in ("validation", "test"):
-        return ""
-    return "train" if "train" in named else "the unnamed rows"
+def _with_images(images: Sequence[Hashable], rest: Sequence[Place], keys: dict[Place, Hashable]) -> list[Place]:
+    """The rows that show these images, in the images' order."""
+    rows: dict[Hashable, list[Place]] = {image: [] for image in images}
+    for place in rest:
+        if keys[place] in rows:
+            rows[keys[place]].append(place)
+    return [place for places in rows.values() for place in places]
 
 
-def _image_key(table: Table, row: int) -> Any:
-    """The same for rows that show the same image, without opening any file."""
-    if isinstance(table.rows, ArrowRows) and (digest := table.rows.image_digest(row)):
-        return digest
-    values = table.rows[row]
-    image = image_cell(values) if isinstance(values, dict) else None
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return hashlib.blake2b(image, digest_size=16).digest()
-    return (str(table.folder), image) if isinstance(image, str) and image else (id(table), row)
+def all_places(tables: Sequence[Table]) -> list[Place]:
+    return _places_of(tables, *{table.split for table in tables})
 
 
-def image_cell(values: dict[str, Any]) -> Any:
-    image = values.get("image")
-    if image is None:
-        image = values.get("file_name")  # an image folder's metadata
-    if isinstance(image, list) and len(image) == 1:
-        return image[0]
-    return image
+def _places_of(tables: Sequence[Table], *splits: str | None) -> list[Place]:
+    return [(t, r) for t, table in enumerate(tables) if table.split in splits for r in range(len(table.rows))]

@@ -15,7 +15,7 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,13 +39,18 @@ COLOURS = {
 
 
 class Task(Protocol):
-    """A source of problems. `split_size` is None where a split is endless."""
+    """A source of problems, and all that the rest of mr1fast knows of it.
+
+    splits: the number of different problems in each, None where they have no end. recipe: what an option of
+    `python -m mr1fast.train` is for the embedded model on this task when nobody sets it.
+    """
 
     name: str
     title: str
     question: str
+    splits: ClassVar[dict[str, int | None]]
+    recipe: ClassVar[dict[str, Any]]
 
-    def split_size(self, split: str) -> int | None: ...
     def example(self, split: str, index: int) -> Example: ...
 
 
@@ -81,10 +86,14 @@ class VisualCounting:
     name = "vc"
     title = "visual counting"
     question = "How many items are there in the image?"
+    splits: ClassVar[dict[str, int | None]] = dict.fromkeys(SPLITS)
+    recipe: ClassVar[dict[str, Any]] = {
+        "prompts_per_step": 16,
+        "learning_rate": 3e-4,
+        "max_steps": 200,
+        "max_completion_length": 32,
+    }
     max_items = 7
-
-    def split_size(self, split: str) -> None:
-        return None
 
     def scene(self, split: str, index: int) -> Scene:
         rng = _random(self.name, split, index)
@@ -155,14 +164,23 @@ class GeometryReasoning:
     name = "gr"
     title = "geometry reasoning"
     question = "What is the third angle of the triangle?"
-
-    def split_size(self, split: str) -> int:
-        return len(angle_pairs(split))
+    # In training, a pair of angles comes again and again, in a new drawing each time.
+    splits: ClassVar[dict[str, int | None]] = {
+        "train": None,
+        "validation": len(angle_pairs("validation")),
+        "test": len(angle_pairs("test")),
+    }
+    recipe: ClassVar[dict[str, Any]] = {
+        "prompts_per_step": 32,
+        "learning_rate": 2e-4,
+        "max_steps": 200,
+        "max_completion_length": 32,
+    }
 
     def triangle(self, split: str, index: int) -> Triangle:
         rng = _random(self.name, split, index)
         pairs = angle_pairs(split)
-        # Evaluation visits every problem before it repeats one, in another drawing.
+        # Evaluation asks each problem once; an index beyond the last one is another drawing of an earlier problem.
         pair = pairs[index % len(pairs)] if split != "train" else rng.choice(pairs)
         angles = pair if rng.random() < 0.5 else pair[::-1]
         left, right = ((rng.randint(-1, 1), rng.randint(-1, 0)) for _ in LABEL_SLOTS)
@@ -191,4 +209,5 @@ def draw_triangle(triangle: Triangle) -> Image.Image:
     return image
 
 
+# A task is added here, and nowhere else.
 TASKS: dict[str, Task] = {task.name: task for task in (VisualCounting(), GeometryReasoning())}

@@ -6,7 +6,6 @@ matplotlib's Figure is used without pyplot, so that nothing here needs a display
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,19 @@ from matplotlib.ticker import MaxNLocator
 
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
+from mr1fast.evaluation.drawing import drawable, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+DRAWN = 1e100  # absolute values below this have a place in a picture
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line in a panel: a metric's name, of which {data} is the task or the data set, from runs of SFT or not."""
+    """A line in a panel. metric: its name, with {data} for the task or data set. sft: only of SFT runs, or not."""
 
     metric: str
     style: str = "-"
@@ -91,11 +92,11 @@ class Series:
         return self.result.get("config", {}).get("method", "")
 
     def values(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and finite values of a curve, which not every row need have."""
+        """Steps and finite values of a curve; rows that lack the metric are left out."""
         name = curve.metric.format(data=self.task)
         rows = self.rows if curve.sft in (None, self.method == "sft") else []
         found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-        finite = [(step, value) for step, value in found if math.isfinite(value)]
+        finite = [(step, value) for step, value in found if abs(value) < DRAWN]  # no NaN, inf or number beyond a float
         steps, values = np.array(finite, dtype=float).reshape(-1, 2).T
         return steps, values
 
@@ -111,7 +112,7 @@ def read_run(run: Path) -> list[Series]:
     if not run.is_dir():
         raise UserError(f"run folder {str(run)!r} does not exist")
     if not file.exists():
-        raise UserError(f"{str(run)!r} is no run: it has no metrics.jsonl")
+        raise UserError(f"{str(run)!r} is not a run: it has no metrics.jsonl")
     tasks: dict[str, dict[int, dict[str, Any]]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -121,11 +122,12 @@ def read_run(run: Path) -> list[Series]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             tasks.setdefault(str(row.get("task", run.name)), {})[row["step"]] = row
     if not tasks:
-        raise UserError(f"{str(file)!r} has no step in it yet")
+        raise UserError(f"{str(file)!r} has no training step in it yet")
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         result = {}
+    result = result if isinstance(result, dict) else {}
     return [Series(run, task, [rows[step] for step in sorted(rows)], result) for task, rows in tasks.items()]
 
 
@@ -137,34 +139,46 @@ def draw_curves(runs: Sequence[Path], file: Path) -> Path:
     series = [one for run in runs for one in read_run(run)]
     panels = [panel for panel in PANELS if any(len(s.values(c)[0]) for s in series for c in panel.curves)]
     if not panels:
-        raise UserError(f"{', '.join(map(str, runs))}: no metric that could be drawn")
+        raise UserError(f"{', '.join(map(str, runs))}: there is no metric to draw")
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    labels = _labels(series)
-    head = 0.2 + 0.25 * len(series)  # inches, for the legend
-    figure = Figure(figsize=(max(4.1 * columns, 8), 3.1 * rows + head), dpi=110)
+    with drawing():
+        figure = _empty_figure(rows, columns, legend=0.2 + 0.25 * len(series))
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels):
+            _draw_panel(axis, panel, series)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        _draw_legend(figure, _labels(series))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+    return file
+
+
+def _empty_figure(rows: int, columns: int, legend: float) -> Figure:
+    """A figure with room for this many panels, and for a legend of this height (inches) above them."""
+    figure = Figure(figsize=(max(4.1 * columns, 8), 3.1 * rows + legend), dpi=110)
     # Fixed margins in inches: a layout engine would take longer than everything else together.
     width, height = figure.get_size_inches()
     figure.subplots_adjust(
         left=0.7 / width,
         right=1 - 0.12 / width,
         bottom=0.5 / height,
-        top=1 - (head + 0.5) / height,
+        top=1 - (legend + 0.5) / height,
         wspace=0.75 / (width / columns - 0.75),
-        hspace=1.05 / ((height - head) / rows - 1.05),
+        hspace=1.05 / ((height - legend) / rows - 1.05),
     )
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels):
-        _draw_panel(axis, panel, series)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+    return figure
+
+
+def _draw_legend(figure: Figure, labels: Sequence[str]) -> None:
     handles = [
         Line2D([], [], color=_colour(i), ls=_dashes("-", i), lw=3, label=label) for i, label in enumerate(labels)
     ]
-    figure.legend(handles=handles, loc="upper left", frameon=False, fontsize=11, bbox_to_anchor=(0.005, 0.997))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    return file
+    place = (0.005, 0.997)
+    legend = figure.legend(handles=handles, loc="upper left", frameon=False, fontsize=11, bbox_to_anchor=place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a name is a $
 
 
 def _colour(index: int) -> str:
@@ -179,7 +193,7 @@ def _dashes(style: str, index: int) -> str | tuple[float, tuple[float, float]]:
 
 
 def _labels(series: Sequence[Series]) -> list[str]:
-    """What tells the series apart, with the accuracy on the test split before and after."""
+    """A label for each series: what distinguishes it, and its accuracy on the test split before and after training."""
     runs = list(dict.fromkeys(one.run for one in series))
     names = {one.run: one.run.resolve().name for one in series}
     if len(set(names.values())) < len(runs):
@@ -195,7 +209,7 @@ def _labels(series: Sequence[Series]) -> list[str]:
         before, after = one.test_accuracy("before"), one.test_accuracy("after")
         if before is not None and after is not None:
             label += f": {before:.1f} % right on the test split before training, {after:.1f} % after"
-        labels.append(label)
+        labels.append(drawable(label))
     return labels
 
 
@@ -216,7 +230,7 @@ def _draw_panel(axis: Axes, panel: Panel, series: Sequence[Series]) -> None:
             axis.plot(
                 steps, line, ls=_dashes(curve.style, index), color=_colour(index), lw=2, marker=marker, markersize=3.5
             )
-            # By the raw values but for outliers, such as a first step that compiles.
+            # The range covers the raw values except outliers, such as a first step that compiles.
             tops.append(max(line.max(), np.quantile(values, 0.97)))
             bottoms.append(min(line.min(), np.quantile(values, 0.03)))
     axis.set_title(panel.title, fontsize=11.5, fontweight="bold", loc="left", pad=20)
@@ -255,7 +269,7 @@ _TEST_MARK: dict[str, Any] = {"ls": "", "marker": "D", "markersize": 6, "markerf
 
 
 def _mark_test_split(axis: Axes, one: Series, colour: str) -> None:
-    """Where the run began and where it ended, on problems that nothing was chosen by."""
+    """Mark the accuracy before and after training on the test split, by which nothing was ever chosen."""
     for when, step in (("before", 0), ("after", one.rows[-1]["step"])):
         accuracy = one.test_accuracy(when)
         if accuracy is not None:
@@ -263,7 +277,7 @@ def _mark_test_split(axis: Axes, one: Series, colour: str) -> None:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A Gaussian average over neighbouring points [n], a fortieth of the run wide; at the ends over those there are."""
+    """A Gaussian average over neighbouring points [n], a fortieth of the run wide; near the ends over fewer points."""
     n = len(values)
     if n < 5:
         return values

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mr1fast.evaluation.result import EvalResult, Sample
+import torch
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from transformers import Qwen2VLForConditionalGeneration
+from mr1fast.data.dataset import problems
+from mr1fast.data.example import Example, Examples
+from mr1fast.evaluation.result import Answered, EvalResult
+from mr1fast.model.load import is_small
+from mr1fast.model.policy import Policy
+from mr1fast.model.prefix import Prefix
+from mr1fast.model.rollout import Sampler
+from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
 
-    from mr1fast.data.example import Example, Examples
-    from mr1fast.model.processor import Qwen2VLTextImageProcessor
+
+class EvaluationStopped(KeyboardInterrupt):
+    """Ctrl-C in the middle of an evaluation; `result` is that of the problems which were done."""
+
+    def __init__(self, result: EvalResult):
+        super().__init__()
+        self.result = result
 
 
 def evaluate(
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
+    policy: Policy,
     dataset: Examples,
     *,
     max_completion_length: int,
@@ -26,81 +37,72 @@ def evaluate(
     batch_size: int | None = None,
     progress: str | None = None,
     seed: int = 0,
-    samples: list[Sample] | None = None,
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
     max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: what a progress
-    bar is called, None for no bar. samples: an empty list that holds what there is if the evaluation is interrupted.
-    Depends on `seed` and no global random state, and leaves the model in the mode it was in.
+    bar is called, None for no bar. Depends on `seed` and no global random state, and leaves the policy in the mode it
+    was in. Raises EvaluationStopped (a KeyboardInterrupt) if it is interrupted when problems are done, and UserError if
+    there is no problem.
     """
-    import torch
-    from tqdm import tqdm
-
-    from mr1fast.model.load import encode_prompts, is_small
-    from mr1fast.model.prefix import Prefix, encode_prefix
-    from mr1fast.model.rollout import decode, end_tokens, generate
-    from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
-
-    if batch_size is None:
-        batch_size = 64 if is_small(model) else 8
-    generator = torch.Generator(model.device).manual_seed(seed)
-    eos, training = end_tokens(model), model.training
     total = len(dataset) * (1 + sampled)
     bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)
-
-    def complete(inputs: dict[str, torch.Tensor], prefix: Prefix, num_generations: int, at: float) -> list[str]:
-        rollout = generate(
-            model,
-            inputs,
-            num_generations=num_generations,
-            temperature=at,
-            max_new_tokens=max_completion_length,
-            generator=generator,
-            prefix=prefix,
-        )
-        bar.update(len(rollout.completion_ids))
-        return decode(processor.tokenizer, rollout, eos)
-
-    samples = [] if samples is None else samples
-    model.eval()
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    sampler = Sampler(policy, max_completion_length=max_completion_length, generator=generator)
+    asked = _Asked(policy, sampler, sampled, temperature, bar)
+    answered: list[Answered] = []
+    left, training = problems(dataset), policy.model.training
+    policy.model.eval()
     try:
-        problems = _distinct(dataset)
-        while batch := list(itertools.islice(problems, batch_size)):
-            examples = [example for _, example in batch]
-            inputs = encode_prompts(processor, examples)
-            with torch.no_grad():
-                prefix = encode_prefix(model, inputs)
-            greedy = complete(inputs, prefix, 1, 0.0)
-            random = complete(inputs, prefix, sampled, temperature) if sampled else []
-            for row, ((index, example), completion) in enumerate(zip(batch, greedy)):
-                samples.append(
-                    Sample(
-                        index=index,
-                        name=example.name,
-                        problem=example.problem,
-                        solution=example.solution,
-                        completion=completion,
-                        answer=extract_answer(completion),
-                        correct=accuracy_reward(completion, example.solution) > 0,
-                        formatted=format_reward(completion) > 0,
-                        sampled_correct=tuple(
-                            accuracy_reward(text, example.solution) > 0
-                            for text in random[row * sampled : (row + 1) * sampled]
-                        ),
-                    )
-                )
+        with bar:
+            while batch := list(itertools.islice(left, batch_size or (64 if is_small(policy.model) else 8))):
+                answered += asked.answers(batch)
+    except KeyboardInterrupt:
+        if not answered:
+            raise
+        raise EvaluationStopped(EvalResult.of(answered)) from None
     finally:
-        bar.close()
-        model.train(training)
-    return EvalResult.of(samples)
+        policy.model.train(training)
+    return EvalResult.of(answered)
 
 
-def _distinct(dataset: Examples) -> Iterator[tuple[int, Example]]:
-    """Each problem once: a data set gives the next one again in place of one whose image turns out to be broken."""
-    seen: set[str] = set()
-    for index in range(len(dataset)):
-        example = dataset[index]
-        if example.name not in seen:
-            seen.add(example.name)
-            yield index, example
+@dataclass(frozen=True)
+class _Asked:
+    """A policy that is asked problems, a batch at a time."""
+
+    policy: Policy
+    sampler: Sampler
+    sampled: int
+    temperature: float
+    bar: tqdm
+
+    def answers(self, batch: Sequence[tuple[int, Example]]) -> list[Answered]:
+        examples = [example for _, example in batch]
+        with torch.no_grad():
+            prefix = self.policy.encode_prefix(self.policy.encode(examples))
+        G = self.sampled
+        greedy = self._complete(examples, prefix, 1, 0.0)
+        drawn = self._complete(examples, prefix, G, self.temperature) if G else []
+        return [
+            _judged(index, example, greedy[row], drawn[row * G : (row + 1) * G])
+            for row, (index, example) in enumerate(batch)
+        ]
+
+    def _complete(self, examples: list[Example], prefix: Prefix, num_generations: int, at: float) -> list[str]:
+        rollout = self.sampler.generate(examples, num_generations=num_generations, temperature=at, prefix=prefix)
+        self.bar.update(len(rollout.completions))
+        return rollout.completions
+
+
+def _judged(index: int, example: Example, completion: str, drawn: Sequence[str]) -> Answered:
+    return Answered(
+        index=index,
+        name=example.name,
+        problem=example.problem,
+        solution=example.solution,
+        completion=completion,
+        answer=extract_answer(completion),
+        correct=accuracy_reward(completion, example.solution, choices=example.choices) > 0,
+        formatted=format_reward(completion) > 0,
+        sampled_correct=tuple(accuracy_reward(text, example.solution, choices=example.choices) > 0 for text in drawn),
+    )

@@ -1,4 +1,4 @@
-"""What an evaluation found: the figures, and every sample behind them."""
+"""What an evaluation found: each problem as it was answered, and the accuracies over all of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The greedy completion of one problem, and how the sampled ones did."""
+class Answered:
+    """A problem with the model's greedy completion of it, and how the completions did that were sampled."""
 
-    index: int  # in the data set, which has the image
+    index: int  # in the data set, which has the image; what tells problems apart
     name: str
     problem: str
     solution: str
@@ -25,7 +25,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Fractions over n problems: of greedy completions, but for `sampled_accuracy`, which is NaN without samples.
+    """Fractions over n problems: of greedy completions, but for `sampled_accuracy`, which is NaN if none was sampled.
 
     accuracy_when_formatted: greedy accuracy among the well-formed completions, 0 if there are none. It tells a model
     that has learnt to answer from one that has learnt to write tags.
@@ -36,39 +36,39 @@ class EvalResult:
     format_accuracy: float
     accuracy_when_formatted: float
     n: int
-    samples: list[Sample]
+    answered: list[Answered]
 
     @classmethod
-    def of(cls, samples: list[Sample]) -> EvalResult:
-        sampled = [correct for sample in samples for correct in sample.sampled_correct]
+    def of(cls, answered: list[Answered]) -> EvalResult:
+        sampled = [correct for one in answered for correct in one.sampled_correct]
         return cls(
-            greedy_accuracy=_mean([s.correct for s in samples]),
+            greedy_accuracy=_mean([one.correct for one in answered]),
             sampled_accuracy=_mean(sampled) if sampled else math.nan,
-            format_accuracy=_mean([s.formatted for s in samples]),
-            accuracy_when_formatted=_mean([s.correct for s in samples if s.formatted]),
-            n=len(samples),
-            samples=samples,
+            format_accuracy=_mean([one.formatted for one in answered]),
+            accuracy_when_formatted=_mean([one.correct for one in answered if one.formatted]),
+            n=len(answered),
+            answered=answered,
         )
 
     def figures(self) -> dict[str, float]:
-        """What can stand in a JSON file: all but the samples, and no NaN."""
-        numbers = {name: value for name, value in vars(self).items() if name != "samples"}
+        """What can stand in a JSON file: all but the problems, and no NaN."""
+        numbers = {name: value for name, value in vars(self).items() if name != "answered"}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
     def by_answer(self) -> dict[str, tuple[int, int]]:
         """True answer -> (greedy completions that were right, problems), in the answers' order."""
-        asked = Counter(sample.solution for sample in self.samples)
-        right = Counter(sample.solution for sample in self.samples if sample.correct)
+        asked = Counter(one.solution for one in self.answered)
+        right = Counter(one.solution for one in self.answered if one.correct)
         return {solution: (right[solution], asked[solution]) for solution in sorted(asked, key=_numbers_first)}
 
     def confusions(self, most: int = 8) -> list[tuple[str, str, int]]:
         """The mistakes made more than once, most frequent first: (true answer, what the model said, times)."""
-        wrong = Counter((s.solution, s.answer or "no answer") for s in self.samples if not s.correct)
+        wrong = Counter((one.solution, one.answer or "no answer") for one in self.answered if not one.correct)
         return [(truth, said, times) for (truth, said), times in wrong.most_common(most) if times > 1]
 
 
 def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a fraction observed in n trials; z = 1.96 for 95 %.
+    """Wilson's interval of a fraction observed in n independent trials; z = 1.96 for 95 %.
 
     Unlike the normal one it stays in [0, 1], and is not empty at 0 and 1.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from mr1fast.data.example import Example
+from mr1fast.evaluation.drawing import drawable, drawing
 from mr1fast.evaluation.evaluate import evaluate
-from mr1fast.evaluation.result import Sample
+from mr1fast.evaluation.result import Answered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from transformers import Qwen2VLForConditionalGeneration
 
-    from mr1fast.model.processor import Qwen2VLTextImageProcessor
+    from mr1fast.model.policy import Policy
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 COLUMNS = 4
@@ -29,31 +29,26 @@ MAX_SIDE = 512  # pixels; larger images are scaled down
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A problem and the two greedy completions."""
+class BeforeAfter:
+    """A problem as it was answered before training and after."""
 
     example: Example
-    before: Sample
-    after: Sample
+    before: Answered
+    after: Answered
 
 
 def before_and_after(
-    base: Qwen2VLForConditionalGeneration,
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    examples: Sequence[Example],
-    *,
-    max_completion_length: int,
-) -> list[Shown]:
-    """Let both models answer greedily, in at most `max_completion_length` tokens."""
+    base: Policy, trained: Policy, examples: Sequence[Example], *, max_completion_length: int
+) -> list[BeforeAfter]:
+    """Let both answer greedily, in at most `max_completion_length` tokens."""
     before, after = (
-        evaluate(each, processor, examples, max_completion_length=max_completion_length, sampled=0).samples
-        for each in (base, model)
+        evaluate(policy, examples, max_completion_length=max_completion_length, sampled=0).answered
+        for policy in (base, trained)
     )
-    return [Shown(*row) for row in zip(examples, before, after)]
+    return [BeforeAfter(*row) for row in zip(examples, before, after, strict=True)]
 
 
-def draw_samples(file: Path, shown: Sequence[Shown], title: str) -> Path:
+def draw_samples(file: Path, shown: Sequence[BeforeAfter], title: str) -> Path:
     """One cell a problem: image, question, true answer, and both completions, green where right and red where wrong."""
     cells = [_paragraphs(one) for one in shown]
     # All cells are as high as the one with most text needs.
@@ -61,35 +56,23 @@ def draw_samples(file: Path, shown: Sequence[Shown], title: str) -> Path:
     cell = IMAGE + sum(heights) + GAP * (len(heights) + 1)
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(WIDTH * columns, 6.5), cell * rows + HEAD), dpi=110)
-    height = figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - HEAD / height, bottom=0.1 / height, wspace=0.05, hspace=0.05)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, one, texts in zip(axes, shown, cells):
-        axis.set_xlim(0, 1)
-        axis.set_ylim(cell, 0)  # inches from the top
-        axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="0.8", transform=axis.transAxes))
-        _draw_image(axis, one.example, cell)
-        y = IMAGE + GAP
-        for text, room in zip(texts, heights):
-            # Not as mathematics: a $ in a question is a $.
-            style: dict[str, Any] = {
-                "color": text.colour,
-                "fontsize": text.size,
-                "fontweight": text.weight,
-                "parse_math": False,
-            }
-            axis.text(0.04, y, text.text, va="top", linespacing=1.15, **style)
-            y += room + (GAP if text.gap else 0)
     right = [sum(getattr(one, when).correct for one in shown) for when in ("before", "after")]
     below = f"{len(shown)} problems of the test split, not selected: {right[0]} right before training, {right[1]} after"
-    figure.text(0.012, 1 - 0.25 / height, title, fontsize=13, fontweight="bold", va="center", parse_math=False)
-    figure.text(0.012, 1 - 0.52 / height, below, fontsize=10, va="center")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box for it is good enough
+    with drawing():
+        figure = Figure(figsize=(max(WIDTH * columns, 6.5), cell * rows + HEAD), dpi=110)
+        height = figure.get_figheight()
+        top, bottom = 1 - HEAD / height, 0.1 / height
+        figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, wspace=0.05, hspace=0.05)
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, one, texts in zip(axes, shown, cells):
+            _draw_cell(axis, one.example, texts, heights, cell)
+        # Not as mathematics: a $ is a $.
+        head: dict[str, Any] = {"va": "center", "parse_math": False}
+        figure.text(0.012, 1 - 0.25 / height, drawable(title), fontsize=13, fontweight="bold", **head)
+        figure.text(0.012, 1 - 0.52 / height, below, fontsize=10, **head)
+        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file)
     return file
 
@@ -108,25 +91,41 @@ class Text:
         return self.size * 1.3 / 72
 
 
-def _paragraphs(one: Shown) -> list[Text]:
+def _paragraphs(one: BeforeAfter) -> list[Text]:
     """What stands below the image, from top to bottom."""
     texts = [
         Text(clipped(one.example.problem, 3, 38)),
         Text(f"true answer: {clipped(one.example.solution, 1, 22)}", size=10, weight="bold"),
     ]
-    for when, sample in (("before", one.before), ("after", one.after)):
-        mark, colour = ("✓", RIGHT) if sample.correct else ("✗", WRONG)
-        said = "no answer" if sample.answer is None else clipped(sample.answer, 1, 16)
+    for when, answered in (("before", one.before), ("after", one.after)):
+        mark, colour = ("✓", RIGHT) if answered.correct else ("✗", WRONG)
+        said = "no answer" if answered.answer is None else clipped(answered.answer, 1, 16)
         texts.append(Text(f"{mark} {when} training: {said}", colour, 10, "bold", gap=False))
-        texts.append(Text(clipped(sample.completion or "(nothing)", 4, 46), colour, 7.5))
+        texts.append(Text(clipped(answered.completion or "(nothing)", 4, 46), colour, 7.5))
     return texts
 
 
-def _draw_image(axis: Axes, example: Example, cell: float) -> None:
-    if example.image is None:
+def _draw_cell(axis: Axes, example: Example, texts: Sequence[Text], heights: Sequence[float], cell: float) -> None:
+    """`cell` and `heights`, those of the cell and of its texts, are in inches."""
+    axis.set_xlim(0, 1)
+    axis.set_ylim(cell, 0)  # inches from the top
+    axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="0.8", transform=axis.transAxes))
+    if example.image is not None:
+        _draw_image(axis, example.image, cell)
+    y = IMAGE + GAP
+    for text, height in zip(texts, heights):
+        style: dict[str, Any] = {"color": text.colour, "fontsize": text.size, "fontweight": text.weight}
+        axis.text(0.04, y, drawable(text.text), va="top", linespacing=1.15, clip_on=True, parse_math=False, **style)
+        y += height + (GAP if text.gap else 0)
+
+
+def _draw_image(axis: Axes, image: Image.Image, cell: float) -> None:
+    try:
+        image = image.convert("RGB")
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    except Exception:  # a broken image costs no more than itself
+        axis.text(0.5, IMAGE / 2, "(no image)", ha="center", color="0.5")
         return
-    image = example.image.copy()
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
     picture = axis.inset_axes((0.03, 1 - (IMAGE - 0.02) / cell, 0.94, (IMAGE - 0.1) / cell))
     picture.imshow(image, interpolation="nearest" if max(image.size) <= 128 else "antialiased")
     picture.set_axis_off()
@@ -134,7 +133,7 @@ def _draw_image(axis: Axes, example: Example, cell: float) -> None:
 
 def clipped(text: str, lines: int, width: int) -> str:
     """At most so many lines of so many characters, and a sign that there was more."""
-    wrapped = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
+    wrapped = textwrap.wrap(text[: 50 * lines * width], width, break_on_hyphens=False) or [""]
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: width - 1] + "…"]
     return "\n".join(wrapped)

@@ -1,10 +1,10 @@
-"""Parity, side by side: what TRL or Liger computes, and what mr1fast computes in its place.
+"""Compare the numbers that TRL or Liger computes with those that mr1fast computes in their place.
 
     python -m mr1fast.integrations.check --trl --liger
 
 `--trl` trains the embedded Qwen2-VL for a few steps with TRL's GRPOTrainer and with GRPODTrainer from the same seed, on
-drawings and a reward that varies; `--liger` takes one random batch per loss type. For one's own model, data and
-settings there is `compare_trl(trainer)`. The command ends with 1 if anything differs by more than rounding.
+drawings and a reward that varies; `--liger` compares one random batch per loss type. For your own model, data and
+settings, call `compare_trl(trainer)`. The exit code is 1 if anything differs by more than rounding.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.options.program import at_least
+from mr1fast.options.program import at_least, missing_package, prog
 
-# Relative; float32 rounding, accumulated over the layers and over a few optimizer steps.
+# Relative difference allowed: float32 rounding, accumulated over the layers and over a few optimizer steps.
 TOLERANCE = 1e-3
 COMPARED = ("loss", "grad_norm", "kl", "entropy", "clip_ratio/region_mean")
 
@@ -198,16 +198,23 @@ def check_liger(loss_types: Sequence[str]) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mr1fast.integrations.check", description=__doc__.split("\n")[0])
-    parser.add_argument("--trl", action="store_true", help="train a few steps with TRL's trainer and with ours")
-    parser.add_argument("--liger", action="store_true", help="one batch per loss type through Liger and through us")
-    parser.add_argument("--steps", type=at_least(1), default=4, help="optimizer steps for --trl")
-    parser.add_argument("--loss-type", nargs="+", choices=LOSS_TYPES, help="default: grpo for --trl, all for --liger")
+    parser = argparse.ArgumentParser(prog=prog("integrations.check"), description=__doc__.split("\n")[0])
+    parser.add_argument("--trl", action="store_true", help="train for a few steps with TRL's trainer and with ours")
+    parser.add_argument("--liger", action="store_true", help="compute one batch per loss type with Liger and with us")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=4, metavar="N", help="optimizer steps for --trl [default: 4]"
+    )
+    parser.add_argument(
+        "--loss-type",
+        nargs="+",
+        choices=LOSS_TYPES,
+        help="loss types to compare [default: grpo for --trl, all for --liger]",
+    )
     options = parser.parse_args(argv)
     if not (options.trl or options.liger):
         parser.error("choose --trl, --liger or both")
     if options.liger and options.loss_type == ["luspo"]:
-        parser.error("--liger has nothing to compare for luspo: mr1fast.integrations.liger says why they differ")
+        parser.error("--liger cannot compare luspo, which Liger defines differently: see mr1fast.integrations.liger")
     different = 0
     for library, wanted in (("TRL", options.trl), ("Liger", options.liger)):
         if not wanted:
@@ -218,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 rows = check_liger(options.loss_type or LOSS_TYPES)
         except ModuleNotFoundError as error:
-            print(f"--{library.lower()} needs a package that is not installed: {error.name}", file=sys.stderr)
+            print(f"error: --{library.lower()}: {missing_package(error, 'integrations')}", file=sys.stderr)
             return 2
         print(table(rows, library))
         different += sum(row.difference > TOLERANCE for row in rows)

@@ -1,7 +1,7 @@
 """Checks the arguments of the public loss functions and brings them into one form.
 
-Whatever is wrong raises ValueError with the argument's name, what came and what is wanted. Nothing here reads the value
-of a tensor, for which the CPU would have to wait for a GPU. Checks that need no tensor are in options.py.
+A wrong argument raises a ValueError that names it and says what was expected and what was given. Nothing here reads a
+tensor's values, because the CPU would have to wait for the GPU. Checks that need no tensor are in options.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))  # here: torch.co
 
 
 def floating(name: str, tensor: Any, dims: str) -> Tensor:
-    """A floating-point tensor whose number of dimensions is that of e.g. "[B, L, V]"."""
+    """Check for a floating-point tensor with as many dimensions as `dims` names, e.g. "[B, L, V]"."""
     if not isinstance(tensor, Tensor) or tensor.dim() != dims.count(",") + 1 or tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"{name} must be a float32, bfloat16, float16 or float64 tensor {dims}, got {described(tensor)}"
@@ -32,14 +32,14 @@ def floating(name: str, tensor: Any, dims: str) -> Tensor:
 
 
 def logits_shape(logits: Any, inplace: bool) -> tuple[int, int]:
-    """(B, L) of logits [B, L, V] that a call may be about to write over."""
+    """(B, L) of logits [B, L, V], which the call will overwrite if `inplace`."""
     B, L, V = floating("logits", logits, "[B, L, V]").shape
     if V == 0 or (logits.numel() and logits.stride(-1) != 1):
         raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got {_layout(logits)}")
     if inplace and not torch.compiler.is_compiling() and _overlaps_itself(logits):
         raise ValueError(
-            f"logits must not share memory among themselves to be overwritten, got {_layout(logits)} (expanded?); "
-            "pass logits.contiguous(), or leave them alone (inplace=False, inplace_backward=False)"
+            f"logits that will be overwritten must not overlap in memory, got {_layout(logits)} (expanded?); "
+            "pass logits.contiguous(), or do not overwrite them (inplace=False, inplace_backward=False)"
         )
     return B, L
 
@@ -49,7 +49,7 @@ def _layout(tensor: Tensor) -> str:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements are one; a false alarm only for strides that interleave, which no view of torch's has."""
+    """Whether two elements share memory; wrongly true only for interleaved strides, which torch's views never have."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size > 1 and stride < reach:
@@ -74,7 +74,7 @@ def token_mask(mask: Any, shape: tuple[int, int], like: Tensor, name: str) -> Te
 
 
 def linear_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """(B, L) of hidden states [B, L, H] that go with a weight [V, H] and a bias [V] or None."""
+    """(B, L) of hidden states [B, L, H], after checking that weight [V, H] and bias ([V] or None) match them."""
     B, L, H = floating("hidden", hidden, "[B, L, H]").shape
     V = floating("lm_head_weight", weight, "[V, H]").shape[0]
     if H == 0:
@@ -101,7 +101,7 @@ def chunk_bytes(value: int | None) -> int | None:
 def loss_call(
     like: Tensor, shape: tuple[int, int], completion_ids: Tensor, advantages: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[LossSpec, LossBatch]:
-    """The settings and the tensors of a call; options: `completed` ones.
+    """The settings and the tensors of a call; options: as returned by `completed`.
 
     `like` (logits, hidden states or log-probabilities) gives dtype and device, `shape` is (B, L).
     """
@@ -133,14 +133,12 @@ def loss_call(
 def _advantages(
     like: Tensor, shape: tuple[int, int], advantages: Tensor | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of LossBatch from which each token has its advantage."""
+    """The fields of LossBatch from which each token gets its advantage."""
     B, L = shape
     dtype, rewards = reference.compute_dtype(like.dtype), options["rewards"]
     if (advantages is None) == (rewards is None):
         which = "neither" if rewards is None else "both"
-        raise ValueError(
-            f"advantages or rewards (with num_generations) must be given, exactly one of them, got {which}"
-        )
+        raise ValueError(f"exactly one of advantages and rewards (with num_generations) must be given, got {which}")
     if rewards is None:
         advantages = _constant(_shaped("advantages", advantages, [(B,), (B, L)], like), dtype)
         return {"advantages": advantages[:, None].expand(B, L) if advantages.dim() == 1 else advantages}
@@ -185,14 +183,14 @@ def _entropy_weight(ids: Tensor, mask: Tensor | None, dtype: torch.dtype, option
 
 
 def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without gradient and in that dtype. What is so already is let be: a call into torch costs microseconds."""
+    """The tensor detached and in that dtype. It is returned as is if possible: a call into torch costs microseconds."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _shaped(name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], like: Tensor | None) -> Tensor:
-    """`tensor` has one of the shapes, and lies where `like` lies."""
+    """Check that `tensor` has one of the shapes and is on the device of `like`."""
     if not isinstance(tensor, Tensor) or tensor.shape not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must be a tensor of shape {wanted}, got {described(tensor)}")

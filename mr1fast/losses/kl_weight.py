@@ -1,15 +1,62 @@
-"""The dynamic KL weight of GRPO-D (OThink-MR1, arXiv 2503.16081, Eq. 3) and its alternatives."""
+"""The dynamic KL weight of GRPO-D (OThink-MR1, arXiv 2503.16081, Eq. 3) and its alternatives.
+
+A schedule is a function and its entry in `SCHEDULES`, which the programs' options, help and errors are made from.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
 from mr1fast.checks import described, not_one_of, number
 
-SCHEDULES = ("paper", "linear", "constant", "cosine", "exponential")
-ALL_SCHEDULES = (*SCHEDULES, "adaptive")  # which has state, so that only a KLSchedule can be it
 _STATE = ("step", "value")
+
+
+# ---- the schedules: the weight at p, the fraction of the steps that are done, between the bounds low and high --------
+
+
+def _paper(p: float, low: float, high: float, explore_fraction: float) -> float:
+    """Eq. 3: down from the middle to the lower bound while exploring, then up to the upper one."""
+    if p <= explore_fraction and explore_fraction > 0:
+        middle = (low + high) / 2
+        return middle - (middle - low) * p / explore_fraction
+    return low + (high - low) * (p - explore_fraction) / (1 - explore_fraction)
+
+
+def _linear(p: float, low: float, high: float) -> float:
+    return low + (high - low) * p
+
+
+def _constant(p: float, low: float, high: float) -> float:
+    return float(high)
+
+
+def _cosine(p: float, low: float, high: float) -> float:
+    return low + (high - low) * (1 - math.cos(math.pi * p)) / 2
+
+
+def _exponential(p: float, low: float, high: float) -> float:
+    return low + (high - low) * math.expm1(5 * p) / math.expm1(5)
+
+
+def _reversed(p: float, low: float, high: float, explore_fraction: float) -> float:
+    """Eq. 3 backwards in time."""
+    return _paper(1 - p, low, high, explore_fraction)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "paper": _paper,
+    "linear": _linear,
+    "constant": _constant,
+    "cosine": _cosine,
+    "exponential": _exponential,
+    "reversed": _reversed,
+}
+ALL_SCHEDULES = (*SCHEDULES, "adaptive")  # which has state, so that only a KLSchedule can be it
+# Those whose function takes explore_fraction.
+EXPLORING = tuple(name for name, form in SCHEDULES.items() if "explore_fraction" in inspect.signature(form).parameters)
 
 
 def kl_weight(
@@ -29,29 +76,18 @@ def kl_weight(
     - `cosine`: beta_min + (beta_max - beta_min) (1 - cos(pi p)) / 2
     - `exponential`: beta_min + (beta_max - beta_min) (e^(5p) - 1) / (e^5 - 1)
     - `constant`: beta_max, which is plain GRPO
+    - `reversed`: the weight of `paper` at 1 - p
 
     The first update has step 0. Raises ValueError for total_steps < 1, a negative step, beta_min > beta_max, a negative
     beta, explore_fraction outside [0, 1), or an unknown schedule.
     """
     _check(total_steps, beta_min, beta_max, explore_fraction)
     number("step (optimizer steps completed)", step, at_least=0)
-    p = min(step / total_steps, 1.0)
-    span = beta_max - beta_min
-    if schedule == "paper":
-        if p <= explore_fraction and explore_fraction > 0:
-            middle = (beta_min + beta_max) / 2
-            return middle - (middle - beta_min) * p / explore_fraction
-        return beta_min + span * (p - explore_fraction) / (1 - explore_fraction)
-    if schedule == "linear":
-        return beta_min + span * p
-    if schedule == "cosine":
-        return beta_min + span * (1 - math.cos(math.pi * p)) / 2
-    if schedule == "exponential":
-        return beta_min + span * math.expm1(5 * p) / math.expm1(5)
-    if schedule == "constant":
-        return float(beta_max)
-    adaptive = "; 'adaptive' needs the state of a KLSchedule" if schedule == "adaptive" else ""
-    raise ValueError(not_one_of("schedule", schedule, SCHEDULES) + adaptive)
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
+        adaptive = "; 'adaptive' needs the state of a KLSchedule" if schedule == "adaptive" else ""
+        raise ValueError(not_one_of("schedule", schedule, SCHEDULES) + adaptive)
+    explore = {"explore_fraction": explore_fraction} if schedule in EXPLORING else {}
+    return SCHEDULES[schedule](min(step / total_steps, 1.0), beta_min, beta_max, **explore)
 
 
 class KLSchedule:

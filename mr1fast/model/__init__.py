@@ -1,5 +1,7 @@
 """What is the policy: a Qwen2-VL, its processor, its prompts, and how it completes them."""
 
 from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.policy import Policy
+from mr1fast.model.rollout import Rollout, Sampler
 
-__all__ = ["encode_prompts", "load_model", "load_processor"]
+__all__ = ["Policy", "Rollout", "Sampler", "encode_prompts", "load_model", "load_processor"]

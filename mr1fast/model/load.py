@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
 from mr1fast.data.example import Example
+from mr1fast.errors import UserError
+from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.options import recipes
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 # The paper's, appended to every question.
 PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
+
+# What torch.compile, DDP, FSDP, activation checkpointing and PEFT add to the names of the weights they wrap.
+_WRAPPERS = {
+    r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module|base_model\.model)\.)+": "",
+    r"(?<![^.])(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": "",
+}
 
 
 def choose_device(name: str) -> torch.device:
@@ -53,14 +63,21 @@ def choose_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def choose_threads(model: nn.Module) -> int:
-    """CPU threads for a model of this size: in a small one a second thread costs more than it brings."""
-    return 1 if is_small(model) else os.cpu_count() or 1
+def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
+    """CPU threads for a model of this size: for a small one, a second thread costs more than it gains.
+
+    For other models it is OMP_NUM_THREADS if that is set, else the number of processors that this process may use.
+    """
+    if is_small(model):
+        return 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (int(wanted) if wanted.isdecimal() else 0) or usable or 1
 
 
-def is_small(model: nn.Module) -> bool:
+def is_small(model: Qwen2VLForConditionalGeneration) -> bool:
     """The embedded model, one trained from it, or one of its size."""
-    return sum(p.numel() for p in model.parameters()) < 10_000_000
+    return recipes.is_small(model.config.to_dict())
 
 
 def load_model(
@@ -70,63 +87,115 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> Qwen2VLForConditionalGeneration:
-    """A Qwen2-VL, in training mode, from a folder (or a hub name) in Hugging Face format. Raises ValueError if none."""
-    _check_model(path)
+    """A Qwen2-VL, in training mode, from a folder (or a hub name) in Hugging Face format.
+
+    Raises UserError (a ValueError) if there is no model, or if some of its weights are missing.
+    """
+    check_folder(path)
     try:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with _without_loading_report():
+            loaded: Any = Qwen2VLForConditionalGeneration.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                key_mapping=_WRAPPERS,
+                ignore_mismatched_sizes=True,  # `check_weights` reports them
+                output_loading_info=True,
+            )
+    except Exception as error:  # what transformers meets in other people's folders can be of any type
         nowhere = "" if Path(path).exists() else ", and there is no such folder"
-        raise ValueError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}{nowhere}") from error
-    return model.to(device).train()  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its `self`
+        raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error
+    model, found = loaded
+    check_not_quantised(path, model.config.to_dict())
+    check_weights(path, model, found)
+    model._weight_conversions = None  # with them, transformers would save the weights under the wrappers' names
+    model.to(device).train()
+    check_finite(path, model)
+    return model
 
 
-def _check_model(path: str | Path) -> None:
-    folder = Path(path)
-    if not folder.exists():
-        if isinstance(path, Path) or path.startswith((".", "/")) or path.count("/") != 1:
-            raise ValueError(f"model folder {str(path)!r} does not exist")
-        if folder.parent.exists():
-            why = f"it is not looked up on the hub, because there is a folder {str(folder.parent)!r}"
-            raise ValueError(f"model folder {path!r} does not exist; {why}")
-        return  # a hub name
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Suppress the table of missing and unknown weights that transformers logs; we say it in one sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(wanted)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{str(path)!r} holds no model: a Hugging Face config.json is wanted there") from None
-    except ValueError:
-        raise ValueError(f"{str(path)!r} holds no model: its config.json is not valid JSON") from None
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != "qwen2_vl":
-        raise ValueError(f"{str(path)!r} holds a model of type {model_type!r}; 'qwen2_vl' is wanted")
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None) -> Qwen2VLTextImageProcessor:
     """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
 
-    Raises ValueError where one of them is missing, or for fewer pixels than an image token has.
+    Raises UserError (a ValueError) if one of them is missing or cannot be used, or if `max_pixels` is less than one
+    image token.
     """
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         # transformers would make an empty tokenizer.
-        raise ValueError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
+        raise UserError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model {str(path)!r} has no usable tokenizer and image processor: {reason}") from error
-    if processor.chat_template is None:
-        raise ValueError(f"model {str(path)!r} has no chat template: chat_template.jinja is missing")
-    processor.tokenizer.padding_side = "left"
-    if max_pixels is not None:
-        side = processor.image_processor.patch_size * processor.image_processor.merge_size
-        if max_pixels < side * side:
-            raise ValueError(f"max_pixels must be at least {side * side}, which make an image token, got {max_pixels}")
-        size = processor.image_processor.size
-        processor.image_processor.size = {
-            "shortest_edge": min(size["shortest_edge"], max_pixels),
-            "longest_edge": max_pixels,
-        }
+    except Exception as error:  # as above
+        raise UserError(f"model {str(path)!r} has no usable tokenizer and image processor: {_reason(error)}") from error
+    tokenizer = processor.tokenizer
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    _check_chat_template(path, processor)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"model {str(path)!r} has a tokenizer with neither pad_token nor eos_token; it needs one of them"
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # any will do: it is masked
+    _set_image_size(path, processor.image_processor, max_pixels)
     return processor
+
+
+def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor) -> None:
+    if processor.chat_template is None:
+        where = "neither chat_template.jinja nor tokenizer_config.json has one"
+        raise UserError(f"model {str(path)!r} has no chat template: {where}")
+    try:
+        texts = [prompt_text(processor, "a question", has_image) for has_image in (True, False)]
+    except Exception as error:  # a template is a program
+        raise UserError(f"model {str(path)!r} has a chat template that cannot be used: {_reason(error)}") from error
+    if [text.count(processor.image_token) for text in texts] != [1, 0] or not all(
+        "a question" in text for text in texts
+    ):
+        what = f"it must write the question and, for an image, one {processor.image_token}"
+        raise UserError(f"model {str(path)!r} has a chat template that is not Qwen2-VL's: {what}")
+
+
+def _set_image_size(path: str | Path, image_processor: Any, max_pixels: int | None) -> None:
+    """Set the bounds of a resized image in pixels, reading either of the two forms in which models write them."""
+    size = dict(image_processor.size)
+    least, most = (
+        size.get("shortest_edge") or size.get("min_pixels"),
+        size.get("longest_edge") or size.get("max_pixels"),
+    )
+    if not (isinstance(least, int) and isinstance(most, int)):
+        raise UserError(f"model {str(path)!r} has an image processor without min_pixels and max_pixels in its size")
+    if max_pixels is not None:
+        side = image_processor.patch_size * image_processor.merge_size
+        if max_pixels < side * side:
+            raise UserError(f"max_pixels must be at least {side * side}, which is one image token, got {max_pixels}")
+        least, most = min(least, max_pixels), max_pixels
+    image_processor.size = {"shortest_edge": least, "longest_edge": most}
+
+
+def _reason(error: Exception) -> str:
+    """The message of a library's error, on one line of reasonable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, has_image: bool = True) -> str:
@@ -141,9 +210,62 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
     """Model inputs for P prompts, padded on the left to T tokens, on the CPU.
 
     Returns input_ids, attention_mask and mm_token_type_ids [P, T] int64 and, if there is any image, pixel_values
-    [patches, C * 2 * patch * patch] float32 and image_grid_thw [images, 3] int64.
+    [patches, C * 2 * patch * patch] float32 and image_grid_thw [images, 3] int64. Raises UserError for a question that
+    cannot be encoded.
     """
     images = [example.image for example in examples if example.image is not None]
-    texts = [prompt_text(processor, example.problem, example.image is not None) for example in examples]
+    texts = [_prompt_of(processor, example) for example in examples]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return {name: inputs[name] for name in inputs}
+
+
+def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
+    """Number of tokens that `encode_prompts` makes of this example, found without looking at the image's pixels."""
+    tokens = len(processor.tokenizer(_prompt_of(processor, example), verbose=False)["input_ids"])
+    if example.image is None:
+        return tokens
+    images, (width, height) = processor.image_processor, example.image.size
+    return tokens - 1 + images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
+
+
+def longest_prompt(model: Any, max_completion_length: int) -> int:
+    """The largest number of tokens in a prompt that leaves room for its completion in the model.
+
+    `model`: a model or its config. Raises UserError where the completion alone does not fit.
+    """
+    limit = getattr(model, "config", model).get_text_config().max_position_embeddings
+    if max_completion_length >= limit:
+        what = f"the model takes {limit} tokens (max_position_embeddings) for prompt and completion together"
+        raise UserError(f"a completion of {max_completion_length} tokens leaves no room for a prompt: {what}")
+    return limit - max_completion_length
+
+
+def end_of_turn(processor: Qwen2VLTextImageProcessor) -> int | None:
+    """The id of the token with which the chat template ends an answer, or None if it has no such token."""
+    answer = "an answer"
+    messages: list[Any] = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "a question"), ("assistant", answer))
+    ]
+    try:
+        text = processor.apply_chat_template(messages, tokenize=False)
+    except (jinja2.TemplateError, TypeError):  # a template for prompts only
+        return None
+    _, found, after = text.rpartition(answer)
+    tokenizer = processor.tokenizer
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _prompt_of(processor: Qwen2VLTextImageProcessor, example: Example) -> str:
+    """The example's prompt as text, with one image token for its image."""
+    text = prompt_text(processor, example.problem, example.image is not None)
+    name = example.name or "an example"
+    if (text.count(processor.image_token), text.count(processor.video_token)) != (int(example.image is not None), 0):
+        markers = f"{processor.image_token} or {processor.video_token}"
+        raise UserError(f"the question of {name} contains {markers}, which stand for pixels; remove them")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the question of {name} is not valid Unicode: {error.reason}") from None
+    return text

@@ -1,1 +1,1 @@
-"""What did the user say: the options, the command line and YAML files."""
+"""What did the user ask for: the options, the command line and YAML files."""

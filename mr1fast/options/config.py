@@ -1,184 +1,83 @@
-"""The trainer's options and their defaults: one frozen dataclass.
+"""The trainer's options together: what the user asked for (TrainConfig), and what trains one model (TaskConfig).
 
-Nothing here imports torch, so that a mistake is answered at once.
+Nothing here imports torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mr1fast.checks import not_one_of
 from mr1fast.errors import UserError
-from mr1fast.losses.kl_weight import ALL_SCHEDULES
-
-GREATEST = 2**63 - 1  # what torch takes as a whole number
-TASK_NAMES = ("vc", "gr")
-METHODS = ("grpo-d", "grpo", "sft")
-
-# What an option is when nobody sets it: by task for the embedded model, after R1-V for any other. Local data takes the
-# recipe of visual counting.
-RECIPES: dict[str, dict[str, Any]] = {
-    "vc": {"prompts_per_step": 16, "learning_rate": 3e-4, "max_steps": 200, "max_completion_length": 32},
-    "gr": {"prompts_per_step": 32, "learning_rate": 2e-4, "max_steps": 200, "max_completion_length": 32},
-    "model": {"prompts_per_step": 16, "learning_rate": 1e-6, "max_steps": 200, "max_completion_length": 512},
-}
-KL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "grpo-d": {"beta_min": 0.0, "beta_max": 0.04, "kl_schedule": "paper", "explore_fraction": 0.3},
-    "grpo": {"beta": 0.04},
-    "sft": {},
-}
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    choices: Sequence[str] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    shown: str | None = None,
-) -> Any:
-    """A field of TrainConfig; `shown` is the default as --help gives it, where that is not the value itself."""
-    bounds = {"at_least": at_least, "above": above, "below": below}
-    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices, "shown": shown, **bounds})
-
-
-def _by_case(name: str) -> str:
-    values = {case: recipe[name] for case, recipe in RECIPES.items()}
-    return f"{values['vc']} for vc and local data, {values['gr']} for gr, {values['model']} with --model"
-
-
-def _of_method(name: str) -> str:
-    method = next(method for method, values in KL_DEFAULTS.items() if name in values)
-    return f"{KL_DEFAULTS[method][name]}; --method {method} only"
+from mr1fast.losses.kl_weight import EXPLORING
+from mr1fast.options.fields import check_choice, check_value, option_string
+from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, recipe_name
+from mr1fast.options.reward_weights import parse_reward_weights
+from mr1fast.options.train_options import BY_TASK, TrainOptions
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Every option of `python -m mr1fast.train`. None is a default that `for_task` fills in, whatever the type says.
+class TrainConfig(TrainOptions):
+    """The options as the user set them; None for an option that was not set.
 
     Raises UserError for a value out of its range and for options that contradict each other.
     """
 
-    method: str = option("grpo-d", "GRPO-D, GRPO with a constant KL weight, or supervised fine-tuning", choices=METHODS)
-    task: str | None = option(
-        None, "the embedded tasks to train on, one model each: vc, gr or vc,gr", shown="vc,gr, or none with --data"
-    )
-    data: str | None = option(
-        None,
-        "local data instead of an embedded task: a folder, or a .jsonl, .json, .csv or .parquet file with the columns "
-        "image, problem and solution",
-        shown="none",
-    )
-    model: str | None = option(
-        None, "a folder (or a name on the Hugging Face hub) with a Qwen2-VL", shown="the embedded one"
-    )
-    output_dir: str | None = option(None, "the run's folder; never overwritten", shown="runs/<date-time>")
-    seed: int = option(0, "of the prompts' order and of sampling", at_least=0)
-
-    num_generations: int = option(8, "completions of a prompt, the group of GRPO", at_least=2)
-    prompts_per_step: int = option(
-        None, "different prompts of an optimizer step", at_least=1, shown=_by_case("prompts_per_step")
-    )
-    gradient_accumulation_steps: int = option(
-        1, "pieces in which a step's prompts are trained on, to save memory; the gradient is the same", at_least=1
-    )
-    num_iterations: int = option(1, "optimizer steps on each batch of completions", at_least=1)
-    max_steps: int = option(None, "optimizer steps", at_least=1, shown=_by_case("max_steps"))
-    max_completion_length: int = option(
-        None, "longest completion", unit="tokens", at_least=1, shown=_by_case("max_completion_length")
-    )
-    max_pixels: int | None = option(
-        None, "images are scaled down to this size", unit="pixels", at_least=1, shown="as the model's processor says"
-    )
-    temperature: float = option(1.0, "of sampling; the loss is taken at the same", above=0)
-    accuracy_weight: float = option(1.0, "of the accuracy reward; 0 is the format-only control", at_least=0)
-    format_weight: float = option(0.5, "of the format reward (the paper's alpha)", at_least=0)
-
-    beta: float = option(None, "constant KL weight", at_least=0, shown=_of_method("beta"))
-    beta_min: float = option(None, "least KL weight", at_least=0, shown=_of_method("beta_min"))
-    beta_max: float = option(
-        None, "greatest KL weight; with constant, the weight", at_least=0, shown=_of_method("beta_max")
-    )
-    kl_schedule: str = option(
-        None, "how the KL weight goes between them", choices=ALL_SCHEDULES, shown=_of_method("kl_schedule")
-    )
-    explore_fraction: float = option(
-        None,
-        "share of the steps in which the paper's schedule explores",
-        at_least=0,
-        below=1,
-        shown=f"{KL_DEFAULTS['grpo-d']['explore_fraction']}; --method grpo-d with --kl-schedule paper only",
-    )
-    target_kl: float | None = option(
-        None,
-        "KL divergence from the base that the adaptive schedule steers to",
-        unit="nats per token",
-        above=0,
-        shown="none; needed by --kl-schedule adaptive, and used by it only",
-    )
-
-    learning_rate: float = option(None, "AdamW's greatest", above=0, shown=_by_case("learning_rate"))
-    warmup_steps: int = option(10, "steps in which the learning rate rises", at_least=0)
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to this norm", above=0)
-
-    eval_samples: int = option(400, "problems of the test split, before and after", at_least=1)
-    eval_steps: int = option(50, "steps between evaluations on the validation split; 0 for none", at_least=0)
-    eval_validation_samples: int = option(128, "problems of the validation split", at_least=1)
-    save_steps: int = option(50, "steps between checkpoints; the last step is always saved", at_least=1)
-    save_total_limit: int = option(2, "checkpoints that are kept, the newest", at_least=1)
-
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
-    dtype: str = option("auto", "auto is bfloat16 on a GPU, else float32", choices=("auto", "float32", "bfloat16"))
-    attention: str = option(
-        "auto",
-        "auto is FlashAttention 2 where it is installed, else sdpa",
-        choices=("auto", "sdpa", "flash_attention_2", "eager"),
-    )
-    threads: int | None = option(None, "CPU threads", at_least=1, shown="by the model's size")
-
     def __post_init__(self) -> None:
-        for option_field in dataclasses.fields(self):
-            check_value(option_field, getattr(self, option_field.name), flag(option_field.name))
-        if self.data is not None and self.task is not None:
-            raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
-        for name in self.tasks:
-            choice("--task", name, TASK_NAMES)
-        if len(set(self.tasks)) < len(self.tasks):
-            raise UserError(f"--task {self.task} names a task twice")
-        for method, names in KL_DEFAULTS.items():
-            for name in names:
-                if method != self.method and getattr(self, name) is not None:
-                    raise UserError(f"{flag(name)} belongs to --method {method}, and the method is {self.method}")
-        if self.explore_fraction is not None and self.kl_schedule not in (None, "paper"):
-            raise UserError(
-                f"--explore-fraction belongs to --kl-schedule paper, and the schedule is {self.kl_schedule}"
-            )
-        if (self.target_kl is not None) != (self.kl_schedule == "adaptive"):
-            raise UserError("--target-kl and --kl-schedule adaptive go together; one was given without the other")
-        if self.beta_min is not None or self.beta_max is not None:
-            bounds = KL_DEFAULTS["grpo-d"] | {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-            if bounds["beta_min"] > bounds["beta_max"]:
-                raise UserError(
-                    f"--beta-min must not be above --beta-max, got {bounds['beta_min']} and {bounds['beta_max']}"
-                )
-        if self.accuracy_weight == self.format_weight == 0:
-            raise UserError("--accuracy-weight and --format-weight are both 0: nothing would be rewarded")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for each in value.values() if isinstance(value, Mapping) else [value]:
+                if each is not None:
+                    check_value(field, each, option_string(field.name))
+        self._check_tasks()
+        self._check_kl()
         if self.num_iterations > 1 and self.method == "sft":
-            raise UserError("--num-iterations is for completions that were sampled; --method sft samples none")
-        for name in self.tasks or ("data",):
-            prompts = self.prompts_per_step or self.for_task(name).prompts_per_step
+            raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
+        for name in self.names:
+            prompts = self.for_task(name).prompts_per_step
             if prompts % self.gradient_accumulation_steps:
                 raise UserError(
                     "--gradient-accumulation-steps must divide --prompts-per-step, "
                     f"got {self.gradient_accumulation_steps} and {prompts}"
                 )
+
+    def _check_tasks(self) -> None:
+        if self.data is not None and self.task is not None:
+            raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
+        for name in self.tasks:
+            check_choice("--task", name, TASK_NAMES)
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"--task {self.task} names a task twice")
+        for name in BY_TASK:
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                if self.data is not None:
+                    raise UserError(f"{option_string(name)} must be one value with --data, got {value}")
+                for task in value:
+                    check_choice(f"{option_string(name)}: a task", task, TASK_NAMES)
+
+    def _check_kl(self) -> None:
+        for method, names in KL_DEFAULTS.items():
+            for name in names:
+                if method != self.method and getattr(self, name) is not None:
+                    raise UserError(
+                        f"{option_string(name)} belongs to --method {method}, and the method is {self.method}"
+                    )
+        if self.explore_fraction is not None and self.kl_schedule not in (None, *EXPLORING):
+            raise UserError(
+                f"--explore-fraction belongs to --kl-schedule {' or '.join(EXPLORING)}, "
+                f"and the schedule is {self.kl_schedule}"
+            )
+        if (self.target_kl is not None) != (self.kl_schedule == "adaptive"):
+            raise UserError("--target-kl and --kl-schedule adaptive go together; one was given without the other")
+        if self.method == "grpo-d":
+            low, high = (self._filled_in(self.names[0])[name] for name in ("beta_min", "beta_max"))
+            if low > high:
+                raise UserError(f"--beta-min must not be above --beta-max, got {low} and {high}")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -187,41 +86,95 @@ class TrainConfig:
             return ()
         return TASK_NAMES if self.task is None else tuple(name.strip() for name in self.task.split(","))
 
-    def for_task(self, name: str) -> TrainConfig:
-        """This configuration with the defaults of a task (or of "data") filled in."""
-        recipe = RECIPES["model" if self.model is not None else name if name in RECIPES else "vc"]
-        defaults = {**recipe, **KL_DEFAULTS[self.method]}
-        if self.kl_schedule not in (None, "paper"):
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Name -> weight, without those of weight 0."""
+        return parse_reward_weights(self.reward_weights, "--reward-weights")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks, or the one name "data"."""
+        return self.tasks or ("data",)
+
+    def recipe(self, name: str) -> str:
+        """The key in RECIPES of a task, or of local data, whatever its name."""
+        return recipe_name(self.model, name if self.data is None else None)
+
+    def defaults_from(self, name: str) -> str:
+        """Which recipe fills in what was not given for a task; "" if everything was."""
+        given = (getattr(self, option) for option in BY_TASK)
+        if all(name in value if isinstance(value, Mapping) else value is not None for value in given):
+            return ""
+        recipe = self.recipe(name)
+        return "defaults of R1-V" if recipe == R1_V else f"defaults of {recipe} for small models"
+
+    def for_task(self, name: str) -> TaskConfig:
+        """The options that train the model of a task, or of local data (under any name)."""
+        values: dict[str, Any] = {"explore_fraction": 0.0, **self._filled_in(name)}
+        if self.method != "grpo-d":  # a constant weight, which is 0 for supervised fine-tuning
+            beta = values.get("beta", 0.0)
+            values |= {"beta_min": beta, "beta_max": beta, "kl_schedule": "constant"}
+        values |= {"reward_weights": self.rewards}
+        chosen: dict[str, Any] = {field.name: values.get(field.name) for field in dataclasses.fields(TaskConfig)}
+        return TaskConfig(**chosen)
+
+    def resolved(self) -> dict[str, Any]:
+        """The options of the run with every default filled in: what config.json records, and --config reads.
+
+        An option that differs between the tasks is {task: value}; one that is not in use is left out.
+        """
+        by_name = {name: self._filled_in(name) for name in self.names}
+        values: dict[str, Any] = {}
+        for key, value in by_name[self.names[0]].items():
+            each = {name: options[key] for name, options in by_name.items()}
+            values[key] = each if any(other != value for other in each.values()) else value
+        if self.data is None:
+            values["task"] = ",".join(self.tasks)
+        return {field.name: values[field.name] for field in dataclasses.fields(self) if field.name in values}
+
+    def _filled_in(self, name: str) -> dict[str, Any]:
+        """The options in use for a task, with the defaults of its recipe and of the method."""
+        defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
+        if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
-        filled = {key: value for key, value in defaults.items() if getattr(self, key) is None}
-        return dataclasses.replace(self, **filled)
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping):
+                value = value.get(name)
+            values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
+        return {key: value for key, value in values.items() if value is not None}
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+@dataclass(frozen=True)
+class TaskConfig:
+    """The options with which one model is trained, every default filled in. GRPO's KL weight is a constant schedule."""
+
+    method: str
+    seed: int
+    reward_weights: dict[str, float]  # without those of weight 0
+    num_generations: int
+    prompts_per_step: int
+    max_completion_length: int
+    temperature: float
+    beta_min: float
+    beta_max: float
+    kl_schedule: str
+    explore_fraction: float
+    target_kl: float | None  # of the adaptive schedule
+    learning_rate: float
+    warmup_steps: int
+    max_steps: int
+    num_iterations: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    eval_steps: int
+    save_steps: int
+    save_total_limit: int
 
 
-def choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(not_one_of(name, value, known))
-
-
-def check_value(option_field: dataclasses.Field, value: Any, name: str) -> None:
-    """Raises UserError, in which the option is called `name`, for a value that is out of its range."""
-    limits = option_field.metadata
-    if value is None:
-        return
-    if limits["choices"] is not None:
-        choice(name, value, limits["choices"])
-    if isinstance(value, int) and value > GREATEST:
-        raise UserError(f"{name} must be at most {GREATEST}, got {value}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value}")
-    for limit, words, holds in (
-        ("at_least", "at least", lambda bound: value >= bound),
-        ("above", "above", lambda bound: value > bound),
-        ("below", "below", lambda bound: value < bound),
-    ):
-        bound = limits[limit]
-        if bound is not None and not holds(bound):
-            raise UserError(f"{name} must be {words} {bound:g}, got {value}")
+def canonical(name: str, value: Any) -> Any:
+    """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
+    if name == "data" or (name == "model" and Path(value).is_dir()):
+        return os.path.abspath(value)
+    return "".join(value.split()) if name in ("task", "reward_weights") else value

@@ -1,91 +1,130 @@
 """How the trainer's options are given: the command line beats the YAML file, which beats the defaults.
 
-Nothing here imports torch, so that a mistake is answered at once.
+Nothing here imports torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mr1fast.checks import nearest
+from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
-from mr1fast.options.config import TrainConfig, check_value, flag
-from mr1fast.options.program import Parser
+from mr1fast.options.config import TrainConfig
+from mr1fast.options.fields import check_value, option_string
+from mr1fast.options.program import Parser, prog
+from mr1fast.options.recipes import SMALL_MODEL
+from mr1fast.options.train_options import BY_TASK, GROUPS
 
-FIELDS = {option_field.name: option_field for option_field in dataclasses.fields(TrainConfig)}
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+# The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
+SCHEMA_VERSION = 1
 
 
 def field_type(name: str) -> type:
-    """int, float or str, also where None is allowed."""
+    """int, float or str, also where None or a value for each task is allowed."""
     hint = _HINTS[name]
-    return next(iter(set(typing.get_args(hint)) - {type(None)}), hint)
+    return next(kind for kind in _TYPE_NAMES if kind is hint or kind in typing.get_args(hint))
 
 
 def convert(name: str, value: Any, source: str) -> Any:
-    """A value of the command line or of a YAML file in the option's type and range; both come through here as text."""
+    """Convert a value from the command line or a YAML file to the option's type, and check its range."""
+    if isinstance(value, dict) and name in BY_TASK:
+        return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
     wanted = field_type(name)
     try:
         if isinstance(value, bool | list | dict):
             raise ValueError
         converted = wanted(str(value))
     except ValueError:
-        raise UserError(f"{source} must be {_TYPE_NAMES[wanted]}, got {value!r}") from None
+        raise UserError(f"{source} must be {_TYPE_NAMES[wanted]}, got {described(value)}") from None
     check_value(FIELDS[name], converted, source)
     return converted
 
 
+class _Once(argparse.Action):
+    """Refuses an option that is given twice; argparse would silently take the second value."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def build_parser() -> Parser:
     parser = Parser(
-        prog="python -m mr1fast.train",
-        description="Train a Qwen2-VL with GRPO-D on images with questions whose answers can be verified.",
+        prog=prog("train"),
+        description="Train a Qwen2-VL with GRPO-D on questions about images whose answers can be verified.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        epilog="Small models are the embedded one and any model in a folder that has fewer than "
+        f"{SMALL_MODEL:,} parameters, such as one trained from it. All others use the settings of R1-V.",
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with any of these options; flags override it")
-    parser.add_argument(
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--config",
+        action=_Once,
+        metavar="FILE",
+        help="YAML file that sets any of the options below; the command line takes precedence",
+    )
+    run.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print such a file with the value that every option would have, defaults included, and exit",
+    )
+    run.add_argument(
         "--resume",
+        action=_Once,
         metavar="DIR",
         nargs="?",
         const="",
-        help="go on from a run or a checkpoint; without DIR from the newest checkpoint under --output-dir, or runs",
+        help="continue the run DIR from its last checkpoint, or from DIR itself if that is a checkpoint; without DIR, "
+        "continue the run with the newest checkpoint under --output-dir, or else under runs",
     )
-    for name, option_field in FIELDS.items():
-        metadata = option_field.metadata
-        default = metadata["shown"] or option_field.default
-        unit = f", in {metadata['unit']}" if metadata["unit"] else ""
-        choices = f" ({', '.join(metadata['choices'])})" if metadata["choices"] else ""
-        parser.add_argument(
-            flag(name),
-            metavar={int: "N", float: "X", str: "TEXT"}[field_type(name)],
-            help=f"{metadata['help']}{choices}{unit} [default: {default}]".replace("%", "%%"),
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for name, field in FIELDS.items():
+        groups[field.metadata["group"]].add_argument(
+            option_string(name),
+            metavar=field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}[field_type(name)],
+            help=_help(field).replace("%", "%%"),
         )
     return parser
 
 
+def _help(field: dataclasses.Field) -> str:
+    metadata = field.metadata
+    unit = f", in {metadata['unit']}" if metadata["unit"] else ""
+    choices = f" ({', '.join(metadata['choices'])})" if metadata["choices"] else ""
+    what, semicolon, more = metadata["help"].partition(";")
+    return f"{what}{unit}{semicolon}{more}{choices} [default: {metadata['shown'] or field.default}]"
+
+
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for: the configuration, which options were set, and what to resume."""
+    """What the user asked for."""
 
-    config: TrainConfig
     given: dict[str, Any]  # the options that the command line or the YAML file set
-    resume: str | None  # None: a new run; "": the newest checkpoint; else a run or a checkpoint
+    config: TrainConfig | None  # of a new run; a resumed one has its own
+    resume: str | None = None  # None: a new run; "": the newest checkpoint; else a run or a checkpoint
+    print_config: bool = False
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """The command line, and the YAML file it may name. Raises UserError; --help prints and exits as argparse does."""
     flags = vars(build_parser().parse(arguments))
     resume, config_file = flags.pop("resume", None), flags.pop("config", None)
+    print_config = flags.pop("print_config", False)
     given = {} if config_file is None else read_yaml(config_file)
-    given |= {name: convert(name, value, flag(name)) for name, value in flags.items()}
-    return Request(TrainConfig(**given), given, resume)
+    given |= {name: convert(name, value, option_string(name)) for name, value in flags.items()}
+    return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -99,7 +138,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--config {path} is not a text file in UTF-8") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except RecursionError:
+        raise UserError(f"--config {path} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", error)
@@ -109,21 +150,55 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold lines of the form 'option: value'")
     _check_keys(path, node)
-    given = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in FIELDS:
-            raise UserError(f"{path}: unknown option {str(key)!r}{nearest(name, FIELDS)}")
-        if value is not None:
-            given[name] = convert(name, value, f"{path}: {key}")
+    given, unknown = read_options(content, path)
+    if unknown and not is_newer(content):
+        raise UserError(f"{path}: unknown option {unknown[0]!r}{nearest(unknown[0].replace('-', '_'), FIELDS)}")
+    say_unknown(path, unknown)
     return given
 
 
+def read_options(content: Mapping[Any, Any], path: str) -> tuple[dict[str, Any], list[str]]:
+    """The options that a file sets, by name, and the keys in it that are not options."""
+    given, unknown = {}, []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in FIELDS:
+            unknown += [] if name == "schema_version" else [str(key)]
+        elif value is not None:
+            given[name] = convert(name, value, f"{path}: {key}")
+    return given, unknown
+
+
+def is_newer(content: Mapping[Any, Any]) -> bool:
+    """Whether a newer version of mr1fast, which may have more options, wrote this."""
+    version = content.get("schema_version")
+    return isinstance(version, int) and version > SCHEMA_VERSION
+
+
+def say_unknown(path: str, unknown: Sequence[str]) -> None:
+    if unknown:
+        print(
+            f"note: {path} has options that this version does not know and ignores: {', '.join(unknown)}",
+            file=sys.stderr,
+        )
+
+
+def printed_config(config: TrainConfig) -> str:
+    """The resolved options as YAML, which --config reads."""
+    import yaml
+
+    lines = [f"# {name}: {defaults}\n" for name in config.names if (defaults := config.defaults_from(name))]
+    for name, value in {"schema_version": SCHEMA_VERSION, **config.resolved()}.items():
+        flow = None if isinstance(value, dict) else False
+        lines.append(yaml.safe_dump({name: value}, default_flow_style=flow, sort_keys=False))
+    return "".join(lines)
+
+
 def _check_keys(path: str, node: Any) -> None:
-    """An option that is there twice, which YAML's loader takes for its last value."""
+    """Refuse an option that is set twice; YAML's loader would silently take the last value."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
         if name in lines:
-            raise UserError(f"{path}: option {name!r} is in line {lines[name]} and again in line {line}")
+            raise UserError(f"{path}: option {name!r} is set in line {lines[name]} and again in line {line}")
         lines[name] = line

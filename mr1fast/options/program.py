@@ -1,21 +1,27 @@
-"""What the small programs share: one sentence and exit code 2 for a mistake, never a traceback."""
+"""What the small programs share: for a mistake they print one sentence and exit with code 2, never with a traceback."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
-from mr1fast.options.config import GREATEST
+from mr1fast.options.fields import GREATEST
 
-ACTIVATE = "source .venv/bin/activate"
+IS_CHECKOUT = (Path(__file__).parents[2] / "Makefile").is_file()
+
+
+def prog(module: str) -> str:
+    """How the user started that program: `mr1fast train` (see mr1fast/__main__.py) or `python -m mr1fast.train`."""
+    return sys.argv[0] if sys.argv[0].startswith("mr1fast ") else f"python -m mr1fast.{module}"
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, and knows which option was meant."""
+    """An ArgumentParser that raises UserError, and suggests the option that was meant."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -31,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(bound: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, not below `bound`."""
+    """An argparse type: a whole number that is at least `bound`."""
 
     def whole_number(text: str) -> int:
         try:
@@ -47,12 +53,17 @@ def at_least(bound: int) -> Callable[[str], int]:
     return whole_number
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    return f"the package {error.name!r} is not installed for {sys.executable}; run 'make setup', then '{ACTIVATE}'"
+def missing_package(error: ModuleNotFoundError, extra: str = "train") -> str:
+    """Which package of that extra is missing, and the command that installs it."""
+    command = "'make setup', then 'source .venv/bin/activate'"
+    if not IS_CHECKOUT:
+        # mr1fast itself is there already, so pip adds what the extra lists and looks for no other mr1fast.
+        command = f"'{sys.executable} -m pip install \"mr1fast[{extra}]\"'"
+    return f"the package {error.name!r} is not installed for {sys.executable}; run {command}"
 
 
 def exit_code(program: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
-    """Run a program: 0, 2 for a mistake of the user's (a ValueError, printed), 130 after Ctrl-C."""
+    """Run a program; the exit code is 0, 2 for a mistake of the user's (a ValueError, printed), or 130 after Ctrl-C."""
     try:
         program(arguments)
     except ModuleNotFoundError as error:

@@ -8,68 +8,75 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.logits import GRPOLossOutput
-from mr1fast.model.prefix import Prefix, completion_hidden, encode_prefix
+from mr1fast.model.policy import Policy
+from mr1fast.model.prefix import Prefix
 
 
 @dataclass(frozen=True)
 class Batch:
     """What a step trains on: prompts, their completions, and what the loss needs to know of each."""
 
-    inputs: dict[str, Tensor]  # of P prompts, see `prefix.place_inputs`
+    inputs: dict[str, Tensor]  # of P prompts, see `Policy.place`
     num_generations: int  # G
     completion_ids: Tensor  # [B, L] int64
     completion_mask: Tensor  # [B, L] bool
     advantages: Tensor | None = None  # [B] float32; None for supervised fine-tuning
     ref_per_token_logps: Tensor | None = None  # [B, L] float32, of the frozen reference; None where the KL weight is 0
     old_per_token_logps: Tensor | None = None  # [B, L] float32, of the policy that sampled; None while it is still that
+    sampling_per_token_logps: Tensor | None = None  # [B, L] float32, of the sampler; good for the first update only
     prefix: Prefix | None = None  # of the prompts, with the graph, from sampling; good for the first update only
 
 
-_PER_TOKEN = ("completion_ids", "completion_mask", "advantages", "ref_per_token_logps", "old_per_token_logps")
+_OF_COMPLETIONS = (
+    "completion_ids",
+    "completion_mask",
+    "advantages",
+    "ref_per_token_logps",
+    "old_per_token_logps",
+    "sampling_per_token_logps",
+)
 
 
-def batch_logps(model: Qwen2VLForConditionalGeneration, batch: Batch, temperature: float = 1.0) -> Tensor:
+def batch_logps(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, L] float32 of the completions' tokens, 0 where masked; differentiable."""
-    hidden = completion_hidden(model, encode_prefix(model, batch.inputs), batch.completion_ids)
+    hidden = policy.completion_hidden(policy.encode_prefix(batch.inputs), batch.completion_ids)
     logps = linear_token_logprobs(
-        hidden, model.lm_head.weight, batch.completion_ids, temperature=temperature, mask=batch.completion_mask
+        hidden, policy.head_weight, batch.completion_ids, temperature=temperature, mask=batch.completion_mask
     )
     assert isinstance(logps, Tensor)
     return logps
 
 
 def grpo_batch_loss(
-    model: Qwen2VLForConditionalGeneration, batch: Batch, *, beta: float, temperature: float, share: float = 1.0
+    policy: Policy, batch: Batch, *, beta: float, temperature: float, scale: float = 1.0
 ) -> GRPOLossOutput:
-    """The paper's loss of a batch, a mean over completions, times `share`: the batch's part of all that are averaged.
+    """The paper's loss of a batch, a mean over completions, times `scale`: 1 / N for each of N that are averaged.
 
-    The loss is homogeneous in advantages and KL weight: they carry the share, and the gradient that the loss head has
-    ready needs no scaling.
+    The loss is homogeneous in advantages and KL weight: they are scaled, so that the gradient that the loss head has
+    ready need not be.
     """
     assert batch.advantages is not None
-    prefix = batch.prefix or encode_prefix(model, batch.inputs)
-    hidden = completion_hidden(model, prefix, batch.completion_ids)
+    hidden = policy.completion_hidden(batch.prefix or policy.encode_prefix(batch.inputs), batch.completion_ids)
     return linear_grpo_loss(
         hidden,
-        model.lm_head.weight,
+        policy.head_weight,
         batch.completion_ids,
-        batch.advantages * share,
+        batch.advantages * scale,
         completion_mask=batch.completion_mask,
         old_per_token_logps=batch.old_per_token_logps,
         ref_per_token_logps=batch.ref_per_token_logps,
-        beta=beta * share,
+        beta=beta * scale,
         temperature=temperature,
     )
 
 
-def sft_batch_loss(model: Qwen2VLForConditionalGeneration, batch: Batch) -> Tensor:
+def sft_batch_loss(policy: Policy, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the completions, each the mean of its tokens (nats per token), 0-d."""
     lengths = batch.completion_mask.sum(1).clamp(min=1)
-    return -(batch_logps(model, batch).sum(1) / lengths).mean()
+    return -(batch_logps(policy, batch).sum(1) / lengths).mean()
 
 
 def split_batch(batch: Batch, pieces: int) -> list[Batch]:
@@ -82,17 +89,17 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
     rows = size * batch.num_generations
 
     def piece(i: int) -> Batch:
-        tensors = {name: getattr(batch, name) for name in _PER_TOKEN}
+        tensors = {name: getattr(batch, name) for name in _OF_COMPLETIONS}
         part: dict[str, Any] = {
             name: None if tensor is None else tensor[i * rows : (i + 1) * rows] for name, tensor in tensors.items()
         }
-        return dataclasses.replace(batch, inputs=prompt_rows(batch.inputs, i * size, (i + 1) * size), **part)
+        return dataclasses.replace(batch, inputs=slice_prompts(batch.inputs, i * size, (i + 1) * size), **part)
 
     return [piece(i) for i in range(pieces)]
 
 
-def prompt_rows(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """The prompts start <= p < stop of `encode_prompts`, with their images, of which a prompt has one or none."""
+def slice_prompts(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """The prompts start <= p < stop with their images, of which a prompt has one or none."""
     rows = {
         name: tensor[start:stop] for name, tensor in inputs.items() if name not in ("pixel_values", "image_grid_thw")
     }

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face format, with what training needs to go on. A checkpoint is there whole or not at all."""
+"""Checkpoints in Hugging Face format with the state of training. A checkpoint is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -11,42 +11,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1fast.errors import UserError
-from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.policy import Policy
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of
 
 STATE = "trainer_state.pt"
 
 
-def save_model(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, folder: Path) -> Path:
-    """Model and processor as a folder in Hugging Face format, which `load_model` and transformers read."""
-
-    def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-
-    return _write_whole(folder, write)
+def save_model(policy: Policy, folder: Path) -> Path:
+    """Save model and processor as a folder in Hugging Face format, which `load_model` and transformers can read."""
+    return _write_whole(folder, policy.save)
 
 
-def save_checkpoint(
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    state: dict[str, Any],
-    folder: Path,
-    *,
-    step: int,
-    keep: int,
-) -> Path:
-    """`folder`/checkpoint-STEP with model, processor and `state`; then only the newest `keep` stay.
+def save_checkpoint(policy: Policy, state: dict[str, Any], folder: Path, *, step: int, keep: int) -> Path:
+    """Write model, processor and `state` to `folder`/checkpoint-STEP, then delete all but the newest `keep`.
 
-    Raises UserError if it cannot be written; the earlier ones are then untouched.
+    Raises UserError if it cannot be written; the earlier checkpoints are then untouched.
     """
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        policy.save(temporary)
         torch.save(state, temporary / STATE)
 
     saved = _write_whole(folder / f"checkpoint-{step:06d}", write)
@@ -55,30 +40,42 @@ def save_checkpoint(
     return saved
 
 
-def load_checkpoint(
-    checkpoint: Path, load_model: Callable[[Path], Qwen2VLForConditionalGeneration]
-) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
-    """The model and the state. Raises ResumeError, which names the checkpoint before it, where it is broken."""
+def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Policy, dict[str, Any]]:
+    """The policy and the state. If the checkpoint is broken, raises ResumeError, which names the one before it.
+
+    load: path -> policy; its keyword dtype asks for another dtype than the run's.
+    """
     try:
-        return load_model(checkpoint), load_state(checkpoint)
+        policy, state = load(checkpoint), load_state(checkpoint)
+        masters = state.get("optimizer", {}).get("masters", [])
+        if policy.model.dtype != torch.float32 and any(master is None for master in masters):
+            # These are the weights of a float32 model, which this one, of less precision, has only rounded.
+            exact = load(checkpoint, dtype=torch.float32).trainable_parameters()
+            state["optimizer"]["masters"] = [
+                p.detach() if m is None else m for p, m in zip(exact, masters, strict=True)
+            ]
+        return policy, state
     except ValueError as error:
         earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
         if earlier:
-            advice = f"to go on from the checkpoint before it: --resume {earlier[-1]}"
+            advice = f"to continue from the checkpoint before it: --resume {earlier[-1]}"
         else:
-            advice = f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} does without it"
+            advice = f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} starts without it"
         raise ResumeError(f"{error}; {advice}") from error
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint / STATE} does not hold a training state")
+    return state
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Write into a folder beside it, then rename; a name that is taken is replaced."""
+    """Write into a temporary folder beside it, then rename that; an existing folder of this name is replaced."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

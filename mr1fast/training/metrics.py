@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +23,7 @@ class MetricsLog:
 
         self.file, self.task = run.metrics_file, task
         if self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-            # A run that was killed may have left half a line.
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
-            kept = [row for row in rows if row["task"] != task or row["step"] < first_step]
+            kept = [row for row in _rows(self.file) if row["task"] != task or row["step"] < first_step]
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
         self.tensorboard = SummaryWriter(str(run.tensorboard(task)), purge_step=first_step)
 
@@ -38,6 +37,19 @@ class MetricsLog:
 
     def close(self) -> None:
         self.tensorboard.close()
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that are whole: a run that was killed may have left half a line."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "task" in row and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: int) -> dict[str, float]:
@@ -64,6 +76,15 @@ def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": 1 - torch.isin(last, eos).float().mean().item(),
+    }
+
+
+def sampling_metrics(per_token_logps: Tensor, sampling_per_token_logps: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far policy and sampler are apart in the tokens' log-probabilities [B, L] (nats), which should be rounding."""
+    difference = (per_token_logps - sampling_per_token_logps).abs()[mask]
+    return {
+        "sampling/sampling_logp_difference/mean": difference.mean().item(),
+        "sampling/sampling_logp_difference/max": difference.max().item(),
     }
 
 

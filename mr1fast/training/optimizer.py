@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ class Optimizer:
     At a learning rate of 1e-6 a bfloat16 weight would never move: it has 8 bits, the update is below the last of them.
     """
 
-    def __init__(self, model: nn.Module, *, max_grad_norm: float):
+    def __init__(self, weights: Iterable[nn.Parameter], *, max_grad_norm: float):
         self.max_grad_norm = max_grad_norm
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.weights = list(weights)
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         self.adamw = torch.optim.AdamW(self.masters, weight_decay=0.0, fused=True)
 
@@ -53,12 +54,15 @@ class Optimizer:
             tensor.grad = None
 
     def state_dict(self) -> dict[str, Any]:
+        """masters: None for a weight that is its own, and is in the checkpoint with the model."""
         masters = [None if master is weight else master for weight, master in zip(self.weights, self.masters)]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The weights become those of the state, too, whatever precision they had when it was saved."""
         self.adamw.load_state_dict(state["adamw"])
         with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"]):
+            for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
                 if saved is not None:
                     master.copy_(saved)
+                    weight.copy_(master)

@@ -1,7 +1,7 @@
 """Where a run keeps its files.
 
     runs/2026-01-31-12-00-00/
-        config.json            the options, as `--config` reads them
+        config.json            the options with every default filled in, as `--config` reads them
         metrics.jsonl          one line per step and task; step 0 is before training
         result.json            accuracies before and after
         curves.png, samples.png
@@ -10,31 +10,29 @@
         vc/model/              the trained model
         vc/skipped/            samples of steps with NaN or inf
 
-Imports no torch, so that a folder that does not do is reported at once.
+Imports no torch, so that an unusable folder is reported at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
-import time
-from dataclasses import dataclass
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mr1fast import __version__
 from mr1fast.errors import UserError
-from mr1fast.options.config import TrainConfig, flag
-from mr1fast.options.parse import Request
+from mr1fast.options.config import TrainConfig
+from mr1fast.options.parse import SCHEMA_VERSION
 
 RUNS = Path("runs")
 
 
 class ResumeError(UserError):
-    """A run that is finished, or that does not go on like this: the usual advice to resume it does not follow."""
+    """A run that is finished or cannot be resumed like this; the usual advice to resume does not follow the error."""
 
 
 class RunFolder:
@@ -57,60 +55,23 @@ class RunFolder:
         return self.path / "tensorboard" / name
 
     def read_result(self) -> dict[str, Any]:
-        return json.loads(self.result_file.read_text(encoding="utf-8")) if self.result_file.exists() else {}
+        """The content of result.json, or {} if there is none yet. Raises ResumeError."""
+        try:
+            result = json.loads(self.result_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError):
+            result = None
+        if not isinstance(result, dict):
+            raise ResumeError(f"{self.result_file} is damaged; move it away, and --resume will evaluate again")
+        return result
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.result_file, result)
 
 
-@dataclass(frozen=True)
-class OpenRun:
-    folder: RunFolder
-    config: TrainConfig
-    checkpoint: Path | None  # the one to go on from, where the user named it; else the newest of each task
-
-    def names_checkpoint_of(self, task: str) -> bool:
-        return self.checkpoint is not None and self.checkpoint.parent.name == task
-
-
-def open_run(request: Request) -> OpenRun:
-    """A new folder for a new run, or the folder and options of the one to resume. Raises UserError."""
-    if request.resume is None:
-        if request.config.data is not None and not Path(request.config.data).exists():
-            raise UserError(f"--data {request.config.data} does not exist")
-        return OpenRun(
-            RunFolder(
-                new_folder(
-                    request.config.output_dir,
-                    default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S"),
-                    advice=", or go on with --resume",
-                )
-            ),
-            request.config,
-            None,
-        )
-    folder, checkpoint = _find_run(request.resume, request.config.output_dir)
-    try:
-        config = TrainConfig(**json.loads(folder.config_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder.config_file} is not the configuration of a run; nothing to resume") from None
-    for name, value in request.given.items():
-        if name != "output_dir" and value != getattr(config, name):
-            own = "the default" if getattr(config, name) is None else getattr(config, name)
-            raise UserError(
-                f"--resume goes on with the run's own options: {flag(name)} was {own} there, and is {value} here"
-                + (_how_to_train_longer(folder) if name == "max_steps" else "")
-            )
-    return OpenRun(folder, config, checkpoint)
-
-
-def _how_to_train_longer(folder: RunFolder) -> str:
-    models = sorted(folder.path.glob("*/model"))
-    return f"; to train longer, start a new run from --model {models[0]}" if models else ""
-
-
 def new_folder(output_dir: str | None, *, default: Path, advice: str = "") -> Path:
-    """`output_dir`, which must be new or empty, or an unused folder like `default`; made. Raises UserError."""
+    """Make `output_dir`, which must be new or empty, or else an unused folder like `default`. Raises UserError."""
     path = Path(output_dir) if output_dir is not None else default
     try:
         if output_dir is None:
@@ -136,49 +97,31 @@ def _unused(path: Path) -> Path:
             return candidate
         except FileExistsError:
             continue
-    raise UserError(f"output folder {path} and its 998 successors exist already")
+    raise UserError(f"output folder {path} and 998 numbered ones after it exist already; choose another --output-dir")
+
+
+def is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and path.is_dir()
 
 
 def checkpoints(task_folder: Path) -> list[Path]:
     """The whole checkpoints of a task, oldest first."""
-    return sorted(task_folder.glob("checkpoint-*"))
+    return sorted(filter(is_checkpoint, task_folder.glob("checkpoint-*")), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Of checkpoint-000050, and of step-000050.json."""
+    """The step in a name such as checkpoint-000050 or step-000050.json."""
     return int(path.stem.rpartition("-")[2])
 
 
-def _find_run(resume: str, output_dir: str | None) -> tuple[RunFolder, Path | None]:
-    """The run that DIR is, or is a checkpoint of; without DIR the one with the newest checkpoint."""
-    if resume:
-        path = Path(resume)
-        if not path.is_dir():
-            raise UserError(f"--resume {resume}: there is no such folder")
-        if path.name.startswith("checkpoint-"):
-            return RunFolder(path.parent.parent), path
-        if not (path / "config.json").is_file():  # a run that was stopped early may have no checkpoint yet
-            raise UserError(f"nothing to resume: {resume} is neither a run nor a checkpoint of one")
-        return RunFolder(path), None
-    root = RUNS if output_dir is None else Path(output_dir)
-    newest = max(
-        (checkpoint for pattern in ("*/checkpoint-*", "*/*/checkpoint-*") for checkpoint in root.glob(pattern)),
-        key=lambda checkpoint: checkpoint.stat().st_mtime_ns,
-        default=None,
-    )
-    if newest is None:
-        raise UserError(f"nothing to resume: there is no checkpoint under {root}")
-    return RunFolder(newest.parent.parent), None
-
-
 def versions() -> dict[str, str]:
-    """What computed the figures of result.json and evaluation.json."""
+    """The versions of what computed the figures in result.json and evaluation.json."""
     packages = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {"mr1fast": __version__, **packages, "python": platform.python_version()}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that a reader (or a full disk) never meets half of it."""
+    """Replace a file as a whole: no reader ever sees half of it, and a full disk leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -190,4 +133,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:
-    write_json(folder.config_file, dataclasses.asdict(config))
+    """Write config.json once; a resumed run leaves it as it was. The output folder itself is not recorded."""
+    if not folder.config_file.exists():
+        options = {name: value for name, value in config.resolved().items() if name != "output_dir"}
+        write_json(folder.config_file, {"schema_version": SCHEMA_VERSION, **options})

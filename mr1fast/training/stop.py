@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, say how to go on."""
+"""Ctrl-C and SIGTERM: finish the step, save, and say how to resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stop_on_sigterm() -> Iterator[None]:
 
 
 class StopRequest:
-    """What `finishing_steps` gives: the first signal, which the loop looks at when a step is done."""
+    """What `finishing_steps` yields: the first signal, which the loop checks after each step."""
 
     signal_number: int | None = None
 
@@ -47,7 +47,7 @@ def finishing_steps() -> Iterator[StopRequest]:
         if request.signal_number is not None:
             raise Stopped(number)
         request.signal_number = number
-        print("\nfinishing the step, then saving (once more to stop at once)", file=sys.stderr)
+        print("\nfinishing this step, then saving (a second Ctrl-C stops at once)", file=sys.stderr)
 
     with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
         yield request

@@ -1,18 +1,28 @@
-"""What the user reads at the end: accuracies before and after, and how to load what was trained."""
+"""What is printed: the accuracies of an evaluation; those of a training run before and after, and what to do next."""
 
 from __future__ import annotations
 
 from typing import Any
 
-FIGURES = {
-    "greedy_accuracy": "greedy accuracy",
-    "sampled_accuracy": "sampled accuracy",
-    "format_accuracy": "well-formed answers",
-    "accuracy_when_formatted": "greedy, of the well-formed",
-}
+from mr1fast.evaluation.figures import FIGURES, answer_rows, figure_rows, heading, percent
+from mr1fast.evaluation.result import EvalResult
 
 
-def result_table(result: dict[str, Any]) -> str:
+def evaluation_table(result: EvalResult, settings: dict[str, Any]) -> str:
+    """`settings` are those of evaluation.json."""
+    lines = [heading(result, settings), f"model {settings['model']}", ""]
+    lines += [f"  {title:28}{value:>8}   {remark}".rstrip() for title, value, remark in figure_rows(result, settings)]
+    lines += ["", f"  {'greedy accuracy by answer':28}{'':>8}   right of all"]
+    for answer, right, n in answer_rows(result):
+        bar = "█" * round(20 * right / n)
+        lines.append(f"  {answer[:28]:28}{percent(right / n):>8}   {right:5} {n:6}  {bar}".rstrip())
+    if confusions := result.confusions():
+        worst = ", ".join(f"{truth} taken for {said} ({times} x)" for truth, said, times in confusions[:4])
+        lines += ["", f"  most frequent mistakes: {worst}"]
+    return "\n".join(lines)
+
+
+def training_table(result: dict[str, Any]) -> str:
     """`result` is that of result.json."""
     lines = [f"{'':34}{'before':>9}{'after':>9}{'change':>9}"]
     for data, before in result["before"].items():

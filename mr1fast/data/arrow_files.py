@@ -1,0 +1,105 @@
+"""The rows of Parquet files and of folders that `datasets` has saved.
+
+They stay memory-mapped: images are read when they are needed. Nothing else needs the package `datasets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mr1fast.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Unreadable(Exception):
+    """A file or folder that is not what it should be; the message is the reason, in half a sentence."""
+
+
+class ArrowRows(Sequence):
+    """The rows of a `datasets.Dataset`: images as they are stored, other cells as their column's type means them."""
+
+    def __init__(self, dataset: datasets.Dataset, columns: Collection[str]):
+        import datasets
+
+        self.columns = frozenset(columns)  # of the file; those that are of no use are not in `dataset`
+        for column, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+                dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        features = self._dataset.features
+        return {column: _meant(value, features[column]) for column, value in self._dataset[index].items()}
+
+
+def _meant(value: Any, feature: Any) -> Any:
+    """A class by its name instead of its number, a number of half or single precision as that and not as a double."""
+    import datasets
+
+    if value is None:
+        return None
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.int2str(value) if 0 <= value < feature.num_classes else None  # -1: not labelled
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return [_meant(item, feature.feature) for item in value]
+    if isinstance(feature, datasets.Value) and feature.dtype in ("float16", "float32"):
+        return np.dtype(feature.dtype).type(value)
+    return value
+
+
+def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any]]:
+    """Only `columns` are read: the type of another one may be unknown to `datasets`. Raises Unreadable, UserError."""
+    datasets = _import_datasets(file)
+    if not file.stat().st_size:
+        raise Unreadable("is empty")
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            schema, length = parquet.schema_arrow, parquet.metadata.num_rows
+        if not length:
+            return []  # `datasets` takes it for an error
+        known = [name for name in schema.names if name in columns] or schema.names
+        features = datasets.Features.from_arrow_schema(
+            pyarrow.schema([schema.field(name) for name in known], metadata=schema.metadata)
+        )
+        return ArrowRows(datasets.Dataset.from_parquet(str(file), columns=known, features=features), schema.names)
+    except Exception as error:  # pyarrow's and datasets' own, by version
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise Unreadable(f"is not readable as Parquet: {reason}") from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def read_saved(folder: Path) -> dict[str, Sequence[dict[str, Any]]]:
+    """The data sets in a folder by split; one that was saved alone under "". Raises Unreadable and UserError."""
+    datasets = _import_datasets(folder)
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise Unreadable(f"is not readable as a saved data set: {reason}") from None
+    parts = {"": saved} if isinstance(saved, datasets.Dataset) else saved
+    return {str(name): ArrowRows(part, part.column_names) for name, part in parts.items()}
+
+
+def _import_datasets(source: Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"data {str(source)!r} needs the package 'datasets' ({error}): pip install datasets") from None
+    return datasets

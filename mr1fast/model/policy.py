@@ -1,0 +1,207 @@
+"""The policy: a Qwen2-VL and its processor. How such a model is built inside is known here and nowhere else.
+
+Each prompt, with its image, runs once for all of its completions. That is exact, with gradients: completions attend to
+the prompt's keys and values, which are repeated and not computed again, and a gradient flows back through them into
+prompt and vision tower.
+
+Shapes: P prompts of T tokens (padded on the left), G completions each, B = P * G with the completions of a prompt
+adjacent, L tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, Qwen2VLForConditionalGeneration
+
+from mr1fast.data.example import Example
+from mr1fast.errors import UserError
+from mr1fast.model.checks import check_fit, check_image_tokens
+from mr1fast.model.load import encode_prompts, end_of_turn
+from mr1fast.model.prefix import Prefix
+from mr1fast.model.processor import Qwen2VLTextImageProcessor
+
+
+class Policy:
+    """A Qwen2-VL with its processor.
+
+    model: a Qwen2VLForConditionalGeneration, or a PeftModel on one whose adapters are layers within it (LoRA and its
+    kin). Raises UserError where model and processor do not fit each other.
+    """
+
+    def __init__(self, model: nn.Module, processor: Qwen2VLTextImageProcessor):
+        self.model: Any = model
+        self.processor = processor
+        self._base = _base_model(model)
+        self._head = _head(self._base)
+        check_fit(self._base.config, processor)
+        ends = _end_ids(self._base, processor)
+        config, device = self._base.config, self._base.device
+        # Images in an answer have no pixels, and padding is no answer.
+        vision = {
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        }
+        self.pad_id: int = processor.tokenizer.pad_token_id
+        self.end_ids = torch.tensor(ends, device=device)  # [N] int64: any of them ends a completion; the first, a turn
+        self.banned_ids = torch.tensor(sorted({*vision, self.pad_id} - {*ends}), device=device)  # never sampled
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.device
+
+    def freeze(self) -> Policy:
+        """For good: a reference has no gradients and no dropout."""
+        self.model.eval().requires_grad_(False)
+        return self
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def save(self, folder: Path) -> None:
+        """Model and processor in Hugging Face format, which `load_model` and transformers read."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    # ---- text and tokens --------------------------------------------------------------------------------------------
+
+    def encode(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Inputs of P prompts on the model's device: `place(encode_prompts(...))`."""
+        return self.place(encode_prompts(self.processor, examples))
+
+    def place(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`encode_prompts` on the model's device, with M-RoPE's position_ids [P, 3, T] and next_position [P], int64.
+
+        Raises UserError where image tokens and images do not match.
+        """
+        check_image_tokens(inputs, self._base.config)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        mask = inputs["attention_mask"]
+        positions, deltas = self._base.model.get_rope_index(
+            inputs["input_ids"],
+            inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=mask,
+        )
+        next_position = mask.sum(1) + deltas.flatten().to(mask.device)
+        return inputs | {"position_ids": positions.transpose(0, 1), "next_position": next_position}
+
+    def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """completion_ids [B, L] int64 and completion_mask [B, L] bool of given texts, each with the end of its turn."""
+        tokenizer, end = self.processor.tokenizer, int(self.end_ids[0])
+        rows = [torch.tensor([*tokenizer(text, add_special_tokens=False)["input_ids"], end]) for text in texts]
+        pad = nn.utils.rnn.pad_sequence
+        ids = pad(rows, batch_first=True, padding_value=self.pad_id)
+        mask = pad([torch.ones_like(row).bool() for row in rows], batch_first=True)
+        return ids.to(self.device), mask.to(self.device)
+
+    def decode(self, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
+        """The completions [B, L] as text, without the token that ended them.
+
+        Not skip_special_tokens=True, which removes <think> and <answer> from models that registered them as special.
+        """
+        kept = completion_mask & ~torch.isin(completion_ids, self.end_ids)
+        return [self.processor.tokenizer.decode(row[keep]) for row, keep in zip(completion_ids.cpu(), kept.cpu())]
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight [V, H] of the language-model head, which has no bias."""
+        return self._head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H]."""
+        return self._head(hidden)
+
+    def encode_prefix(self, inputs: dict[str, Tensor]) -> Prefix:
+        """Run prompts, of `encode` or `place`, through vision tower and language model."""
+        cache = DynamicCache()
+        hidden = self._base.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"].transpose(0, 1),
+            past_key_values=cache,
+            pixel_values=inputs.get("pixel_values"),
+            image_grid_thw=inputs.get("image_grid_thw"),
+        ).last_hidden_state
+        key_values = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+        return Prefix(key_values, hidden[:, -1], inputs["attention_mask"].bool(), inputs["next_position"])  # type: ignore[arg-type]
+
+    def extend(self, prefix: Prefix, cache: Cache, ids: Tensor, start: int) -> Tensor:
+        """Hidden states [B, N, H] of the completions' tokens `ids` [B, N], the first of which is token `start`.
+
+        `cache` holds the prefix and the completions' tokens before `start`, and takes up the new ones.
+        """
+        B, N = ids.shape
+        offsets = torch.arange(start, start + N, device=ids.device)
+        return self._base.model(
+            input_ids=ids,
+            attention_mask=self._attention_mask(prefix.attention_mask, start, N),
+            position_ids=(prefix.next_position[:, None] + offsets).expand(3, B, N),
+            past_key_values=cache,
+        ).last_hidden_state
+
+    def completion_hidden(self, prefix: Prefix, completion_ids: Tensor) -> Tensor:
+        """Hidden states [B, L, H]: the one at t predicts `completion_ids[:, t]` (padded on the right, [B, L]).
+
+        `prefix`: of the P prompts of the B completions. A completion that a prompt has several times, as is usual when
+        answers are short, runs once.
+        """
+        prompts = prefix.prompts_of(completion_ids.shape[0])
+        distinct, row_of = torch.cat([prompts[:, None], completion_ids], 1).unique(dim=0, return_inverse=True)
+        prefix, ids = prefix.take(distinct[:, 0]), distinct[:, 1:]
+        hidden = prefix.last_hidden[:, None]
+        if ids.shape[1] > 1:
+            hidden = torch.cat([hidden, self.extend(prefix, prefix.cache(), ids[:, :-1], 0)], 1)
+        return hidden[row_of]
+
+    def _attention_mask(self, prompt_mask: Tensor, start: int, N: int) -> Tensor | dict[str, Tensor | None]:
+        """For N tokens from `start` on. Padding on the right needs no mask: nothing before it attends to it.
+
+        sdpa takes the finished mask (transformers would build it anew for every token that is sampled); for the other
+        implementations transformers builds what they need from the [B, T + start + N] one.
+        """
+        B, T = prompt_mask.shape
+        language_model = self._base.model.language_model
+        if language_model.config._attn_implementation != "sdpa" or language_model.has_sliding_layers:
+            return torch.cat([prompt_mask, prompt_mask.new_ones(B, start + N)], 1).long()
+        allowed = torch.ones(N, start + N, dtype=torch.bool, device=prompt_mask.device).tril(start).expand(B, -1, -1)
+        return {"full_attention": torch.cat([prompt_mask[:, None].expand(B, N, T), allowed], 2)[:, None]}
+
+
+def _base_model(model: Any) -> Qwen2VLForConditionalGeneration:
+    """The model itself, into whose layers PEFT has put those of an adapter, if there is one."""
+    if isinstance(model, Qwen2VLForConditionalGeneration):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise UserError(f"adapters of type {model.active_peft_config.peft_type.value} cannot be trained here; use LoRA")
+    return model.get_base_model()
+
+
+def _head(model: Qwen2VLForConditionalGeneration) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:  # the loss takes its weight, and would not see the adapter's
+        raise UserError(
+            "an adapter on the language-model head (lm_head) cannot be trained here; leave lm_head out of it"
+        )
+    return head
+
+
+def _end_ids(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor) -> list[int]:
+    """What ends a turn in the chat template, then what the generation config and the tokenizer name as the end."""
+    named = model.generation_config.eos_token_id
+    named = model.config.get_text_config().eos_token_id if named is None else named
+    ends = [end_of_turn(processor), *(named if isinstance(named, list) else [named]), processor.tokenizer.eos_token_id]
+    found = list(dict.fromkeys(end for end in ends if end is not None))
+    if not found:
+        raise UserError(
+            "neither generation_config.json nor the tokenizer names an eos token, so no completion would end"
+        )
+    return found

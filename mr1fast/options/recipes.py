@@ -1,0 +1,58 @@
+"""The defaults that depend on the task and on the size of the model that training starts from.
+
+One rule: a small model (the embedded one, or a folder with a model of its size, such as one trained from it) uses the
+recipe of its task, and with local data the recipe of visual counting; every other model uses R1-V's. The name of a
+folder does not matter, and a name on the Hugging Face hub counts as large, so that nothing need be downloaded first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mr1fast.data.tasks import TASKS
+
+TASK_NAMES = tuple(TASKS)
+SMALL_MODEL = 10_000_000  # parameters; the smallest Qwen2-VL that was published has two billion
+
+R1_V = "r1-v"
+RECIPES: dict[str, dict[str, Any]] = {
+    **{name: task.recipe for name, task in TASKS.items()},
+    R1_V: {"prompts_per_step": 16, "learning_rate": 1e-6, "max_steps": 200, "max_completion_length": 512},
+}
+KL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "grpo-d": {"beta_min": 0.0, "beta_max": 0.04, "kl_schedule": "paper", "explore_fraction": 0.3},
+    "grpo": {"beta": 0.04},
+    "sft": {},
+}
+
+
+def recipe_name(model: str | None, task: str | None) -> str:
+    """The key in RECIPES for a model, None being the embedded one, and a task, None being local data."""
+    return (task or "vc") if is_small_folder(model) else R1_V
+
+
+def is_small_folder(model: str | None) -> bool:
+    if model is None:
+        return True
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # a name on the hub; or no model, which loading it will say
+    return isinstance(config, dict) and is_small(config)
+
+
+def is_small(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json of a Qwen2-VL describes a model with fewer than SMALL_MODEL parameters."""
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    try:
+        vocabulary, hidden = int(text["vocab_size"]), int(text["hidden_size"])
+        layers, intermediate = int(text["num_hidden_layers"]), int(text["intermediate_size"])
+        blocks, width = int(vision["depth"]), int(vision["embed_dim"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    # Counts the matrices; norms and biases are negligible. A head that is not tied counts as a second embedding.
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return embeddings + layers * hidden * (4 * hidden + 3 * intermediate) + 12 * blocks * width**2 < SMALL_MODEL

@@ -1,0 +1,302 @@
+"""The trainer's options, one by one: name, type, default, bounds, and what --help says about them.
+
+`config` says what they mean together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mr1fast.data.tasks import TASKS
+from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
+from mr1fast.options.fields import MANY, option
+from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
+from mr1fast.options.reward_weights import DEFAULT_REWARDS
+
+METHODS = tuple(KL_DEFAULTS)
+# The options that may differ by task, since recipes differ by task: one value for all tasks, or {task: value}.
+BY_TASK = tuple(RECIPES[R1_V])
+BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
+# The headings of --help, in this order.
+GROUPS = {
+    "model": "model and method",
+    "data": "data",
+    "reward": "rewards",
+    "sampling": "sampling",
+    "kl": "KL term of the loss",
+    "optimizer": "optimizer",
+    "evaluation": "evaluation",
+    "files": "files and checkpoints",
+    "device": "device (may be changed when a run is resumed)",
+}
+
+
+def _by_recipe(name: str) -> str:
+    first, *others = TASK_NAMES
+    small, large = str(RECIPES[first][name]), str(RECIPES[R1_V][name])
+    values = {task: str(RECIPES[task][name]) for task in others}
+    differ = ", ".join(f"{task}: {value}" for task, value in values.items() if value != small)
+    if not differ and small == large:
+        return small
+    small = f"{small} ({differ})" if differ else small
+    return f"{small} for small models, {large} for others"
+
+
+def _at_most(split: str) -> str:
+    """How many problems a split has, for the tasks where that number is limited."""
+    return "".join(f"; {name} has {task.splits[split]}" for name, task in TASKS.items() if task.splits[split])
+
+
+def _of_method(name: str) -> str:
+    method = next(method for method, values in KL_DEFAULTS.items() if name in values)
+    return f"{KL_DEFAULTS[method][name]}; --method {method} only"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Every option of `python -m mr1fast.train` with its help; None where the default depends on other options."""
+
+    method: str = option(
+        "grpo-d",
+        "training method: GRPO-D, whose KL weight changes during training; GRPO, with a constant KL weight; or "
+        "supervised fine-tuning",
+        group="model",
+        choices=METHODS,
+    )
+    model: str | None = option(
+        None,
+        "Qwen2-VL to start from: a folder, or a name on the Hugging Face hub",
+        group="model",
+        metavar="DIR",
+        shown="the embedded model",
+    )
+    task: str | None = option(
+        None,
+        f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
+        f"{','.join(TASKS)} trains a separate model on each, one after the other",
+        group="data",
+        metavar="NAME",
+        shown=f"{','.join(TASKS)}, or none with --data",
+    )
+    data: str | None = option(
+        None,
+        "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
+        "image, problem and solution",
+        group="data",
+        metavar="PATH",
+        shown="none",
+    )
+    max_pixels: int | None = option(
+        None,
+        "largest image that the model is shown, as width x height; larger images are scaled down to it",
+        group="data",
+        unit="pixels",
+        at_least=1,
+        at_most=MANY,
+        shown="set by the model's processor",
+    )
+    max_prompt_length: int | None = option(
+        None,
+        "longest prompt, image included; problems with a longer one are left out",
+        group="data",
+        unit="tokens",
+        at_least=1,
+        at_most=1_000_000,
+        shown="what the model accepts, less --max-completion-length",
+    )
+    reward_weights: str = option(
+        DEFAULT_REWARDS,
+        "rewards to add up, as name=weight separated by commas; a name is accuracy (is the answer right?), format (are "
+        "the tags right?), or module:function for a Python function of your own, (completion, solution) -> number",
+        group="reward",
+        metavar="LIST",
+    )
+    num_generations: int = option(
+        8,
+        "completions sampled for each prompt; they form a group, and each is compared with the group's mean reward",
+        group="sampling",
+        at_least=2,
+        at_most=4096,
+    )
+    prompts_per_step: int | Mapping[str, int] | None = option(
+        None,
+        "number of prompts in each batch",
+        group="sampling",
+        at_least=1,
+        at_most=4096,
+        why="they are held in memory together",
+        shown=_by_recipe("prompts_per_step"),
+    )
+    max_completion_length: int | Mapping[str, int] | None = option(
+        None,
+        "longest completion; one that has not ended by then is cut off",
+        group="sampling",
+        unit="tokens",
+        at_least=1,
+        at_most=1_000_000,
+        why="no Qwen2-VL accepts that many tokens",
+        shown=_by_recipe("max_completion_length"),
+    )
+    temperature: float = option(
+        1.0,
+        "sampling temperature, by which the logits in the loss are divided as well",
+        group="sampling",
+        at_least=0.01,
+        at_most=100.0,
+        why="logits are divided by it",
+    )
+    seed: int = option(
+        0, "seed of the random numbers that shuffle the prompts and sample completions", group="sampling", at_least=0
+    )
+
+    beta: float | None = option(
+        None, "constant KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")
+    )
+    beta_min: float | None = option(
+        None, "lowest KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta_min")
+    )
+    beta_max: float | None = option(
+        None, "highest KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta_max")
+    )
+    kl_schedule: str | None = option(
+        None,
+        "course of the KL weight, bounded by --beta-min and --beta-max; paper is Eq. 3 of OThink-MR1, constant stays "
+        "at --beta-max, adaptive aims for --target-kl",
+        group="kl",
+        choices=ALL_SCHEDULES,
+        shown=_of_method("kl_schedule"),
+    )
+    explore_fraction: float | None = option(
+        None,
+        "fraction of the steps that Eq. 3 spends exploring, that is, lowering the KL weight to --beta-min",
+        group="kl",
+        at_least=0,
+        below=1,
+        shown=f"{KL_DEFAULTS['grpo-d']['explore_fraction']}; --kl-schedule {' and '.join(EXPLORING)} only",
+    )
+    target_kl: float | None = option(
+        None,
+        "KL divergence from the base model that the adaptive schedule aims for",
+        group="kl",
+        unit="nats per token",
+        at_least=1e-6,
+        at_most=1000,
+        why="a lower target is lost in rounding, and a higher one is never reached",
+        shown="none; --kl-schedule adaptive only, which requires it",
+    )
+
+    learning_rate: float | Mapping[str, float] | None = option(
+        None,
+        "peak learning rate of AdamW, reached after --warmup-steps",
+        group="optimizer",
+        at_least=1e-12,
+        at_most=1.0,
+        why="AdamW moves each weight by about that much in a step",
+        shown=_by_recipe("learning_rate"),
+    )
+    warmup_steps: int = option(
+        10,
+        "optimizer steps over which the learning rate rises to its peak",
+        group="optimizer",
+        at_least=0,
+        at_most=MANY,
+    )
+    max_steps: int | Mapping[str, int] | None = option(
+        None,
+        "total number of optimizer steps; after the warmup the learning rate falls linearly towards 0",
+        group="optimizer",
+        at_least=1,
+        at_most=MANY,
+        shown=_by_recipe("max_steps"),
+    )
+    num_iterations: int = option(
+        1,
+        "optimizer steps taken on each batch of completions before new ones are sampled",
+        group="optimizer",
+        at_least=1,
+        at_most=MANY,
+    )
+    gradient_accumulation_steps: int = option(
+        1,
+        "number of pieces in which a batch passes through the model, to save memory; the gradient is the same",
+        group="optimizer",
+        at_least=1,
+    )
+    max_grad_norm: float = option(
+        1.0,
+        "largest norm of the gradient; a gradient with a larger norm is scaled down to it",
+        group="optimizer",
+        at_least=1e-6,
+        why="AdamW treats gradients far below 1e-8 as 0",
+    )
+
+    eval_samples: int = option(
+        400,
+        f"number of test problems to answer before and after training{_at_most('test')}",
+        group="evaluation",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    eval_steps: int = option(
+        50,
+        "steps between evaluations on the validation split; 0 turns them off",
+        group="evaluation",
+        at_least=0,
+        at_most=MANY,
+    )
+    eval_validation_samples: int = option(
+        128,
+        f"number of validation problems in each of these evaluations{_at_most('validation')}",
+        group="evaluation",
+        at_least=1,
+        at_most=1_000_000,
+    )
+
+    output_dir: str | None = option(
+        None,
+        "new or empty folder for everything that the run writes",
+        group="files",
+        metavar="DIR",
+        shown="runs/<date-time>",
+    )
+    save_steps: int = option(
+        50,
+        "steps between checkpoints; the last step always writes one",
+        group="files",
+        at_least=1,
+        at_most=MANY,
+    )
+    save_total_limit: int = option(
+        2, "number of checkpoints to keep; older ones are deleted", group="files", at_least=1, at_most=MANY
+    )
+
+    device: str = option(
+        "auto",
+        "device to run on: cpu, cuda, cuda:1, ...; auto is the GPU if there is one",
+        group="device",
+        machine=True,
+    )
+    dtype: str = option(
+        "auto",
+        "number format of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU",
+        group="device",
+        choices=("auto", "float32", "bfloat16"),
+        machine=True,
+    )
+    attention: str = option(
+        "auto",
+        "attention implementation; auto is FlashAttention 2 if it is installed, else sdpa (PyTorch's own)",
+        group="device",
+        choices=("auto", "sdpa", "flash_attention_2", "eager"),
+        machine=True,
+    )
+    threads: int | None = option(
+        None,
+        "number of CPU threads to use",
+        group="device",
+        at_least=1,
+        at_most=1024,
+        shown="1 for a small model, else all CPUs",
+        machine=True,
+    )

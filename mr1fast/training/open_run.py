@@ -1,0 +1,164 @@
+"""Which folder and which options does a run have? Either new ones, or those of the run that is resumed.
+
+Imports no torch, so that a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mr1fast.errors import UserError
+from mr1fast.options.config import TrainConfig, canonical
+from mr1fast.options.fields import option_string
+from mr1fast.options.parse import FIELDS, Request, read_options, say_unknown
+from mr1fast.options.reward_weights import load_rewards
+from mr1fast.training.run_folder import RUNS, ResumeError, RunFolder, is_checkpoint, new_folder
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    folder: RunFolder
+    config: TrainConfig
+    checkpoint: Path | None = None  # the one to continue from if the user named one; else the newest of each task
+
+    def names_checkpoint_of(self, task: str) -> bool:
+        return self.checkpoint is not None and self.checkpoint.parent.name == task
+
+
+@contextmanager
+def open_run(request: Request) -> Iterator[OpenRun]:
+    """The requested run, which no other process can open at the same time. Raises UserError."""
+    if request.config is not None:
+        opened = _new_run(request.config)
+    else:
+        folder, checkpoint = _find_run(request)
+        opened = OpenRun(folder, _recorded_config(request, folder), checkpoint)
+        load_rewards(opened.config.rewards)
+    with _locked(opened.folder.path):
+        yield opened
+
+
+def requested_config(request: Request) -> TrainConfig:
+    """The options of the requested run, without opening it. Raises UserError."""
+    if request.config is None:
+        return _recorded_config(request, _find_run(request)[0])
+    _check_paths(request.config)
+    return request.config
+
+
+def _new_run(config: TrainConfig) -> OpenRun:
+    _check_paths(config)
+    load_rewards(config.rewards)
+    default = RUNS / time.strftime("%Y-%m-%d-%H-%M-%S")
+    return OpenRun(
+        RunFolder(new_folder(config.output_dir, default=default, advice=", or continue with --resume")), config
+    )
+
+
+def _check_paths(config: TrainConfig) -> None:
+    if config.data is not None and not Path(config.data).exists():
+        raise UserError(f"--data {config.data} does not exist")
+    if config.model is not None and config.model.startswith((".", "/")) and not Path(config.model).is_dir():
+        raise UserError(f"--model {config.model} is not a folder")  # else it may be a name on the hub
+
+
+# ---- a run that is resumed ------------------------------------------------------------------------------------------
+
+
+def _find_run(request: Request) -> tuple[RunFolder, Path | None]:
+    """The run in DIR, or the run whose checkpoint DIR is; without DIR the run with the newest checkpoint."""
+    output_dir = request.given.get("output_dir")
+    if not request.resume:
+        return _newest_run(RUNS if output_dir is None else Path(output_dir)), None
+    path = Path(request.resume)
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: there is no such folder")
+    checkpoint = path.absolute() if is_checkpoint(path) else None
+    run = path if checkpoint is None else checkpoint.parent.parent
+    if not (run / "config.json").is_file():
+        raise UserError(f"nothing to resume: {path} is neither a run nor a checkpoint of one")
+    if output_dir is not None and not Path(run).resolve().is_relative_to(Path(output_dir).resolve()):
+        raise UserError(
+            f"--resume {path} continues in its own folder, and --output-dir {output_dir} is another; leave that out"
+        )
+    return RunFolder(run), checkpoint
+
+
+def _newest_run(root: Path) -> RunFolder:
+    found = [path for pattern in ("*/checkpoint-*", "*/*/checkpoint-*") for path in root.glob(pattern)]
+    checkpoints = [path for path in found if is_checkpoint(path)]
+    if not checkpoints:
+        raise UserError(f"nothing to resume: there is no checkpoint under {root}")
+    return RunFolder(max(checkpoints, key=lambda checkpoint: checkpoint.stat().st_mtime_ns).parent.parent)
+
+
+def _recorded_config(request: Request, folder: RunFolder) -> TrainConfig:
+    """The options that config.json records, updated with the given ones that a resumed run may change."""
+    given = dict(request.given)
+    given.pop("output_dir", None)
+    machine = {name: value for name, value in given.items() if FIELDS[name].metadata["machine"]}
+    content = _read_config(folder.config_file)
+    options, unknown = read_options(content, str(folder.config_file))
+    try:
+        config = TrainConfig(**options)
+    except UserError as error:
+        raise UserError(f"{folder.config_file}: {error}") from None
+    say_unknown(str(folder.config_file), unknown)
+    recorded = config.resolved()
+    for name, value in given.items():
+        if name not in machine and canonical(name, value) != recorded.get(name):
+            differs = f"{option_string(name)} was {recorded.get(name, 'not set')} there, but is {value} now"
+            longer = how_to_train_longer(folder, config) if name == "max_steps" else ""
+            raise UserError(f"--resume continues with the run's own options: {differs}{longer}")
+    return dataclasses.replace(config, **machine)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+        why = "it is damaged, or an older version of mr1fast wrote it"
+        raise UserError(f"nothing to resume: {file} is not the configuration of a run ({why})")
+    return content
+
+
+def how_to_train_longer(folder: RunFolder, config: TrainConfig) -> str:
+    """Advice to append to an error; empty as long as there is no trained model."""
+    tasks = [folder.model(task) for task in config.tasks if folder.model(task).exists()]
+    models = tasks or sorted(folder.path.glob("*/model"))
+    if not models:
+        return ""
+    task = f" --task {models[0].parent.name}" if len(config.tasks) > 1 else ""
+    return f"; to train longer, start a new run: --config {folder.config_file}{task} --model {models[0]}"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises ResumeError if another process uses the folder. The system unlocks it however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ResumeError(f"another process is training in {folder}") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,203 @@
+"""What stays the same during a run: its models and data, and what is printed about them before it begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
+from mr1fast.data.example import Example
+from mr1fast.data.tasks import SPLITS
+from mr1fast.errors import UserError
+from mr1fast.evaluation.evaluate import evaluate
+from mr1fast.model import load as models
+from mr1fast.model.policy import Policy
+from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.recipes import TASK_NAMES
+from mr1fast.training.open_run import OpenRun
+from mr1fast.training.run_folder import RunFolder
+
+# Embedded tasks are endless; after this many drawings they repeat in another order. A run rarely gets that far.
+MAX_DRAWINGS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Setup:
+    config: TrainConfig
+    folder: RunFolder
+    base_path: str | Path
+    base: Policy  # frozen: what training starts from, and its reference
+    load: Callable[..., Policy]  # of a path, for this device; dtype= takes another one than the run's
+    names: list[str]  # of the tasks, or of the data set
+    train: dict[str, ImageTextDataset]
+    validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
+    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
+
+    @property
+    def splits(self) -> list[ImageTextDataset]:
+        return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
+
+    def evaluate(
+        self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None
+    ) -> dict[str, float]:
+        config = self.config.for_task(name)
+        result = evaluate(
+            policy,
+            dataset,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            progress=progress,
+            seed=config.seed,
+        )
+        return result.figures()
+
+    def validate(self, policy: Policy, dataset: ImageTextDataset, name: str) -> dict[str, float]:
+        """`evaluate` with its figures under the names of metrics.jsonl."""
+        return {f"eval/{name}/{key}": value for key, value in self.evaluate(policy, dataset, name).items()}
+
+    def description(self) -> str:
+        """The first lines of a run."""
+        model = self.base.model
+        parameters = sum(p.numel() for p in model.parameters())
+        what = f"{self.config.method} on {', then '.join(self.names)}"
+        threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
+        where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
+        lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
+        lines += [_settings(self.config, name) for name in self.names]
+        lines += [f"files go to {self.folder.path}"]
+        if self.config.data is not None:
+            lines += [split_sizes(self.splits), *summaries(self.splits)]
+        steps, warmup = [self.config.for_task(name).max_steps for name in self.names], self.config.warmup_steps
+        if warmup >= min(steps):
+            what = f"--warmup-steps {warmup} is not below --max-steps {min(steps)}"
+            lines.append(f"warning: {what}: the learning rate never reaches --learning-rate")
+        return "\n".join(lines)
+
+
+def _settings(config: TrainConfig, name: str) -> str:
+    """How a task is trained, and which recipe has filled in what was not given."""
+    task = config.for_task(name)
+    completions = f" x {task.num_generations} completions of up to {task.max_completion_length} tokens"
+    batch = f"{task.prompts_per_step} prompts{completions if task.method != 'sft' else ''}"
+    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}"
+    defaults = config.defaults_from(name)
+    return f"{line} ({defaults})" if defaults else line
+
+
+def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
+    """What was left out of the splits, what was repaired, and what is doubtful about them."""
+    return [split.summary() for split in splits if split.skipped or split.notes or split.shown_in]
+
+
+def prepare(opened: OpenRun) -> Setup:
+    """Load model and data. Raises ValueError, whose message is one sentence."""
+    config = opened.config
+    transformers.utils.logging.disable_progress_bar()
+    device = models.choose_device(config.device)
+    load_model = partial(
+        models.load_model,
+        device=device,
+        dtype=models.choose_dtype(config.dtype, device),
+        attention=models.choose_attention(config.attention, device),
+    )
+    base_path = models.EMBEDDED if config.model is None else config.model
+    model = load_model(base_path)
+    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
+    for name in config.names:
+        check_memory(config.for_task(name), model)
+    # An absolute path, so that a folder with the name of a task is not mistaken for the task.
+    data = None if config.data is None else os.path.abspath(config.data)
+    used = SPLITS if config.eval_steps else ("train", "test")
+    sources = [data] if data else TASK_NAMES
+    tests = [load_split(source, "test", count=config.eval_samples, used=used) for source in sources]
+    names = list(config.tasks) or [tests[0].name]
+
+    def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
+        return {name: load_split(data or name, split, count=count(config.for_task(name)), used=used) for name in names}
+
+    setup = Setup(
+        config=config,
+        folder=opened.folder,
+        base_path=base_path,
+        base=Policy(model, processor).freeze(),
+        load=lambda path, **other: Policy(load_model(path, **other), processor),
+        names=names,
+        train=splits("train", lambda task: None if data else _drawings(task)),
+        validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
+        tests={dataset.name: dataset for dataset in tests},
+    )
+    longest = _longest_prompt(config, model)
+    for split in setup.splits:
+        split.leave_out(too_long(processor, longest))
+        split[0]  # raises now if no row can be used
+    return setup
+
+
+def _drawings(config: TaskConfig) -> int:
+    """As many examples of an embedded task as the run can use."""
+    return min(-(-config.max_steps // config.num_iterations) * config.prompts_per_step, MAX_DRAWINGS)
+
+
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
+    completion = max(config.for_task(name).max_completion_length for name in config.names)
+    room = models.longest_prompt(model, completion)
+    if config.max_prompt_length is not None and config.max_prompt_length > room:
+        raise UserError(
+            f"--max-prompt-length must be at most {room}, which is what the model has room for beside a completion of "
+            f"{completion} tokens, got {config.max_prompt_length}"
+        )
+    return config.max_prompt_length or room
+
+
+def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Example], str | None]:
+    """Why an example is left out, if its prompt has more than `longest` tokens."""
+    lengths: dict[Any, int] = {}  # most examples of an embedded task have the same length, which is counted only once
+
+    def reason(example: Example) -> str | None:
+        kind = (example.problem, example.image and example.image.size)
+        if kind not in lengths:
+            if len(lengths) == 1000:
+                lengths.clear()
+            lengths[kind] = models.prompt_length(processor, example)
+        return f"prompt is longer than {longest} tokens" if lengths[kind] > longest else None
+
+    return reason
+
+
+def check_memory(config: TaskConfig, model: PreTrainedModel) -> None:
+    """Raises UserError where there is too little memory to sample a step's completions, however short the prompts."""
+    if config.method == "sft":
+        return
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * head * model.dtype.itemsize
+    completions = config.prompts_per_step * config.num_generations
+    needed = completions * (config.max_completion_length * keys_and_values + 4 * text.vocab_size)  # logits in float32
+    if needed > (there := _memory(model.device)):
+        raise UserError(
+            f"a step samples {completions:,} completions of up to {config.max_completion_length:,} tokens at a time, "
+            f"which takes {needed / 2**30:,.0f} GiB of memory, but there are only {there / 2**30:,.0f}; lower "
+            "--prompts-per-step, --num-generations or --max-completion-length"
+        )
+
+
+def _memory(device: torch.device) -> float:
+    """The total memory of the GPU or of the machine, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
