@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
+import torch
 from torch import Tensor
 
 from mr1fast.checks import choice, flag, integer, nearest, number
@@ -167,6 +168,15 @@ OPTIONS: dict[str, Option] = {
 _DEFAULTS = {name: option.check(name, option.default) for name, option in OPTIONS.items()}
 
 
+def _default(name: str) -> Any:
+    return _DEFAULTS[name]
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a default is a constant of the graph.
+# By itself torch.compile(dynamic=True) takes a number that it finds in a global for an input.
+_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class UnknownOption(ValueError, TypeError):
     """A keyword that there is none of: a ValueError like any bad argument of the loss, and Python's own TypeError."""
 
@@ -183,7 +193,8 @@ def checked(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[st
 
 def completed(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """`checked`, with the defaults of the other options."""
-    return {**_DEFAULTS, **checked(function, options)}
+    defaults = {name: _default(name) for name in OPTIONS} if torch.compiler.is_compiling() else _DEFAULTS
+    return {**defaults, **checked(function, options)}
 
 
 def _unknown(function: Callable[..., Any], name: str) -> str:
