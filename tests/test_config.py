@@ -67,6 +67,18 @@ def test_the_size_of_the_model_picks_the_recipe_and_no_name_does(tmp_path):
     assert config("--data", "x/gr").defaults_from("gr") == "defaults of vc for small models"
 
 
+def test_a_large_model_takes_one_prompt_at_a_time():
+    def pieces(*arguments):
+        chosen = config("--task", "gr", *arguments)
+        assert chosen.resolved()["gradient_accumulation_steps"] == chosen.for_task("gr").gradient_accumulation_steps
+        return chosen.for_task("gr").gradient_accumulation_steps
+
+    assert pieces() == 1
+    assert pieces("--model", "nobody/large") == 16
+    assert pieces("--model", "nobody/large", "--prompts-per-step", 6) == 6
+    assert pieces("--model", "nobody/large", "--prompts-per-step", 6, "--gradient-accumulation-steps", 2) == 2
+
+
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_only_some_schedules_have_an_explore_fraction(schedule):
     assert "explore_fraction" not in config("--kl-schedule", schedule).resolved()

@@ -15,7 +15,7 @@ from typing import Any
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, recipe_name
+from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_pieces, recipe_name
 from mr1fast.options.reward_weights import parse_reward_weights
 from mr1fast.options.train_options import BY_TASK, TrainOptions
 
@@ -38,11 +38,11 @@ class TrainConfig(TrainOptions):
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations is for completions that were sampled; --method sft samples none")
         for name in self.names:
-            prompts = self.for_task(name).prompts_per_step
-            if prompts % self.gradient_accumulation_steps:
+            task = self.for_task(name)
+            if task.prompts_per_step % task.gradient_accumulation_steps:
                 raise UserError(
                     "--gradient-accumulation-steps must divide --prompts-per-step, "
-                    f"got {self.gradient_accumulation_steps} and {prompts}"
+                    f"got {task.gradient_accumulation_steps} and {task.prompts_per_step}"
                 )
 
     def _check_tasks(self) -> None:
@@ -143,6 +143,8 @@ class TrainConfig(TrainOptions):
             if isinstance(value, Mapping):
                 value = value.get(name)
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
+        if values["gradient_accumulation_steps"] is None:
+            values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
         return {key: value for key, value in values.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ from mr1fast.options.reward_weights import DEFAULT_REWARDS
 
 METHODS = tuple(KL_DEFAULTS)
 # The options that may differ by task, since recipes do: a value for all tasks, or {task: value}.
-BY_TASK = tuple(RECIPES[R1_V])
+BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, and the rest of the loss would drown in the KL term"
 # The headings of --help, in this order.
 GROUPS = {
@@ -200,11 +200,12 @@ class TrainOptions:
     num_iterations: int = option(
         1, "optimizer steps on each batch of completions", group="optimizer", at_least=1, at_most=MANY
     )
-    gradient_accumulation_steps: int = option(
-        1,
+    gradient_accumulation_steps: int | Mapping[str, int] | None = option(
+        None,
         "pieces in which a batch goes through the model, to save memory; the gradient is the same",
         group="optimizer",
         at_least=1,
+        shown="1 for small models, --prompts-per-step for others, which is one prompt at a time",
     )
     max_grad_norm: float = option(
         1.0,
