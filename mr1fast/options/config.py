@@ -137,7 +137,7 @@ class TrainConfig(TrainOptions):
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
         if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
-        values = {}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Mapping):
