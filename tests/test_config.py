@@ -153,6 +153,11 @@ BAD_ARGUMENTS = [
     (f"--seed {10**400}", "--seed must be at most 9223372036854775807, got a number of 401 digits"),
     ("--gradient-accumulation-steps 3", "must divide --prompts-per-step, got 3 and 16"),
     ("--num-iterations 2 --method sft", "--num-iterations"),
+    (
+        "--freeze visoin",
+        "--freeze: a part must be one of vision, merger, language, got 'visoin' (did you mean 'vision'?)",
+    ),
+    ("--freeze vision,merger,language", "--freeze vision,merger,language leaves nothing to train"),
     ("--reward-weights accuracy=0,format=0", "nothing would be rewarded"),
     ("--reward-weights accuracy", "must be name=weight, separated by commas, such as accuracy=1,format=0.5"),
     ("--reward-weights acuracy=1", "or a function of your own as module:function, got 'acuracy' (did you mean"),

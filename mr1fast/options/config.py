@@ -17,7 +17,7 @@ from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_pieces, recipe_name
 from mr1fast.options.reward_weights import parse_reward_weights
-from mr1fast.options.train_options import BY_TASK, TrainOptions
+from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class TrainConfig(TrainOptions):
                     check_value(field, each, option_string(field.name))
         self._check_tasks()
         self._check_kl()
+        for part in self.frozen_parts:
+            check_choice("--freeze: a part", part, PARTS)
+        if set(self.frozen_parts) == set(PARTS):
+            raise UserError(f"--freeze {self.freeze} leaves nothing to train")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations is for completions that were sampled; --method sft samples none")
         for name in self.names:
@@ -85,6 +89,10 @@ class TrainConfig(TrainOptions):
         if self.data is not None:
             return ()
         return TASK_NAMES if self.task is None else tuple(name.strip() for name in self.task.split(","))
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -179,4 +187,4 @@ def canonical(name: str, value: Any) -> Any:
     """An option's value in the one form that is recorded: paths in full, since they are read in other folders, too."""
     if name == "data" or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("task", "reward_weights") else value
+    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value

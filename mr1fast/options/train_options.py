@@ -18,6 +18,8 @@ METHODS = tuple(KL_DEFAULTS)
 # The options that may differ by task, since recipes do: a value for all tasks, or {task: value}.
 BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, and the rest of the loss would drown in the KL term"
+# What --freeze knows; `Policy.freeze_parts` says which weights they are.
+PARTS = ("vision", "merger", "language")
 # The headings of --help, in this order.
 GROUPS = {
     "model": "model and method",
@@ -69,6 +71,14 @@ class TrainOptions:
         group="model",
         metavar="DIR",
         shown="the embedded model",
+    )
+    freeze: str | None = option(
+        None,
+        "parts that are not trained, separated by commas: vision (the vision tower), merger (its last layers, which "
+        "make image tokens), language (the language model)",
+        group="model",
+        metavar="LIST",
+        shown="none",
     )
     task: str | None = option(
         None,
