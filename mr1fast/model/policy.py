@@ -10,7 +10,7 @@ adjacent, L tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,24 @@ class Policy:
     def freeze(self) -> Policy:
         """For good: a reference has no gradients and no dropout."""
         self.model.eval().requires_grad_(False)
+        return self
+
+    def freeze_parts(self, parts: Iterable[str]) -> Policy:
+        """Not to be trained, of PARTS: vision (the tower), merger (its last layers), language (with the head).
+
+        Weights of an adapter within them are not trained either. Where nothing before a layer is trained, it runs
+        without a graph.
+        """
+        visual = self._base.model.visual
+        merger = set(visual.merger.parameters())
+        weights = {
+            "vision": set(visual.parameters()) - merger,
+            "merger": merger,
+            "language": {*self._base.model.language_model.parameters(), self._head.weight},
+        }
+        for part in parts:
+            for weight in weights[part]:
+                weight.requires_grad_(False)
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -16,8 +16,10 @@ from mr1fast.options.reward_weights import DEFAULT_REWARDS
 
 METHODS = tuple(KL_DEFAULTS)
 # The options that may differ by task, since recipes differ by task: one value for all tasks, or {task: value}.
-BY_TASK = tuple(RECIPES[R1_V])
+BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
+# What --freeze knows; `Policy.freeze_parts` says which weights they are.
+PARTS = ("vision", "merger", "language")
 # The headings of --help, in this order.
 GROUPS = {
     "model": "model and method",
@@ -70,6 +72,14 @@ class TrainOptions:
         group="model",
         metavar="DIR",
         shown="the embedded model",
+    )
+    freeze: str | None = option(
+        None,
+        "parts that are not trained, separated by commas: vision (the vision tower), merger (its last layers, which "
+        "make image tokens), language (the language model)",
+        group="model",
+        metavar="LIST",
+        shown="none",
     )
     task: str | None = option(
         None,
@@ -217,11 +227,12 @@ class TrainOptions:
         at_least=1,
         at_most=MANY,
     )
-    gradient_accumulation_steps: int = option(
-        1,
+    gradient_accumulation_steps: int | Mapping[str, int] | None = option(
+        None,
         "number of pieces in which a batch passes through the model, to save memory; the gradient is the same",
         group="optimizer",
         at_least=1,
+        shown="1 for small models, --prompts-per-step for others, which is one prompt at a time",
     )
     max_grad_norm: float = option(
         1.0,

@@ -36,7 +36,7 @@ class Setup:
     folder: RunFolder
     base_path: str | Path
     base: Policy  # frozen: what training starts from, and its reference
-    load: Callable[..., Policy]  # of a path, for this device; dtype= takes another one than the run's
+    load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
@@ -130,7 +130,7 @@ def prepare(opened: OpenRun) -> Setup:
         folder=opened.folder,
         base_path=base_path,
         base=Policy(model, processor).freeze(),
-        load=lambda path, **other: Policy(load_model(path, **other), processor),
+        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
