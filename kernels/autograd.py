@@ -115,7 +115,7 @@ def _direct(logits: Tensor) -> bool:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients as they are, in whose own derivative an error stands in the way to the link."""
+    """Gradients, passed on as they are. Their own derivative raises before it gets to the link."""
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
@@ -130,11 +130,11 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Of an autograd Function's backward: whoever differentiates its result gets an error, not a constant in silence.
+    """Decorates an autograd Function's backward: to differentiate its result is an error, instead of silently wrong.
 
-    torch's `once_differentiable` raises only where the incoming gradient needs a gradient, and that of a loss is 1. The
-    Function's last output and last saved tensor is a `new_link`, by which the error stands between the result and
-    whatever the Function was applied to. (torch.compile refuses double backward by itself.)
+    torch's `once_differentiable` raises only where the incoming gradient needs a gradient, and that of a loss is 1. So
+    the result is tied to the Function itself, and thereby to all that the Function was applied to, by a `new_link`: its
+    last output and last saved tensor. (torch.compile refuses double backward by itself.)
     """
 
     @functools.wraps(backward)
@@ -152,7 +152,7 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
 
 def new_link(like: Tensor) -> Tensor:
-    """For `differentiable_once`: an output without elements, which nobody sees and hence nobody changes."""
+    """For `differentiable_once`: an output without elements, which no caller sees, so that none can change it."""
     return like.new_empty(0)
 
 

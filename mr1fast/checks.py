@@ -30,8 +30,8 @@ def number(name: str, value: Any, *, above: float | None = None, at_least: float
 def integer(name: str, value: Any, *, at_least: int) -> int:
     """A whole number within the bound as an int, or ValueError.
 
-    It may be Python's, numpy's or torch's (0-d), or a float without a fraction (8.0, as a division makes it), but no
-    bool.
+    It may be Python's, numpy's or torch's (0-d), or a float without a fraction (8.0, as a division makes it), but not
+    a bool.
     """
     whole: int = value if type(value) is int else _whole(name, value, at_least)
     if whole < at_least:

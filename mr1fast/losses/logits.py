@@ -200,7 +200,7 @@ class GRPOLoss(nn.Module):
     def forward(
         self, logits: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **options: Any
     ) -> GRPOLossOutput:
-        """`grpo_loss` with the module's options and these, which go before them."""
+        """`grpo_loss` with the module's options, which those given here override."""
         _check_beta(self.kl_schedule, options)
         keywords = {**self.loss_keywords, **options}
         if self.kl_schedule is not None:
@@ -215,7 +215,7 @@ class GRPOLoss(nn.Module):
     def set_extra_state(self, state: Tensor | dict[str, float]) -> None:
         if self.kl_schedule is None:
             return
-        if isinstance(state, Tensor):  # versions before 0.2 saved the dict itself
+        if isinstance(state, Tensor):  # earlier versions saved the dict itself
             state = dict(zip(self.kl_schedule.state_dict(), state.tolist()))
         self.kl_schedule.load_state_dict(state)
 

@@ -53,7 +53,10 @@ class Option(NamedTuple):
 
 
 class LossOptions(TypedDict, total=False):
-    """B completions, L tokens. Completions of one prompt are adjacent in B."""
+    """What `grpo_loss`, `linear_grpo_loss` and `GRPOLoss` take by keyword.
+
+    Shapes: B completions, of which those of one prompt are adjacent, and L tokens.
+    """
 
     rewards: Annotated[
         Tensor | None,
