@@ -2,9 +2,9 @@
 
 Two ways through the same loss head:
 
-- one pass (token-level objective, scalar loss): forward writes the finished gradient, backward hands it on;
+- one pass (token-level objective, scalar loss): forward writes the finished gradient, and backward passes it on;
 - two passes (everything else): `token_logprobs` has an autograd rule, and the objective is ordinary torch on [B, L].
-  float16 logits take it too: a small gradient survives in float16 only if the loss scale is in it before it is rounded.
+  float16 logits take this way too: a small gradient survives in float16 only if the loss scale is in it before that.
 
 The ops they call are in ops.py.
 """
@@ -63,7 +63,7 @@ def grpo(
 
 
 def one_pass(spec: LossSpec, reduction: str, dtype: torch.dtype, differentiated: bool) -> bool:
-    """Whether forward can know the gradient (see above); dtype is that of the logits."""
+    """Whether forward can compute the gradient (see above); dtype: of the logits."""
     if differentiated and dtype == torch.float16:
         return False
     return reduction == "mean" and spec.importance_sampling_level == "token"
@@ -99,9 +99,9 @@ def token_logprobs(
 
 
 def _direct(logits: Tensor) -> bool:
-    """Whether nothing watches the registered ops: then what they call is called at once.
+    """Whether nobody needs to see the registered ops, so that the functions behind them can be called directly.
 
-    With some twenty arguments the dispatcher's Python takes 0.2 ms, as long as the kernel takes for a million logits.
+    For some twenty arguments the dispatcher's Python takes 0.2 ms, as long as the kernel takes for a million logits.
     """
     return (
         not torch.compiler.is_compiling()
@@ -114,7 +114,7 @@ def _direct(logits: Tensor) -> bool:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients as they are, in whose own derivative an error stands in the way to the link."""
+    """Passes gradients on unchanged; to differentiate them again raises an error, by way of the link."""
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
@@ -129,11 +129,11 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Of an autograd Function's backward: whoever differentiates its result gets an error, not a constant in silence.
+    """Decorates an autograd Function's backward: differentiating its result is an error, not silently a constant.
 
-    torch's `once_differentiable` raises only where the incoming gradient needs a gradient, and that of a loss is 1. The
-    Function's last output and last saved tensor is a `new_link`, by which the error stands between the result and
-    whatever the Function was applied to. (torch.compile refuses double backward by itself.)
+    torch's `once_differentiable` raises only if the incoming gradient needs a gradient, and for a loss that is just 1.
+    So the Function's last output and last saved tensor is a `new_link`: through it the error lies on each path from the
+    result back to the Function's inputs. (torch.compile refuses double backward by itself.)
     """
 
     @functools.wraps(backward)
@@ -151,7 +151,7 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
 
 def new_link(like: Tensor) -> Tensor:
-    """For `differentiable_once`: an output without elements, which nobody sees and hence nobody changes."""
+    """For `differentiable_once`: an output without elements, which nobody sees and so nobody changes."""
     return like.new_empty(0)
 
 
@@ -211,7 +211,7 @@ class _Score(torch.autograd.Function):
         ctx.save_for_backward(logits, ids, mask, lse, entropies, link)
         ctx.temperature, ctx.inplace_backward, ctx.backend = temperature, inplace_backward, backend
         ctx.mark_non_differentiable(lse)
-        # What save_for_backward hands back is another object, on which a mark would be lost.
+        # save_for_backward returns another object later, on which a mark would be lost.
         ctx.owner = None if torch.compiler.is_compiling() else weakref.ref(_owner(logits))
         return logps, entropies, lse, link
 
@@ -237,7 +237,7 @@ class _Score(torch.autograd.Function):
 
 
 def hand_on(ctx: Any, factor: Tensor | None) -> list[Tensor | None]:
-    """The saved gradients times the loss's own gradient (0-d), in place; from the second backward on, in new memory."""
+    """Multiply the saved gradients by the loss's own gradient (0-d): in place at first, later in new memory."""
     *gradients, _link = ctx.saved_tensors
     if factor is None:
         return [None for _ in gradients]
@@ -248,8 +248,8 @@ def hand_on(ctx: Any, factor: Tensor | None) -> list[Tensor | None]:
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    # On a CPU outside of a compiled graph the question is free, and a factor of 1 leaves even the version alone, so
-    # that backward can run twice. Where the factor is not 1 a second backward raises: the saved gradient has changed.
+    # On a CPU, outside of a compiled graph, reading the factor is free. A factor of 1 leaves even the version as it is,
+    # so that backward can run twice; with any other, a second backward raises: the saved gradient has changed.
     if torch.compiler.is_compiling() or gradient.is_cuda or factor.item() != 1:
         scale_op(gradient, factor)
     return gradient
@@ -270,7 +270,7 @@ def _mark_consumed(owner: Tensor) -> None:
 
 
 def _refuse_consumed(logits: Tensor) -> None:
-    """Raise if this memory still holds the gradient an earlier in-place call wrote (used twice, or recomputed from)."""
+    """Raise if these logits still hold the gradient that an earlier in-place call wrote over them."""
     if not (torch.compiler.is_compiling() or logits.is_inference()):  # those have no version, and no gradient either
         owner = _owner(logits)
         if owner.__dict__.get(_CONSUMED_AT) == owner._version:

@@ -44,13 +44,13 @@ def tile_columns(C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def exponent(x, base, scale):
-    """log2 of exp((x - base) / temperature), from below never less than FLOOR; a NaN stays one."""
+    """log2 of exp((x - base) / temperature), but at least FLOOR; NaN stays NaN."""
     return tl.maximum((x - base) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _fold(top, total, weighted, x, scale):
-    """Take the tile x [C, T, W] into the running statistics [T]; one exp2 an element, one more a thread and tile."""
+    """Add the tile x [C, T, W] to the running statistics [T]: one exp2 per element, one more per thread and tile."""
     new_top = tl.maximum(top, tl.max(tl.max(x, 2), 0))
     base = tl.where(new_top == NEG_INF, 0.0, new_top)  # nothing but banned tokens so far: avoid inf - inf
     d = exponent(x, base[None, :, None], scale)
@@ -91,7 +91,7 @@ def row_statistics(
 
 @triton.jit
 def _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy):
-    """dloss/dx of a logit that is not the completion's own; `on_logp` more for the one that is.
+    """dloss/dx of a logit other than that of the completion's id; for the id's own, `on_logp` must be added.
 
     on_logp and on_entropy are dloss/dlogp and minus dloss/dentropy, both over temperature; on_entropy may be None.
     """
@@ -124,7 +124,7 @@ def write_gradient(
 ):
     """The gradient of one row; grad_ptr may equal row_ptr. x_id [] is the logit of the id, read by every thread before.
 
-    Backwards, so that what pass 1 read last is still in L2; evict_first on both sides, for nobody needs it again.
+    It runs backwards, because what pass 1 read last is still in L2; evict_first on both sides: nobody needs it again.
     """
     columns = tile_columns(C, T, W)
     TILES: tl.constexpr = V // (C * T * W)
@@ -138,7 +138,7 @@ def write_gradient(
         x = tl.load(row_ptr + at, eviction_policy="evict_first").to(tl.float32)
         gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy)
         tl.store(grad_ptr + at, gradient.to(grad_ptr.dtype.element_ty), eviction_policy="evict_first")
-    # One element differs. Mending it afterwards costs a barrier a row; comparing columns would cost every element.
+    # One element differs. Correcting it afterwards costs a barrier per row; comparing columns would cost every element.
     tl.debug_barrier()
     gradient = _logit_gradient(x_id, base, log2_sum, entropy, scale, on_logp, on_entropy) + on_logp
     tl.store(grad_ptr + id, gradient.to(grad_ptr.dtype.element_ty))
@@ -172,7 +172,7 @@ def tile_settings(op: str, V: int, itemsize: int, aligned: bool) -> dict[str, in
         "W": width,
         "STAGES": stages,
         "num_warps": warps,
-        # For tl.device_assert, which is compiled in with debug only; without the overflow checks that debug implies.
+        # tl.device_assert is only compiled in with debug; the overflow checks that debug implies are turned off.
         "debug": True,
         "sanitize_overflow": False,
         "enable_fp_fusion": True,  # spelled out because Triton 3.10 changes the default
