@@ -20,7 +20,7 @@ from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
 
 
 class EvaluationStopped(KeyboardInterrupt):
-    """Ctrl-C in the middle of an evaluation; `result` is that of the problems which were done."""
+    """Ctrl-C in the middle of an evaluation; `result` covers the problems answered until then."""
 
     def __init__(self, result: EvalResult):
         super().__init__()
@@ -40,10 +40,10 @@ def evaluate(
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
-    max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: what a progress
-    bar is called, None for no bar. Depends on `seed` and no global random state, and leaves the policy in the mode it
-    was in. Raises EvaluationStopped (a KeyboardInterrupt) if it is interrupted when problems are done, and UserError if
-    there is no problem.
+    max_completion_length: tokens. batch_size: problems at a time; None to choose by the model's size. progress: title
+    of a progress bar, None for no bar. The result depends on `seed`, not on global random state; the policy keeps
+    its mode. Raises EvaluationStopped (a KeyboardInterrupt) if interrupted after some problems are answered, and
+    UserError if there is no problem.
     """
     total = len(dataset) * (1 + sampled)
     bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)

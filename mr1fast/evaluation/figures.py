@@ -44,7 +44,7 @@ def figure_rows(result: EvalResult, settings: dict[str, Any]) -> list[tuple[str,
 
 
 def answer_rows(result: EvalResult) -> list[tuple[str, int, int]]:
-    """(answer, right, all) of each true answer; of many, numbers are put together in ranges, the rarest as "others"."""
+    """(answer, right, all) of each true answer. If many, numbers are grouped in ranges, rare texts in "others"."""
     counts = result.by_answer()
     if len(counts) <= MAX_ROWS:
         return [(answer, right, n) for answer, (right, n) in counts.items()]

@@ -1,4 +1,4 @@
-"""What is printed: the accuracies of an evaluation; those of a training run before and after, and what to do next."""
+"""What is printed: the accuracies of an evaluation, and of a training run before and after; and what to do next."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Rollout:
     """G completions of each of P prompts, B = P * G, those of a prompt adjacent."""
 
     completion_ids: Tensor  # [B, L] int64, the pad token after the end
-    completion_mask: Tensor  # [B, L] bool, true up to and with the token that ends the completion
+    completion_mask: Tensor  # [B, L] bool, true up to and including the token that ends the completion
     per_token_logps: Tensor  # [B, L] float32, of the sampler at the temperature of sampling, 0 where masked
     completions: list[str]  # [B]
 
@@ -75,5 +75,5 @@ class Sampler:
         allowed = all_logps.index_fill(1, self.policy.banned_ids, -torch.inf)
         if temperature == 0:
             return allowed.argmax(-1)
-        # Not exp: the banned tokens may have had all of the probability.
+        # Not exp(allowed): the banned tokens may have had all of the probability.
         return torch.multinomial(allowed.softmax(-1), 1, generator=self.generator)[:, 0]

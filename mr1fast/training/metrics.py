@@ -16,7 +16,7 @@ from mr1fast.training.run_folder import RunFolder, write_text
 
 
 class MetricsLog:
-    """One row per step. Those from `first_step` on, which a resumed run writes again, are taken out first."""
+    """One row per step. Rows from `first_step` on, which a resumed run writes again, are removed first."""
 
     def __init__(self, run: RunFolder, task: str, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +40,7 @@ class MetricsLog:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that are whole: a run that was killed may have left half a line."""
+    """The complete rows of metrics.jsonl: a run that was killed may have left half a line."""
     rows = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -68,7 +68,7 @@ def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: i
 
 
 def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
-    """Lengths in tokens, and the share of completions that did not end by themselves."""
+    """Lengths in tokens, and the fraction of completions that were cut off before they ended."""
     lengths = batch.completion_mask.sum(1).float()
     last = batch.completion_ids.gather(1, (lengths.long() - 1).clamp(min=0)[:, None])[:, 0]
     return {
@@ -80,7 +80,7 @@ def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
 
 
 def sampling_metrics(per_token_logps: Tensor, sampling_per_token_logps: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far policy and sampler are apart in the tokens' log-probabilities [B, L] (nats), which should be rounding."""
+    """The difference (nats) between policy's and sampler's log-probabilities [B, L], which should only be rounding."""
     difference = (per_token_logps - sampling_per_token_logps).abs()[mask]
     return {
         "sampling/sampling_logp_difference/mean": difference.mean().item(),

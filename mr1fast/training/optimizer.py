@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def learning_rate_at(step: int, *, peak: float, max_steps: int, warmup_steps: int) -> float:
-    """The rate of the update after `step` finished ones: a linear rise, then a linear fall to 0, as TRL's default."""
+    """The rate of the update after `step` finished ones: a linear rise, then a linear fall to 0, like TRL's default."""
     rise = (step + 1) / (warmup_steps + 1)
     fall = (max_steps - step) / max(max_steps - warmup_steps, 1)
     return peak * min(rise, fall, 1.0)
@@ -35,9 +35,9 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(self.masters, weight_decay=0.0, fused=True)
 
     def step(self, learning_rate: float) -> float:
-        """One update from the gradients, which are used up. Returns their norm before clipping.
+        """Update once from the gradients, which are then cleared. Returns their norm before clipping.
 
-        If it is not finite nothing is updated.
+        If the norm is not finite, nothing is updated.
         """
         norm = _norm([weight.grad for weight in self.weights if weight.grad is not None])
         if norm.isfinite():
@@ -70,12 +70,12 @@ class Optimizer:
             weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """masters: None for a weight that is its own, and is in the checkpoint with the model."""
+        """masters: None for a weight that is its own float32 copy, which the checkpoint holds as part of the model."""
         masters = [None if master is weight else master for weight, master in zip(self.weights, self.masters)]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The weights become those of the state, too, whatever precision they had when it was saved."""
+        """The weights, too, become those of the state, whatever precision they had when it was saved."""
         self.adamw.load_state_dict(state["adamw"])
         with torch.no_grad():
             for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):

@@ -1,4 +1,4 @@
-"""From completions to rewards: what each function says, and their weighted sum."""
+"""From completions to rewards: the value of each reward function, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mr1fast.options.reward_weights import Reward
 
 
 def score(rewards: Sequence[Reward], completions: Sequence[str], examples: Sequence[Example]) -> dict[str, Tensor]:
-    """The name of each reward -> its values [B] float32, not weighted. Raises UserError if a function fails."""
+    """The unweighted values [B] float32 of each reward, by its name. Raises UserError if a function fails."""
     return {
         reward.name: torch.tensor([_call(reward, *pair) for pair in zip(completions, examples, strict=True)])
         for reward in rewards
