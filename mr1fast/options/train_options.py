@@ -13,6 +13,7 @@ from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
+from mr1fast.rewards.own import FORM
 
 METHODS = tuple(KL_DEFAULTS)
 # The options that may differ by task, since recipes do: a value for all tasks, or {task: value}.
@@ -106,7 +107,8 @@ class TrainOptions:
     reward_weights: str = option(
         DEFAULT_REWARDS,
         "what is rewarded: name=weight, separated by commas; names are accuracy (is the answer right?), format (are "
-        "the tags right?), and module:function, a Python function of your own, (completion, solution) -> number",
+        "the tags right?), r1v-counting and r1v-geometry (is the answer right as R1-V's evaluations count?), and "
+        f"module:function, a Python function of your own, {FORM}",
         group="reward",
         metavar="LIST",
     )
