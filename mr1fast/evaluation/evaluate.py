@@ -104,7 +104,9 @@ def _judged_as_r1v(answered: list[Answered]) -> list[Answered]:
     except UserError as error:  # no reason to lose the other figures
         warnings.warn(f"no accuracy as R1-V counts: {error}", stacklevel=2)
         verdicts = None
-    return [replace(one, correct_as_r1v=verdict) for one, verdict in zip(answered, verdicts or [None] * len(answered))]
+    if verdicts is None:
+        return answered
+    return [replace(one, correct_as_r1v=verdict) for one, verdict in zip(answered, verdicts)]
 
 
 def _judged(index: int, example: Example, completion: str, drawn: Sequence[str]) -> Answered:

@@ -142,6 +142,22 @@ class TrainOptions:
         at_most=100.0,
         why="logits are divided by it",
     )
+    top_k: int = option(
+        0,
+        "sample each token from this many likeliest ones; 0 for all",
+        group="sampling",
+        unit="tokens",
+        at_least=0,
+        at_most=MANY,
+    )
+    top_p: float = option(
+        1.0,
+        "sample each token from the likeliest ones that have this probability together; 1 for all",
+        group="sampling",
+        at_least=1e-6,
+        at_most=1.0,
+        why="it is a probability",
+    )
     seed: int = option(0, "seed for shuffling the prompts and for sampling", group="sampling", at_least=0)
 
     beta: float | None = option(

@@ -117,7 +117,12 @@ class Trainer:
         with torch.set_grad_enabled(whole):
             prefix = self.policy.encode_prefix(inputs)
         rollout = self.sampler.generate(
-            examples, num_generations=G, temperature=config.temperature, prefix=prefix.detach()
+            examples,
+            num_generations=G,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            prefix=prefix.detach(),
         )
         completions = rollout.completions
         unanswered_before = unanswered()
