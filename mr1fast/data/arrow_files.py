@@ -59,7 +59,9 @@ def _meant(value: Any, feature: Any) -> Any:
 
 
 def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any]]:
-    """Read only `columns`: `datasets` may not know the types of others. Raises Unreadable and UserError."""
+    """Of the columns that are not in `columns`, those that hold bytes or have a type which `datasets` does not know are
+    not read. Raises Unreadable, UserError.
+    """
     datasets = _import_datasets(file)
     if not file.stat().st_size:
         raise Unreadable("is empty")
@@ -71,8 +73,8 @@ def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any
         with pyarrow.parquet.ParquetFile(file) as parquet:
             schema, length = parquet.schema_arrow, parquet.metadata.num_rows
         if not length:
-            return []  # `datasets` would raise an error
-        known = [name for name in schema.names if name in columns] or schema.names
+            return []  # `datasets` takes it for an error
+        known = [name for name in schema.names if name in columns or _is_plain(schema.field(name))] or schema.names
         features = datasets.Features.from_arrow_schema(
             pyarrow.schema([schema.field(name) for name in known], metadata=schema.metadata)
         )
@@ -83,6 +85,20 @@ def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def _is_plain(field: Any) -> bool:
+    """Whether a column holds no bytes, and is of a type that `datasets` knows."""
+    import datasets
+    import pyarrow
+
+    if "binary" in str(field.type):
+        return False
+    try:
+        datasets.Features.from_arrow_schema(pyarrow.schema([field]))
+    except Exception:  # by version
+        return False
+    return True
 
 
 def read_saved(folder: Path) -> dict[str, Sequence[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-from mr1fast.data.tables import Table
+from mr1fast.data.tables import READ, Table
 from mr1fast.data.text_files import whole_characters
 from mr1fast.rewards import extract_answer
 
@@ -127,6 +127,20 @@ def choices_of(value: Any, notes: list[str]) -> tuple[str, ...] | None:
         return tuple(whole_characters(str(one)) for one in value)
     notes.append("choices are not a list, ignored")
     return None
+
+
+def others_of(table: Table, row: int) -> dict[str, Any]:
+    """The cells that no other function here reads, for reward functions; None where the row has none, or has bytes."""
+    values = table.rows[row]
+    assert isinstance(values, dict)  # or it would have been a BadRow
+    others = sorted(table.columns - {*READ})
+    return {name: None if _has_bytes(values.get(name)) else values.get(name) for name in others}
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, bytes) or (isinstance(value, list | tuple) and any(map(_has_bytes, value)))
 
 
 # ---- image ----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mr1fast.checks import nearest
-from mr1fast.data.cells import BadRow, answer_of, choices_of, image_of, question_of
+from mr1fast.data.cells import BadRow, answer_of, choices_of, image_of, others_of, question_of
 from mr1fast.data.example import Example, Examples
 from mr1fast.data.identity import Place
 from mr1fast.data.images import BadImage, check_image, load_image
@@ -36,6 +37,7 @@ class Record:
     solution: str
     image: Callable[[], Path | bytes]  # read again when needed, rather than all held in memory
     choices: tuple[str, ...] | None
+    columns: Callable[[], dict[str, Any]]  # the other cells, of which there may be many
 
 
 class ImageTextDataset:
@@ -196,7 +198,8 @@ def _local(
     def load(index: int) -> tuple[Example, list[str]]:
         record = records[index]
         image, image_notes = load_image(record.image())
-        return Example(image, record.problem, record.solution, record.name, record.choices), image_notes
+        cells = (record.problem, record.solution, record.name, record.choices, record.columns())
+        return Example(image, *cells), image_notes
 
     name = path.resolve().stem if path.is_file() else path.resolve().name
     dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
@@ -250,4 +253,5 @@ def _record(table: Table, row: int) -> tuple[Record, list[str]]:
     solution = answer_of(values.get("solution"), notes)
     choices = choices_of(values.get("choices"), notes)
     image_of(table, row)
-    return Record(f"{table.name}, row {row + 1}", problem, solution, partial(image_of, table, row), choices), notes
+    image, others = partial(image_of, table, row), partial(others_of, table, row)
+    return Record(f"{table.name}, row {row + 1}", problem, solution, image, choices, others), notes

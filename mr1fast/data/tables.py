@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mr1fast.data.arrow_files import ArrowRows, Unreadable, read_parquet, read_saved
@@ -13,7 +14,8 @@ from mr1fast.data.text_files import Row, read_csv, read_json, read_json_lines, w
 from mr1fast.errors import UserError
 
 COLUMNS = ("image", "problem", "solution")
-READ = (*COLUMNS, "file_name", "choices")  # what is looked at; `file_name` is what an image folder calls `image`
+# What is looked at; `file_name` is what an image folder calls `image`. Other columns are for reward functions.
+READ = (*COLUMNS, "file_name", "choices")
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
@@ -41,7 +43,7 @@ class Table:
     def folder(self) -> Path:
         return self.file if self.file.is_dir() else self.file.parent
 
-    @property
+    @cached_property
     def columns(self) -> frozenset[str]:
         if isinstance(self.rows, ArrowRows):
             return self.rows.columns

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from mr1fast.data.dataset import problems
 from mr1fast.data.example import Example, Examples
+from mr1fast.errors import UserError
 from mr1fast.evaluation.result import Answered, EvalResult
 from mr1fast.model.load import is_small
 from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
-from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
+from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, judged_as_r1v
 
 
 class EvaluationStopped(KeyboardInterrupt):
@@ -57,6 +59,7 @@ def evaluate(
         with bar:
             while batch := list(itertools.islice(left, batch_size or (64 if is_small(policy.model) else 8))):
                 answered += asked.answers(batch)
+        answered = _judged_as_r1v(answered)
     except KeyboardInterrupt:
         if not answered:
             raise
@@ -92,6 +95,18 @@ class _Asked:
         rollout = self.sampler.generate(examples, num_generations=num_generations, temperature=at, prefix=prefix)
         self.bar.update(len(rollout.completions))
         return rollout.completions
+
+
+def _judged_as_r1v(answered: list[Answered]) -> list[Answered]:
+    """With R1-V's verdicts, which depend on all solutions; without, where math-verify cannot be asked for them."""
+    try:
+        verdicts = judged_as_r1v([one.completion for one in answered], [one.solution for one in answered])
+    except UserError as error:  # no reason to lose the other figures
+        warnings.warn(f"no accuracy as R1-V counts: {error}", stacklevel=2)
+        verdicts = None
+    if verdicts is None:
+        return answered
+    return [replace(one, correct_as_r1v=verdict) for one, verdict in zip(answered, verdicts)]
 
 
 def _judged(index: int, example: Example, completion: str, drawn: Sequence[str]) -> Answered:

@@ -12,6 +12,7 @@ FIGURES = {
     "sampled_accuracy": "sampled accuracy",
     "format_accuracy": "well-formed answers",
     "accuracy_when_formatted": "greedy, of the well-formed",
+    "accuracy_as_r1v": "greedy, as R1-V counts",
 }
 MAX_ROWS = 12  # of accuracy by answer
 

@@ -21,6 +21,7 @@ class Answered:
     correct: bool
     formatted: bool
     sampled_correct: tuple[bool, ...]
+    correct_as_r1v: bool | None = None  # None: not judged
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,28 @@ class EvalResult:
     """Fractions over n problems, of greedy completions except `sampled_accuracy`, which is NaN if none was sampled.
 
     accuracy_when_formatted: greedy accuracy among the well-formed completions, 0 if there are none. It tells a model
-    that has learnt to answer from one that has learnt to write tags.
+    that has learnt to answer from one that has learnt to write tags. accuracy_as_r1v: greedy accuracy as R1-V's
+    evaluations count it, NaN where not every completion has been judged so.
     """
 
     greedy_accuracy: float
     sampled_accuracy: float
     format_accuracy: float
     accuracy_when_formatted: float
+    accuracy_as_r1v: float
     n: int
     answered: list[Answered]
 
     @classmethod
     def of(cls, answered: list[Answered]) -> EvalResult:
         sampled = [correct for one in answered for correct in one.sampled_correct]
+        as_r1v = [one.correct_as_r1v for one in answered if one.correct_as_r1v is not None]
         return cls(
             greedy_accuracy=_mean([one.correct for one in answered]),
             sampled_accuracy=_mean(sampled) if sampled else math.nan,
             format_accuracy=_mean([one.formatted for one in answered]),
             accuracy_when_formatted=_mean([one.correct for one in answered if one.formatted]),
+            accuracy_as_r1v=_mean(as_r1v) if len(as_r1v) == len(answered) else math.nan,
             n=len(answered),
             answered=answered,
         )

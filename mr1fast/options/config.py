@@ -167,6 +167,8 @@ class TaskConfig:
     prompts_per_step: int
     max_completion_length: int
     temperature: float
+    top_k: int
+    top_p: float
     beta_min: float
     beta_max: float
     kl_schedule: str

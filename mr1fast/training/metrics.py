@@ -53,18 +53,31 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: int) -> dict[str, float]:
-    """Means and standard deviations of the rewards [B] of each kind, and of their weighted sum `total` [B]."""
-    metrics = {}
+    """Means and standard deviations of the rewards [B] of each kind, and of their weighted sum `total` [B].
+
+    Those that are absent (NaN) are counted and left out.
+    """
+    metrics: dict[str, float] = {}
     for name, values in rewards.items():
-        metrics[f"rewards/{name}/mean"] = values.mean().item()
-        metrics[f"rewards/{name}/std"] = values.std().item()
-    group_std = total.view(-1, num_generations).std(1)
+        metrics[f"rewards/{name}/mean"] = values.nanmean().item()
+        metrics[f"rewards/{name}/std"] = _std(values[None]).item()
+        if absent := int(values.isnan().sum()):
+            metrics[f"rewards/{name}/absent"] = absent
+    group_std = _std(total.view(-1, num_generations))
     return {
         **metrics,
-        "reward": total.mean().item(),
-        "reward_std": group_std.mean().item(),
+        "reward": total.nanmean().item(),
+        "reward_std": group_std.nanmean().item(),
         "frac_reward_zero_std": (group_std < 1e-8).float().mean().item(),
     }
+
+
+def _std(values: Tensor) -> Tensor:
+    """[n] float64: the unbiased deviation of each row of [n, m] without its NaN; NaN if there is nothing else."""
+    values = values.double()
+    count = (~values.isnan()).sum(1)
+    squares = (values - values.nanmean(1, keepdim=True)).square().nansum(1)
+    return (squares / (count - 1).clamp(min=1)).sqrt().masked_fill(count == 0, math.nan)
 
 
 def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:

@@ -23,6 +23,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.recipes import TASK_NAMES
+from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
 from mr1fast.training.run_folder import RunFolder
 
@@ -139,7 +140,11 @@ def prepare(opened: OpenRun) -> Setup:
     longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
-        split[0]  # raises now if no row can be used
+        split[0]  # where no row can be used, it is said now
+    if config.method != "sft":
+        rewards = load_rewards(config.rewards)
+        for name in names:
+            check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
 
 

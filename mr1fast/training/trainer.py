@@ -79,12 +79,11 @@ class Trainer:
         metrics = {"learning_rate": self.learning_rate}
         if self.config.method != "sft":
             metrics["beta"] = self.beta
-        if all(math.isfinite(reward) for reward in self.step_data.rewards):
+        reason = _useless(self.step_data.rewards)
+        if not reason:
             metrics |= self.update(self.step_data)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
             reason = f"{broken[0]} is {metrics[broken[0]]}" if broken else ""
-        else:
-            reason = "a reward is not a finite number"
         metrics |= self.step_data.metrics
         self._count(reason)
         self.kl_schedule.update(metrics.get("kl", math.nan), n_steps=1)
@@ -118,7 +117,12 @@ class Trainer:
         with torch.set_grad_enabled(whole):
             prefix = self.policy.encode_prefix(inputs)
         rollout = self.sampler.generate(
-            examples, num_generations=G, temperature=config.temperature, prefix=prefix.detach()
+            examples,
+            num_generations=G,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            prefix=prefix.detach(),
         )
         completions = rollout.completions
         unanswered_before = unanswered()
@@ -213,7 +217,7 @@ class Trainer:
         self.skipped_sample = {
             "step": self.finished_steps + 1,
             "reason": reason,
-            "examples": [dataclasses.asdict(dataclasses.replace(e, image=None)) for e in self.examples()],
+            "examples": [dataclasses.asdict(dataclasses.replace(e, image=None, columns={})) for e in self.examples()],
             "completions": self.step_data.completions,
             "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
         }
@@ -250,6 +254,13 @@ class Trainer:
 def sft_target(solution: str) -> str:
     """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
     return f"<think>{solution}</think><answer>{solution}</answer>"
+
+
+def _useless(rewards: Sequence[float]) -> str:
+    """Why nothing can be learnt from these weighted sums, of which NaN is an absent one; "" if something can."""
+    if any(math.isinf(reward) for reward in rewards):
+        return "a reward is not a finite number"
+    return "no completion has a reward" if rewards and all(math.isnan(reward) for reward in rewards) else ""
 
 
 def needs_reference(config: TaskConfig) -> bool:
