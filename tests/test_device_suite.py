@@ -121,7 +121,7 @@ def test_the_results_of_an_earlier_run_stay(script, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_cut_off_it_packs_what_there_is(sent, script, tmp_path):
+def test_cut_off_it_packs_what_there_is(sent, script, tmp_path, signals_as_in_a_terminal):
     out = tmp_path / "out"
     process = subprocess.Popen(
         ["bash", str(script), str(out)], stdout=subprocess.DEVNULL, env=environment(), start_new_session=True

@@ -91,7 +91,7 @@ print(interrupted, pid)
 """
 
 
-def test_ctrl_c_is_for_the_program_alone_and_mixes_no_replies(tmp_path):
+def test_ctrl_c_is_for_the_program_alone_and_mixes_no_replies(tmp_path, signals_as_in_a_terminal):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py")]
     run = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=200)
