@@ -20,7 +20,7 @@ else:
 
 @pytest.fixture
 def signals_as_in_a_terminal():
-    """A job in the background, as of nohup or CI, ignores SIGINT and SIGHUP, and so would the programs that it starts."""
+    """A job in the background ignores SIGINT and SIGHUP, and so would the programs that it starts."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():

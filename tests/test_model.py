@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-
 from types import SimpleNamespace
 
 import pytest

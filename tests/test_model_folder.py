@@ -197,7 +197,7 @@ MISTAKES = {
         "holds both a model and an adapter",
     ),
     "an adapter alone": (adapter_alone, "holds only an adapter of 'Qwen/Qwen2-VL-2B-Instruct'"),
-    "negative pad": (in_generation_config(pad_token_id=-1), r"pad_token_id in .*generation_config.json must be .* 0 to 331, got -1"),
+    "negative pad": (in_generation_config(pad_token_id=-1), r"pad_token_id in .*generation_config.json .* got -1"),
     "pad beyond": (in_generation_config(pad_token_id=332), "pad_token_id in .* got 332"),
     "pad list": (in_generation_config(pad_token_id=[321]), r"pad_token_id in .* got \[321\]"),
     "pad text": (in_text_config(pad_token_id="x"), r"pad_token_id in .*copy/config.json must be .* got 'x'"),
