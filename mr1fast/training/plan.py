@@ -1,0 +1,177 @@
+"""What a step will hold in memory, said from options and config.json alone, before anything is loaded.
+
+The figures come from the trainer's own step (plan_step.py), run on tensors that have a shape and no numbers
+(sized.py). See docs/memory.md for what they include. Nothing here imports torch before it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+CATEGORIES = ("weights", "reference", "masters", "moments", "gradients", "key-value cache", "logits", "activations")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Of a GPU's free memory, what torch's allocator cannot use because free blocks have the wrong size, and what CUDA and
+# its libraries take at their first call.
+FRAGMENTATION, CUDA_CONTEXT = 0.08, GIB // 2
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """All that decides how much memory a step takes.
+
+    model: the Qwen2VLConfig. config: the trainer's configuration, of one task. dtype: of the weights, "bfloat16" or
+    "float32". device: its type, "cuda" or "cpu", by which the loss head takes larger or smaller blocks. text_tokens: of
+    a prompt, its image not counted. image_pixels: of its image after resizing, None for prompts without. freeze:
+    "vision", "merger" or both. lora_rank: None trains the weights themselves. reference: "loaded", "offloaded" (on the
+    device while its log-probabilities are computed), "shared" (the same weights, without the adapter) or "none".
+    """
+
+    model: Any
+    config: Any
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    text_tokens: int = 128
+    image_pixels: int | None = None
+    freeze: tuple[str, ...] = ()
+    lora_rank: int | None = None
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    reference: str = "loaded"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step holds: in each phase, the bytes of each category at the moment when the phase holds most."""
+
+    parameters: int
+    trainable: int
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return max(sum(held.values()) for held in self.phases.values())
+
+    def fits(self, device_bytes: int) -> bool:
+        return self.peak <= device_bytes
+
+    def table(self) -> str:
+        """A line for each category and a column for each phase, in GiB."""
+        lines = [f"{'GiB':<16}" + "".join(f"{phase:>12}" for phase in self.phases)]
+        for name in CATEGORIES:
+            lines.append(f"{name:<16}" + "".join(f"{held[name] / GIB:>12.2f}" for held in self.phases.values()))
+        lines.append(f"{'together':<16}" + "".join(f"{sum(h.values()) / GIB:>12.2f}" for h in self.phases.values()))
+        return "\n".join(lines)
+
+
+def plan(shape: StepShape) -> Plan:
+    """The memory of a step that is not the first (which makes the optimizer's moments). Takes seconds, on any machine."""
+    from mr1fast.training.plan_step import measure
+
+    trainer, held = measure(shape)
+    phases = {phase: {name: found.get(name, 0) for name in CATEGORIES} for phase, found in held.items()}
+    if shape.reference == "offloaded":
+        phases = {phase: found if phase == "reference" else found | {"reference": 0} for phase, found in phases.items()}
+    parameters = sum(parameter.numel() for parameter in trainer.policy.model.parameters())
+    trainable = sum(parameter.numel() for parameter in trainer.policy.trainable_parameters())
+    return Plan(parameters, trainable, phases)
+
+
+def report(shape: StepShape, device_bytes: int) -> tuple[str, bool]:
+    """(what `--plan` prints, whether the step fits)."""
+    planned = plan(shape)
+    need, have = f"{planned.peak / GIB:.1f} GiB", f"{device_bytes / GIB:.1f} GiB"
+    lines = [f"{planned.parameters:,} parameters, {planned.trainable:,} of them trained", "", planned.table(), ""]
+    if planned.fits(device_bytes):
+        return "\n".join([*lines, f"a step needs {need} and fits: {have} can be used"]), True
+    remedy = cheapest_remedy(shape, device_bytes)
+    advice = "no option of this program makes it fit" if remedy is None else f"it fits with {remedy}"
+    return "\n".join([*lines, f"a step needs {need}, and {have} can be used: {advice}"]), False
+
+
+def cheapest_remedy(shape: StepShape, device_bytes: int) -> str | None:
+    """The options, as they are written, with which a step fits that does not fit as it is; None if none do.
+
+    Tried from those that only cost time to those that change what is learnt.
+    """
+    for flags, changed in _remedies(shape):
+        if plan(changed).fits(device_bytes):
+            return flags
+    return None
+
+
+def _remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
+    """(flags, the shape with them), of options that this version of the trainer has."""
+    config = shape.config
+    known = {field.name for field in dataclasses.fields(config)}
+    prompts = config.prompts_per_step
+    pieces = [n for n in range(config.gradient_accumulation_steps + 1, prompts + 1) if prompts % n == 0]
+
+    def changed(**values: Any) -> StepShape:
+        return dataclasses.replace(shape, config=dataclasses.replace(config, **values))
+
+    for number in pieces:
+        yield f"--gradient-accumulation-steps {number}", changed(gradient_accumulation_steps=number)
+    most = f"--gradient-accumulation-steps {pieces[-1]} " if pieces else ""
+    shape = changed(gradient_accumulation_steps=pieces[-1]) if pieces else shape
+    config = shape.config
+    if "freeze" in known and "vision" not in shape.freeze and shape.image_pixels is not None:
+        yield f"{most}--freeze vision", dataclasses.replace(shape, freeze=("vision", *shape.freeze))
+    if shape.image_pixels is not None:
+        fewer = shape.image_pixels // 2
+        yield f"{most}--max-pixels {fewer}", dataclasses.replace(shape, image_pixels=fewer)
+    if config.method != "sft" and config.max_completion_length > 1:
+        shorter = config.max_completion_length // 2
+        yield f"{most}--max-completion-length {shorter}", changed(max_completion_length=shorter)
+    if "lora_rank" in known and shape.lora_rank is None:
+        yield f"{most}--lora-rank 16", dataclasses.replace(shape, lora_rank=16, reference="shared")
+
+
+# ---- the device -----------------------------------------------------------------------------------------------------
+
+
+def usable_memory(device: str) -> int:
+    """Bytes that a step may take on this device ("cpu", "cuda", "cuda:1"), as it is used by others at this moment."""
+    if device == "cpu":
+        return min(_available_to_machine(), _available_to_group())
+    import torch
+
+    return usable_of_gpu(torch.cuda.mem_get_info(device)[0])
+
+
+def usable_of_gpu(free: int) -> int:
+    return int((free - CUDA_CONTEXT) * (1 - FRAGMENTATION))
+
+
+def _available_to_machine() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise OSError("/proc/meminfo does not say MemAvailable")
+
+
+def _available_to_group() -> int:
+    """What the limit of this process's control groups, of either version, leaves; 2**63 where there is none."""
+    left = 2**63
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / controllers
+        names = ("memory.max", "memory.current") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names)
+                if limit != "max":
+                    left = min(left, int(limit) - int(used))
+            except OSError:
+                pass
+            if folder == root:
+                break
+    return left
