@@ -2,8 +2,8 @@
 
 A Qwen2-VL of 60 million random weights in the proportions of 2B takes two steps on the CPU, in a process of its own for
 each setting. Measured is by how much the resident memory of the second step rises, at most, above that of a process
-that has imported everything and trained a model of no size. Prints a table; needs Linux, 3 GB and some minutes.
-`--cards` prints instead what the steps of Qwen2-VL-2B and 7B need on a GPU, planned only.
+that has imported everything and trained a model of one layer. Prints a table; needs Linux, 3 GB and some minutes; the
+exit code is 1 if any plan is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from benchmarks.steps_2b import PIXELS, TEXT, VISION
 from benchmarks.timing import libc_call, memory_pages, process_status, reset_high_water
 from mr1fast.options.config import TrainConfig
 from mr1fast.training import plan_step, trainer
-from mr1fast.training.plan import GIB, Plan, StepShape, plan, usable_of_gpu
+from mr1fast.training.device_memory import usable_of_gpu
+from mr1fast.training.plan import Plan, StepShape, plan
 
 SPECIAL = {
     "image_token_id": 151655,
@@ -36,7 +37,7 @@ SPECIAL = {
 def model(text: dict[str, Any], vision: dict[str, Any], tied: bool = True) -> Qwen2VLConfig:
     """Qwen2-VL-2B's configuration but for what is given."""
     text = TEXT | {"tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None} | text
-    ids = {name: number % text["vocab_size"] for name, number in SPECIAL.items()}
+    ids: dict[str, Any] = {name: number % text["vocab_size"] for name, number in SPECIAL.items()}
     vision = VISION | {"hidden_size": text["hidden_size"]} | vision
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
 
@@ -60,8 +61,12 @@ PROPORTIONS: dict[str, Any] = {
     "num_key_value_heads": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
 }
-SMALL = model(PROPORTIONS | {"num_hidden_layers": 10, "vocab_size": 32768}, {"depth": 10, "embed_dim": 384, "num_heads": 6})
-NO_SIZE = model(PROPORTIONS | {"num_hidden_layers": 1, "vocab_size": 64}, {"depth": 1, "embed_dim": 384, "num_heads": 6})
+SMALL = model(
+    PROPORTIONS | {"num_hidden_layers": 10, "vocab_size": 32768}, {"depth": 10, "embed_dim": 384, "num_heads": 6}
+)
+ONE_LAYER = model(
+    PROPORTIONS | {"num_hidden_layers": 1, "vocab_size": 64}, {"depth": 1, "embed_dim": 384, "num_heads": 6}
+)
 
 
 def task(method: str, prompts: int, pieces: int, length: int, group: int = 8) -> TrainConfig:
@@ -96,7 +101,7 @@ def measured(shape: StepShape) -> dict[str, int]:
     torch.set_num_threads(1)
     with memory_pages("fresh"):
         config = dataclasses.replace(shape.config, prompts_per_step=1, gradient_accumulation_steps=1)
-        _two_steps(dataclasses.replace(shape, model=NO_SIZE, config=config))
+        _two_steps(dataclasses.replace(shape, model=ONE_LAYER, config=config))
         gc.collect()
         libc_call("malloc_trim", 0)
         before = process_status("VmRSS")
@@ -111,7 +116,7 @@ def _two_steps(shape: StepShape) -> dict[str, int]:
     one = plan_step.build_trainer(shape, *plan_step.build_models(shape, "cpu"))
     one.policy.end_ids = torch.tensor([-1])  # no completion ends before it is as long as it may be
     # Random weights earn no reward, and tokens without an advantage are left out of the backward pass.
-    trainer.group_advantages = lambda rewards, _: torch.randn(len(rewards))
+    trainer.group_advantages = _random_advantages
     one.step()
     gc.collect()
     libc_call("malloc_trim", 0)
@@ -130,9 +135,13 @@ def _two_steps(shape: StepShape) -> dict[str, int]:
     return peaks
 
 
+def _random_advantages(rewards: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.randn(len(rewards))
+
+
 def compare() -> bool:
-    """Prints a line for each setting; whether every peak is within 10 %."""
-    print(f"| setting | planned, MiB | measured, MiB | planned / measured | {' | '.join(['by phase'])} |")
+    """Prints a line for each setting. Returns whether every peak is within 10 %."""
+    print("| setting | planned, MiB | measured, MiB | ratio | ratio by phase |")
     print("|---|---|---|---|---|")
     good = True
     for name, shape in SETTINGS.items():
@@ -141,9 +150,7 @@ def compare() -> bool:
         planned = plan(shape)
         ratio = planned.peak / max(found.values())
         good &= 0.9 <= ratio <= 1.1
-        phases = ", ".join(
-            f"{phase} {sum(held.values()) / found[phase]:.2f}" for phase, held in planned.phases.items()
-        )
+        phases = ", ".join(f"{phase} {sum(held.values()) / found[phase]:.2f}" for phase, held in planned.phases.items())
         print(
             f"| {name} | {planned.peak / 2**20:.0f} | {max(found.values()) / 2**20:.0f} | {ratio:.2f} | {phases} |",
             flush=True,
@@ -154,15 +161,46 @@ def compare() -> bool:
 # ---- cards ----------------------------------------------------------------------------------------------------------
 
 CARDS = {"24 GB": 24_564, "40 GB": 40_960, "48 GB": 46_068, "80 GB": 81_559, "141 GB": 143_771}  # MiB, of nvidia-smi
+SHARDED = ("weights", "reference", "masters", "moments", "gradients")
+
+
+def print_cards() -> None:
+    """What steps of the paper's models need, and which cards have it."""
+    usable = {card: usable_of_gpu(mebibytes * 2**20) for card, mebibytes in CARDS.items()}
+    print(f"| | completion, image (tokens) | GiB | {' | '.join(CARDS)} |\n|---|---|---|{'---|' * len(CARDS)}")
+    for name, model, changes in (
+        ("2B full", QWEN_2B, {}),
+        ("2B LoRA", QWEN_2B, {"lora_rank": 16, "reference": "shared"}),
+        ("7B LoRA", QWEN_7B, {"lora_rank": 16, "reference": "shared"}),
+        ("7B full on 8", QWEN_7B, {}),
+    ):
+        cards = 8 if "8" in name else 1
+        for length, pixels in ((512, PIXELS), (256, PIXELS // 2)):
+            config = task("grpo-d", 16 // cards, 16 // cards, length)
+            shape: Any = {"model": model, "config": config, "image_pixels": pixels, **changes}
+            need = _on_each(plan(StepShape(**shape)), cards)
+            fits = " | ".join("yes" if need <= have else "no" for have in usable.values())
+            print(f"| {name} | {length}, {pixels // 784} | {need / 2**30:.1f} | {fits} |", flush=True)
+
+
+def _on_each(planned: Plan, cards: int) -> float:
+    """The peak in bytes where what belongs to the weights is divided among so many cards."""
+    return max(
+        sum(size / cards if name in SHARDED else size for name, size in held.items())
+        for held in planned.phases.values()
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--cards", action="store_true", help="the table of GPUs")
+    parser.add_argument("--cards", action="store_true", help="which GPU is enough for which training, planned only")
     parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)  # what each process is started with
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measured(SETTINGS[options.measure])))
+        return 0
+    if options.cards:
+        print_cards()
         return 0
     return 0 if compare() else 1
 

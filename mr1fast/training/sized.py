@@ -43,12 +43,12 @@ class Sized(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func is aten.detach.default:  # nn.Parameter asks for it
             return cls(args[0].meta.detach())
         raise NotImplementedError(f"{func} on a tensor without numbers, outside of a MemoryTracker")
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"Sized({list(self.shape)}, dtype={self.dtype})"
 
 
