@@ -36,7 +36,7 @@ SPECIAL = {
 
 def model(text: dict[str, Any], vision: dict[str, Any], tied: bool = True) -> Qwen2VLConfig:
     """Qwen2-VL-2B's configuration but for what is given."""
-    text = TEXT | {"tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None} | text
+    text = {**TEXT, "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None, **text}
     ids: dict[str, Any] = {name: number % text["vocab_size"] for name, number in SPECIAL.items()}
     vision = VISION | {"hidden_size": text["hidden_size"]} | vision
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
@@ -112,11 +112,8 @@ def measured(shape: StepShape) -> dict[str, int]:
 
 def _two_steps(shape: StepShape) -> dict[str, int]:
     """The highest resident memory in each phase of the second."""
-    torch.manual_seed(0)
-    one = plan_step.build_trainer(shape, *plan_step.build_models(shape, "cpu"))
-    one.policy.end_ids = torch.tensor([-1])  # no completion ends before it is as long as it may be
-    # Random weights earn no reward, and tokens without an advantage are left out of the backward pass.
-    trainer.group_advantages = _random_advantages
+    trainer.group_advantages = random_advantages
+    one = true_trainer(shape)
     one.step()
     gc.collect()
     libc_call("malloc_trim", 0)
@@ -135,7 +132,17 @@ def _two_steps(shape: StepShape) -> dict[str, int]:
     return peaks
 
 
-def _random_advantages(rewards: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def true_trainer(shape: StepShape) -> trainer.Trainer:
+    """One on the CPU with random weights, whose completions are as long as they may be."""
+    torch.manual_seed(0)
+    made = plan_step.build_trainer(shape, *plan_step.build_models(shape, "cpu"))
+    if shape.config.method != "sft":
+        made.policy.end_ids = torch.tensor([-1])
+    return made
+
+
+def random_advantages(rewards: torch.Tensor, num_generations: int, **_: Any) -> torch.Tensor:
+    """In the place of `group_advantages`: random weights earn nothing, and tokens without an advantage cost less."""
     return torch.randn(len(rewards))
 
 

@@ -51,7 +51,7 @@ def measure(shape: StepShape) -> tuple[Trainer, dict[str, dict[str, int]]]:
             tracker.label([*built.parameters(), *built.buffers()], category)
     with _loss_head_of(shape.device), _pieces_alike(), tracker:
         trainer = build_trainer(shape, model, reference)
-        _label_training(trainer, tracker)
+        _label_training(trainer, tracker, has_images=shape.image_pixels is not None)
         _follow(trainer, tracker)
         tracker.begin("prompts" if shape.config.method == "sft" else "rollout")
         trainer.step()
@@ -142,13 +142,14 @@ def _largest(pixels: int, side: int) -> tuple[int, int]:
 # ---- what memory is for ---------------------------------------------------------------------------------------------
 
 
-def _label_training(trainer: Trainer, tracker: MemoryTracker) -> None:
+def _label_training(trainer: Trainer, tracker: MemoryTracker, has_images: bool) -> None:
     """Masters, moments and gradients. AdamW makes its moments in its first step; the step that is measured is later."""
     optimizer = trainer.optimizer
     tracker.label((m for w, m in zip(optimizer.weights, optimizer.masters) if m is not w), "masters")
-    for weight in optimizer.weights:
-        weight.register_post_accumulate_grad_hook(lambda weight: tracker.label([weight.grad], "gradients"))
-        weight.grad = torch.empty_like(weight)
+    for name, weight in trainer.policy.model.named_parameters():
+        if weight.requires_grad and (has_images or ".visual." not in name):
+            weight.register_post_accumulate_grad_hook(lambda weight: tracker.label([weight.grad], "gradients"))
+            weight.grad = torch.empty_like(weight)
     optimizer.step(0.0)
     tracker.label((t for state in optimizer.adamw.state.values() for t in state.values()), "moments")
 
