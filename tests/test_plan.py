@@ -3,12 +3,11 @@
 import dataclasses
 
 import pytest
-import torch
-from benchmarks.plan_check import QWEN_2B, QWEN_7B, random_advantages, true_trainer
 from tiny import tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2VLConfig
 
+from benchmarks.plan_check import QWEN_2B, QWEN_7B, random_advantages, true_trainer
 from mr1fast.kernels import dispatch, linear
 from mr1fast.model.load import EMBEDDED
 from mr1fast.options.config import TrainConfig
@@ -96,13 +95,18 @@ def test_bytes_of_each_category(tiny):
         assert held["weights"] == held["reference"] == 2 * N + buffers
         assert held["masters"] == 4 * N
         assert held["moments"] == 8 * N + 4 * tensors  # each with the number of its step
-    # The gradients, their float32 copies, and what it takes to clip one of them.
-    assert 6 * N <= planned.phases["optimizer"]["gradients"] <= 6 * N + 4 * N
+    # The gradients and their float32 copies; whatever is in the memory of clipping is of one tensor at a time.
+    assert 6 * N <= planned.phases["optimizer"]["gradients"] < 6.5 * N
     assert planned.phases["rollout"]["gradients"] == 0
+
+
+def test_bytes_of_the_key_value_cache(tiny):
+    planned = plan(shape(model=tiny, dtype="bfloat16", image_pixels=1024, num_generations=32))
     token = 2 * 2 * 2 * 8 * 2  # bytes: layers, keys and values, heads, width, bfloat16
     prompts = P * (TOKENS + 16)
-    # Of the prompts, of the prompt of every completion, and once more with room for the completion.
-    assert planned.phases["rollout"]["key-value cache"] == token * (prompts + G * prompts + G * prompts + P * G * L)
+    # Of the prompts, of the prompt of every completion, and that once more with room for the completion.
+    expected = token * (prompts + 32 * prompts + 32 * (prompts + P * L))
+    assert planned.phases["rollout"]["key-value cache"] == expected
 
 
 def test_logits_are_one_block(tiny):
@@ -166,7 +170,7 @@ def test_a_plan_leaves_the_trainer_as_it_was(tiny):
 
 def group(folder, limit, usage, cached, names):
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in zip(names, (limit, usage, f"{names[3]} {cached}\n")):
+    for name, text in zip(names, (limit, usage, f"{names[3]} {cached}")):
         (folder / name).write_text(f"{text}\n")
 
 

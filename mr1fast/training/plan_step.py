@@ -198,8 +198,9 @@ class _LastTokenSampler(Sampler):
         cache: Any = prefix.cache(room=L)
         self._label(buffer for layer in cache.layers for buffer in layer.buffers)
         hidden, B = prefix.last_hidden, len(prefix.last_hidden)
-        digits = torch.tensor([100**t for t in range(min(L, 4))])
-        ids = torch.nn.functional.pad(torch.arange(B)[:, None] // digits % 100, (0, L - len(digits)))
+        base = min(policy.head_weight.shape[0], 100)
+        digits = torch.tensor([base**t for t in range(min(L, 4))])
+        ids = torch.nn.functional.pad(torch.arange(B)[:, None] // digits % base, (0, L - len(digits)))
         if L > 1:
             for layer in cache.layers:
                 layer.length += L - 2

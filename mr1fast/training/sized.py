@@ -123,7 +123,7 @@ class MemoryTracker(TorchDispatchMode):
         storage = (tensor.meta if isinstance(tensor, Sized) else tensor).untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._alive:
-            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
+            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary and self._rest == "activations"
 
             def freed(_: weakref.ref, key: int = key, size: int = size) -> None:
                 del self._alive[key]
