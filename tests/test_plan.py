@@ -13,7 +13,7 @@ from mr1fast.model.load import EMBEDDED
 from mr1fast.options.config import TrainConfig
 from mr1fast.training import device_memory, plan_step
 from mr1fast.training import trainer as trainer_module
-from mr1fast.training.plan import StepShape, cheapest_remedy, plan, report
+from mr1fast.training.plan import StepShape, cheapest_remedy, plan, report, report_of_run
 
 P, G, L = 4, 2, 6
 TOKENS = 40  # of a prompt's text
@@ -157,6 +157,26 @@ def test_what_would_make_it_fit(tiny):
     assert cheapest_remedy(one, peaks[2] - 1).startswith("--gradient-accumulation-steps 4 --")
     assert cheapest_remedy(one, 1) is None
     assert "no option of this program makes it fit" in report(one, 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "last"), [("grpo-d", "8 completions of 32 tokens"), ("sft", "a target of 32 tokens")]
+)
+def test_report_of_a_run(method, last):
+    """The embedded model, of whose folder no weight is read, in memory that is enough for it anywhere."""
+    said, fits = report_of_run(TrainConfig(method=method, task="vc", device="cpu").for_task("vc"), EMBEDDED)
+    lines = said.splitlines()
+    assert lines[0] == "704,128 parameters, 704,128 of them trained, in float32"
+    assert lines[1] == f"16 prompts in 1 piece, each of 128 tokens of text and an image of 16 tokens, with {last}"
+    assert fits
+    assert "MiB and fits" in lines[-1]
+
+
+def test_largest_image():
+    for pixels, tokens in ((401_408, 512), (3136, 4), (784, 1), (100 * 784 + 5, 100)):
+        width, height = plan_step._largest(pixels, 28)
+        assert (width % 28, height % 28, width * height // 784) == (0, 0, tokens)
+        assert height <= width <= 3 * height
 
 
 def test_a_plan_leaves_the_trainer_as_it_was(tiny):

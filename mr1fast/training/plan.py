@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 CATEGORIES = ("weights", "reference", "masters", "moments", "gradients", "key-value cache", "logits", "activations")
+SFT_TOKENS = 64
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -56,11 +58,12 @@ class Plan:
         return self.peak <= device_bytes
 
     def table(self) -> str:
-        """A line for each category and a column for each phase, in GiB."""
-        lines = [f"{'GiB':<16}" + "".join(f"{phase:>12}" for phase in self.phases)]
+        """A line for each category and a column for each phase."""
+        unit, divisor = ("MiB", MIB) if self.peak < GIB else ("GiB", GIB)
+        lines = [f"{unit:<16}" + "".join(f"{phase:>12}" for phase in self.phases)]
         for name in CATEGORIES:
-            lines.append(f"{name:<16}" + "".join(f"{held[name] / GIB:>12.2f}" for held in self.phases.values()))
-        lines.append(f"{'together':<16}" + "".join(f"{sum(h.values()) / GIB:>12.2f}" for h in self.phases.values()))
+            lines.append(f"{name:<16}" + "".join(f"{held[name] / divisor:>12.2f}" for held in self.phases.values()))
+        lines.append(f"{'together':<16}" + "".join(f"{sum(h.values()) / divisor:>12.2f}" for h in self.phases.values()))
         return "\n".join(lines)
 
 
@@ -77,16 +80,69 @@ def plan(shape: StepShape) -> Plan:
     return Plan(parameters, trainable, phases)
 
 
+def report_of_run(config: Any, path: str | Path) -> tuple[str, bool]:
+    """(what `--plan` prints, whether a step fits), of a run of one task from the model in a folder.
+
+    Of the folder, config.json and the image processor's settings are read. Raises UserError if they cannot be used.
+    """
+    from mr1fast.model.load import choose_device, choose_dtype
+    from mr1fast.training.device_memory import usable_memory
+
+    device = choose_device(config.device)
+    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    return report(shape_of_run(config, path, device=device.type, dtype=dtype), usable_memory(str(device)))
+
+
+def shape_of_run(config: Any, path: str | Path, *, device: str, dtype: str) -> StepShape:
+    """The largest step there may be: images have all the pixels that --max-pixels, or the processor, lets them have.
+
+    Targets of supervised fine-tuning are short, whatever the longest completion.
+    """
+    from transformers import Qwen2VLConfig
+
+    from mr1fast.model.checks import check_folder
+    from mr1fast.model.load import load_processor
+
+    check_folder(path)
+    pixels = load_processor(path, max_pixels=config.max_pixels).image_processor.size["longest_edge"]
+    if config.method == "sft":
+        config = dataclasses.replace(config, max_completion_length=min(config.max_completion_length, SFT_TOKENS))
+    return StepShape(Qwen2VLConfig.from_pretrained(path), config, dtype=dtype, device=device, image_pixels=pixels)
+
+
 def report(shape: StepShape, device_bytes: int) -> tuple[str, bool]:
-    """(what `--plan` prints, whether the step fits)."""
+    """(what `--plan` prints, whether the step fits into so many bytes)."""
     planned = plan(shape)
-    need, have = f"{planned.peak / GIB:.1f} GiB", f"{device_bytes / GIB:.1f} GiB"
-    lines = [f"{planned.parameters:,} parameters, {planned.trainable:,} of them trained", "", planned.table(), ""]
+    need, have = _in_words(planned.peak), _in_words(device_bytes)
+    lines = [
+        f"{planned.parameters:,} parameters, {planned.trainable:,} of them trained, in {shape.dtype}",
+        _assumed(shape),
+        "",
+        planned.table(),
+        "",
+    ]
     if planned.fits(device_bytes):
         return "\n".join([*lines, f"a step needs {need} and fits: {have} can be used"]), True
     remedy = cheapest_remedy(shape, device_bytes)
     advice = "no option of this program makes it fit" if remedy is None else f"it fits with {remedy}"
     return "\n".join([*lines, f"a step needs {need}, and {have} can be used: {advice}"]), False
+
+
+def _in_words(size: int) -> str:
+    return f"{size / MIB:.0f} MiB" if size < GIB else f"{size / GIB:.1f} GiB"
+
+
+def _assumed(shape: StepShape) -> str:
+    config, vision = shape.config, shape.model.vision_config
+    tokens = (shape.image_pixels or 0) // (vision.patch_size * vision.spatial_merge_size) ** 2
+    image = f" and an image of {tokens} tokens" if tokens else ""
+    completions = f"{config.num_generations} completions" if config.method != "sft" else "a target"
+    number, pieces = config.prompts_per_step, config.gradient_accumulation_steps
+    prompts = f"{number} prompt{'s' * (number > 1)} in {pieces} piece{'s' * (pieces > 1)}"
+    return (
+        f"{prompts}, each of {shape.text_tokens} tokens of text{image}, "
+        f"with {completions} of {config.max_completion_length} tokens"
+    )
 
 
 def cheapest_remedy(shape: StepShape, device_bytes: int) -> str | None:

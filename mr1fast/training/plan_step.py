@@ -132,9 +132,9 @@ class Prompts:
 
 
 def _largest(pixels: int, side: int) -> tuple[int, int]:
-    """(width, height) of the image with most tokens of side x side pixels, at most about twice as wide as high."""
+    """(width, height) of the image with most tokens of side x side pixels, no wider than it must be for that."""
     tokens = max(pixels // side**2, 1)
-    heights = range(max(math.isqrt(tokens // 2), 1), math.isqrt(tokens) + 1)
+    heights = range(math.isqrt(tokens), max(math.isqrt(tokens // 2), 1) - 1, -1)
     height = max(heights, key=lambda height: height * (tokens // height))
     return tokens // height * side, height * side
 
