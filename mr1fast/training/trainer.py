@@ -46,7 +46,8 @@ class StepData:
 class Trainer:
     """The state of training, one step of it, and its way into a checkpoint and back.
 
-    `reference` is the frozen model of the KL term, or None where its weight is 0 throughout.
+    `reference` is the frozen model of the KL term, or None where its weight is 0 throughout. It may be the policy
+    itself if that has an adapter, which is then taken off.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Trainer:
             prefix=prefix if whole else None,
         )
         if self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.reference.without_adapter():
                 pieces = split_batch(batch, config.gradient_accumulation_steps)
                 reference = torch.cat([batch_logps(self.reference, piece, config.temperature) for piece in pieces])
             batch = dataclasses.replace(batch, ref_per_token_logps=reference)
