@@ -64,6 +64,7 @@ if [ ! -e .git ] && [ -z "${MR1FAST_COMMIT:-}" ]; then
 fi
 if [ -n "$no_gpu" ]; then
     say "a rehearsal without a GPU ($no_gpu): nothing here is a measurement"
+    whole=1080 # others may use the CPU, too
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     quick=(--quick)
     tiny=(--tiny --length 4 --steps 1)
@@ -105,17 +106,6 @@ else
     skip environment "WHEELS names no folder"
 fi
 
-# can NAME MODULES: whether the stage can import what it runs. Where a package is missing it is skipped, and says which;
-# any other error is for the stage to show.
-can() {
-    local said
-    chosen "$1" || return 1
-    said=$("$PYTHON" -c "import $2" 2>&1 | tail -n 1)
-    [[ $said == *ModuleNotFoundError* && $said != *mr1fast* ]] || return 0
-    skip "$1" "$said (put its wheel into WHEELS)"
-    return 1
-}
-
 # sanitizer TOOL: after a run without it, which fills the caches of what is compiled at first use. torch's allocator
 # hands out pieces of large blocks, within which memcheck sees nothing amiss.
 sanitizer() {
@@ -132,20 +122,14 @@ sanitizer() {
 
 stage cuda_check "$PYTHON" "${check[@]}"
 stage benchmarks "$PYTHON" -m benchmarks.run gpu "${quick[@]}" --csv "$RESULTS/gpu.csv" --plot "$RESULTS/gpu.png"
-if can tests pytest; then
-    stage tests "$PYTHON" -m pytest -q -p no:cacheprovider -p benchmarks.print_failures tests/test_gpu.py
-fi
+stage tests "$PYTHON" -m pytest -q -p no:cacheprovider -p benchmarks.print_failures tests/test_gpu.py
 stage linear "$PYTHON" -m benchmarks.run linear "${linear[@]}" --csv "$RESULTS/linear.csv" --plot "$RESULTS/linear.png"
-if can qwen2vl_2b benchmarks.steps_2b; then # training in Triton's interpreter would take minutes
-    stage qwen2vl_2b env -u TRITON_INTERPRET "$PYTHON" -m benchmarks.steps_2b "${tiny[@]}" \
-        --csv "$RESULTS/qwen2vl_2b.csv"
-fi
+# A rehearsal trains without Triton's interpreter, in which it would take minutes.
+stage qwen2vl_2b env -u TRITON_INTERPRET "$PYTHON" -m benchmarks.steps_2b "${tiny[@]}" --csv "$RESULTS/qwen2vl_2b.csv"
 stage shapes "$PYTHON" -m benchmarks.run shapes "${quick[@]}" --csv "$RESULTS/shapes.csv" --plot "$RESULTS/shapes.png"
 sanitizer memcheck
-if can train "mr1fast.training.loop, matplotlib, torch.utils.tensorboard"; then
-    stage train env -u TRITON_INTERPRET "$PYTHON" -m mr1fast.train --task vc "${few[@]}" --eval-steps 0 \
-        --output-dir "$RESULTS/run"
-fi
+stage train env -u TRITON_INTERPRET "$PYTHON" -m mr1fast.train --task vc "${few[@]}" --eval-steps 0 \
+    --output-dir "$RESULTS/run"
 sanitizer racecheck
 if command -v ncu > /dev/null; then
     stage dram_bytes bash -ec '"$0" -m benchmarks.sanitized

@@ -57,7 +57,7 @@ TEMPLATE = '''"""Tile sizes of the Triton kernels. `python -m benchmarks.tune` r
 {origin}
 """
 
-# (op, bytes an element, largest V) -> (elements a tile, warps, stages). Beyond the largest V, its entry goes on.
+# (op, bytes per element, largest V) -> (elements per tile, warps, stages). The last entry also serves all larger V.
 TABLE: dict[tuple[str, int, int], tuple[int, int, int]] = {{
 {entries}
 }}

@@ -15,8 +15,8 @@ EPS = 1e-4  # added to the standard deviation, as TRL does
 def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str, eps: float = EPS) -> Tensor:
     """(R - mean of its group) / (std + eps), std unbiased, over the group, the batch or not at all; NaN is absent.
 
-    Equal rewards have advantages of exactly 0. Were they 1e-8 instead, which is what rounding leaves of R - mean, the
-    division by eps would make 1e-4 of it, and AdamW, which only sees its direction, a step of full length.
+    Equal rewards have advantages of exactly 0. If rounding left R - mean at 1e-8 instead, dividing by eps would make it
+    1e-4, and AdamW, which only looks at a gradient's direction, would take a step of full length.
     """
     groups = rewards.double().view(-1, num_generations)
     centred, count = _centred(groups)
@@ -28,9 +28,9 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str, 
 
 
 def _centred(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of rewards [n, m] without its mean, 0 where it is NaN; and how many of the row are not, [n, 1].
+    """Rewards [n, m] minus the mean of their row, 0 where NaN; and the number in each row that are not NaN, [n, 1].
 
-    The mean is that of the differences from one reward of the row. Equal rewards differ by 0, and so does their mean;
+    What is averaged are the differences from one reward of the row. For equal rewards they are 0, and so is their mean;
     the mean of the rewards themselves need not equal them: (0.1 + 0.1 + 0.1) / 3 > 0.1, in float64 too.
     """
     if rewards.numel() == 0:

@@ -2,7 +2,7 @@
 
 There are two ways through the loss head:
 
-- one pass (token-level objective, scalar loss): forward writes the finished gradient, backward hands it on;
+- one pass (token-level objective, scalar loss): forward writes the finished gradient, and backward passes it on;
 - two passes (everything else): `token_logprobs` has an autograd rule, and the objective is ordinary torch on [B, L].
   float16 logits take this way, too: a small gradient survives in float16 only if the loss scale is in it before it is
   rounded.
@@ -64,7 +64,7 @@ def grpo(
 
 
 def one_pass(spec: LossSpec, reduction: str, dtype: torch.dtype, differentiated: bool) -> bool:
-    """Whether forward can know the gradient (see above); dtype is that of the logits."""
+    """Whether forward can compute the gradient (see above); dtype: of the logits."""
     if differentiated and dtype == torch.float16:
         return False
     return reduction == "mean" and spec.importance_sampling_level == "token"
@@ -212,7 +212,7 @@ class _Score(torch.autograd.Function):
         ctx.save_for_backward(logits, ids, mask, lse, entropies, link)
         ctx.temperature, ctx.inplace_backward, ctx.backend = temperature, inplace_backward, backend
         ctx.mark_non_differentiable(lse)
-        # What save_for_backward hands back is another object, on which a mark would be lost.
+        # save_for_backward returns another object later, on which a mark would be lost.
         ctx.owner = None if torch.compiler.is_compiling() else weakref.ref(_owner(logits))
         return logps, entropies, lse, link
 
@@ -238,7 +238,7 @@ class _Score(torch.autograd.Function):
 
 
 def hand_on(ctx: Any, factor: Tensor | None) -> list[Tensor | None]:
-    """The saved gradients times the loss's own gradient (0-d), in place; from the second backward on, in new memory."""
+    """Multiply the saved gradients by the loss's own gradient (0-d): in place at first, later in new memory."""
     *gradients, _link = ctx.saved_tensors
     if factor is None:
         return [None for _ in gradients]
@@ -249,8 +249,8 @@ def hand_on(ctx: Any, factor: Tensor | None) -> list[Tensor | None]:
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    # On a CPU outside of a compiled graph the question is free, and a factor of 1 leaves even the version alone, so
-    # that backward can run twice. Where the factor is not 1 a second backward raises: the saved gradient has changed.
+    # On a CPU, outside of a compiled graph, reading the factor is free. A factor of 1 leaves even the version as it is,
+    # so that backward can run twice; with any other, a second backward raises: the saved gradient has changed.
     if torch.compiler.is_compiling() or gradient.is_cuda or factor.item() != 1:
         scale_op(gradient, factor)
     return gradient
@@ -271,7 +271,7 @@ def _mark_consumed(owner: Tensor) -> None:
 
 
 def _refuse_consumed(logits: Tensor) -> None:
-    """Raise if this memory still holds the gradient an earlier in-place call wrote (used twice, or recomputed from)."""
+    """Raise if these logits still hold the gradient that an earlier in-place call wrote over them."""
     if not (torch.compiler.is_compiling() or logits.is_inference()):  # those have no version, and no gradient either
         owner = _owner(logits)
         if owner.__dict__.get(_CONSUMED_AT) == owner._version:

@@ -75,7 +75,7 @@ _LOADED: dict[int, ctypes.CDLL | str] = {}
 
 
 def _load(device: int) -> ctypes.CDLL | str:
-    """The library for that device, or why there is none; found out once."""
+    """The library for that device, or the reason why there is none; determined once per device."""
     if device not in _LOADED:
         _LOADED[device] = _find(*torch.cuda.get_device_capability(device), device)
     return _LOADED[device]
@@ -92,7 +92,7 @@ def _find(major: int, minor: int, device: int) -> ctypes.CDLL | str:
 
 
 def use(library: ctypes.CDLL, device: int) -> None:
-    """Let calls on that device run in this library."""
+    """Make calls on that device use this library."""
     _LOADED[device] = library
 
 
@@ -101,7 +101,7 @@ def _missing(device: int) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler: that takes two seconds.
+# Does what torch.compiler.assume_constant_result does, without importing the compiler, which takes two seconds.
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -17,9 +17,9 @@ from mr1fast.kernels.cuda_build import NOT_CHECKED
 from mr1fast.kernels.reference import LossBatch, LossSpec
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, random_batch
 
-# Scalars only; unaligned; clusters of different sizes; too long for any cluster.
+# In this order: only scalars; unaligned; clusters of different sizes (twice); too long for any cluster.
 VOCABULARIES = (37, 1003, 32000, 151936, 10**6 + 8)
-# From the messages of CUDA and torch: a full card, and one that one process has to itself (EXCLUSIVE_PROCESS).
+# From the messages of CUDA and torch: the device's memory is full, or a single process owns it (EXCLUSIVE_PROCESS).
 TAKEN = ("out of memory", "busy or unavailable")
 
 
@@ -49,7 +49,7 @@ def gradient(inputs: dict[str, Any], logits: Tensor, level: str, backend: str) -
 
 
 def check(device: str, backend: str = "cuda") -> None:
-    """Gradients of the one pass and of the two-pass way, every dtype and path; AssertionError if one is off."""
+    """Check the gradients of one pass and of two passes for every dtype and path; AssertionError if one is off."""
     for dtype in cuda.DTYPES:
         for V in VOCABULARIES:
             inputs = random_batch(2, 3, V, dtype=dtype, device=device)

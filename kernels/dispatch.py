@@ -54,7 +54,7 @@ def find(name: str) -> Backend:
 
 
 def resolve(name: str, logits: Tensor) -> str:
-    """The backend that runs: `name` itself or, for "auto", the first that can. Raises ValueError if it cannot."""
+    """The backend to run: `name` itself or, for "auto", the first that can. Raises ValueError if `name` cannot run."""
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     if name == "auto":

@@ -46,13 +46,13 @@ _GROUP = 32  # rows moved at a time
 
 @dataclass(frozen=True)
 class Head:
-    """The language-model head of one call, and the hidden states it is applied to (`Head.of` checks nothing)."""
+    """The language-model head of a call and the hidden states it is applied to (`Head.of` checks nothing)."""
 
     hidden: Tensor  # [B * L, H], rows may be masked
     weight: Tensor  # [V, H] in how.dtype
     bias: Tensor | None  # [V] in how.dtype
     how: How
-    gradient_dtype: torch.dtype  # of the weight as it came
+    gradient_dtype: torch.dtype  # of the weight as it was passed
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Head:
@@ -61,7 +61,7 @@ class Head:
         return cls(rows, weight.to(how.dtype), bias, how, weight.dtype)
 
     def buffer(self, rows: int) -> Tensor:
-        """The block of logits [rows of a block, V], of `chunk_bytes` unless those are too few."""
+        """A buffer for a block of logits [rows, V]; its size is `chunk_bytes` unless that is too few rows."""
         kind = "cpu" if self.hidden.device.type == "cpu" else "gpu"
         V = self.weight.shape[0]
         most = (self.how.chunk_bytes or CHUNK_BYTES[kind]) // (V * self.how.dtype.itemsize)
@@ -73,7 +73,7 @@ class Head:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether the GEMMs over the vocabulary are csrc/head_gemms.cpp's."""
+        """Whether csrc/head_gemms.cpp runs the GEMMs over the vocabulary."""
         return self.hidden.device.type == "cpu" and cpp.MISSING is None
 
     def rows(self, index: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ class Head:
 
 
 class Gradients:
-    """Gradients of hidden states, weight and bias, summed over blocks; None for what needs none.
+    """Gradients of hidden states, weight and bias, summed over blocks; None for those that are not needed.
 
-    The weight's and the bias's are summed in float32 (float64): in bfloat16 every block would round away the last.
+    Those of weight and bias are summed in float32 (or float64): bfloat16 would round at every block, and lose digits.
     """
 
     def __init__(self, head: Head, needed: Needed):
@@ -104,7 +104,7 @@ class Gradients:
         self.bias: Tensor | None = None
 
     def add(self, index: Tensor, dlogits: Tensor, *, last: bool) -> None:
-        """dlogits [n, V] are those of the rows `index` [n]; `last`: no other call follows."""
+        """Add the gradient dlogits [n, V] of the rows `index` [n]; last: whether this is the last call."""
         if self.hidden is not None:
             self.hidden.index_copy_(0, index, torch.mm(dlogits, self.head.weight).to(self.hidden.dtype))
         if self.needs_weight:
@@ -116,7 +116,7 @@ class Gradients:
         """weight [V, H] += dlogits [n, V].T @ rows [n, H]"""
         first = self.weight is None
         if self.weight is None:
-            # One block has nothing to sum; a float32 weight's gradient stays out of 16 bits.
+            # A single block needs no sum; the gradient of a float32 weight must not be rounded to 16 bits.
             direct = last and self.head.gradient_dtype == dlogits.dtype
             dtype = dlogits.dtype if direct else self.sums
             self.weight = torch.empty_like(self.head.weight, dtype=dtype, memory_format=torch.contiguous_format)
@@ -133,7 +133,7 @@ class Gradients:
             torch.addmm(total, dlogits.t(), rows, out=total, **widens)
 
     def result(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Found:
-        """In the shapes and dtypes of the arguments; zeros where nothing was added."""
+        """The gradients in the shapes and dtypes of the arguments; zeros where nothing was added."""
 
         def finished(total: Tensor | None, like: Tensor) -> Tensor:
             return like.new_zeros(like.shape) if total is None else total.to(like.dtype)
@@ -167,7 +167,7 @@ def grpo(
     # loss, logps, entropies, kl, is_low_clipped, is_high_clipped
     dtypes = (reference.compute_dtype(how.dtype),) * 4 + (torch.bool,) * 2
     per_token = [torch.zeros(batch.ids.shape, dtype=dtype, device=hidden.device) for dtype in dtypes]
-    kept: list[Tensor] = []  # which hidden states the gradients at the front of the buffer belong to
+    kept: list[Tensor] = []  # the indices of the tokens whose gradients are at the front of the buffer
     start = filled = 0
     while start < len(index):
         stop = min(start + len(buffer) - filled, len(index))
@@ -184,7 +184,7 @@ def grpo(
                 rows = rows[_move_to_front(z[0], coef[0] != 0)]
             kept.append(rows)
             filled += len(rows)
-            # Blocks with few rows left share their GEMMs, each of which visits the whole weight gradient.
+            # Blocks with few kept rows share their GEMMs, because each GEMM visits the whole weight gradient.
             if filled and (last or filled > len(buffer) // 2):
                 gradients.add(torch.cat(kept), buffer[:filled], last=last)
                 kept, filled = [], 0
@@ -207,7 +207,7 @@ def _unmasked(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _packed(batch: LossBatch, index: Tensor) -> LossBatch:
-    """The batch of the tokens `index` [N] alone, as one completion [1, N]; advantages are made per token for that."""
+    """The batch reduced to the tokens `index` [N], as one completion [1, N] with an advantage for each token."""
     batch = replace(batch, advantages=reference.token_advantages(batch), rewards=None, mask=None)
     return _per_token(batch, lambda tensor: tensor.reshape(-1)[index][None])
 
@@ -217,7 +217,7 @@ def _columns(batch: LossBatch, start: int, stop: int) -> LossBatch:
 
 
 def _per_token(batch: LossBatch, change: Callable[[Tensor], Tensor]) -> LossBatch:
-    """The batch with `change` made to every tensor [B, L] in it; others have fewer dimensions."""
+    """The batch with `change` applied to every tensor [B, L] in it; tensors with fewer dimensions stay as they are."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     changed: dict[str, Any] = {
         name: change(value) for name, value in values.items() if isinstance(value, Tensor) and value.dim() == 2
@@ -226,9 +226,9 @@ def _per_token(batch: LossBatch, change: Callable[[Tensor], Tensor]) -> LossBatc
 
 
 def _move_to_front(rows: Tensor, keep: Tensor) -> Tensor:
-    """Reorders `rows` [n, V] so that those to keep [n] come first; returns which they are, in their new order.
+    """Reorder `rows` [n, V] so that those with `keep` [n] come first; returns their old indices in the new order.
 
-    A kept row from behind moves into each gap, in small groups: the copy of half a block would double the memory.
+    Kept rows from the end move into the gaps, in small groups: copying half a block at once would double the memory.
     """
     n, count = len(keep), int(keep.sum())
     order = torch.arange(n, device=rows.device)

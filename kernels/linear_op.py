@@ -71,7 +71,7 @@ def token_logprobs(
 
 
 def gemm_dtype(hidden: Tensor) -> torch.dtype:
-    """What the GEMMs run in: autocast's dtype where that is on, which leaves float64 alone as it does elsewhere."""
+    """The dtype of the GEMMs: autocast's if that is on; as everywhere, autocast leaves float64 alone."""
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
@@ -82,7 +82,7 @@ def _resolve(backend: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if mask is not None:  # a masked row of inf or NaN would reach the weight's gradient as 0 * inf
+    if mask is not None:  # inf or NaN in a masked row would reach the weight's gradient as 0 * inf
         hidden = torch.where(mask[..., None], hidden, 0)
     return nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -177,14 +177,14 @@ def _run_grpo(
     how: How,
     needed: Needed,
 ) -> tuple[Tensor, ...]:
-    # The dtype is settled; autocast would decide again inside.
+    # The dtype has been decided; autocast would decide again inside.
     with torch.autocast(hidden.device.type, enabled=False):
         outputs, gradients = linear.grpo(hidden, weight, bias, batch, spec, how, needed)
     return *(hidden.new_empty(0) if t is None else t for t in outputs), *_tensors(gradients, hidden)
 
 
 def _grpo_arguments(args: tuple[Any, ...]) -> tuple[LossBatch, LossSpec, How, Needed]:
-    """From the op's arguments behind the head."""
+    """The batch, settings and options from the op's arguments, which follow the head."""
     *options, backend, dtype, chunk_bytes, needs_hidden, needs_weight, needs_bias = args
     return *unflat(options), How(backend, dtype, chunk_bytes), (needs_hidden, needs_weight, needs_bias)
 
@@ -255,7 +255,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
     return _fake_gradients(hidden, weight, bias, args[-3:])
 
 
-# The reference needs autograd inside, which a registered op switches off; it is called as it is.
+# The reference needs autograd, which a registered op switches off; so it is called directly.
 
 
 def _grpo(*args: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What the sum of a batch's token losses is divided by; `reference.py` says which loss type takes which of these."""
+"""The divisors of the sum of a batch's token losses; `reference.py` says which loss type uses which of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def completions(tokens: Tokens) -> float:
 
 
 def longest_completions(tokens: Tokens) -> float:
-    """The mean over all tokens that there could be: one weight for all, whatever the completions' lengths."""
+    """The mean over all tokens that could exist: every token has the same weight, however long the completions are."""
     if tokens.max_completion_length is None:
         raise ValueError("max_completion_length must be given for loss_type='dr_grpo' (its normaliser), got None")
     return max(len(tokens.ids), 1) * tokens.max_completion_length
@@ -50,7 +50,7 @@ def all_tokens(tokens: Tokens) -> Tensor | float:
 
 
 def batch_tokens(tokens: Tokens) -> Tensor | float:
-    """The mean over the tokens of a batch of which this call may see a part."""
+    """The mean over the tokens of a whole batch, of which this call may see only a part."""
     items = tokens.num_items_in_batch
     if items is None:
         return all_tokens(tokens)

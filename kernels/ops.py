@@ -1,4 +1,4 @@
-"""The registered ops of the loss from logits: each is one node to torch.compile, which learns its shapes from a fake.
+"""The registered ops of the loss from logits: to torch.compile each is one node, whose shapes it gets from a fake op.
 
 An op that overwrites its argument is declared as a mutation, so that autograd and torch.compile know about it. The
 autograd rules are in autograd.py, the ops that start from hidden states in linear_op.py.
@@ -136,14 +136,14 @@ def _(logits: Tensor, *args: Any) -> None:
 
 @custom_op("mr1fast::scale_", mutates_args=("gradient",))
 def scale_op(gradient: Tensor, factor: Tensor) -> None:
-    """gradient [B, L, V], [V, H] or [V] *= factor (0-d), without a visit of the memory where the factor is 1."""
+    """gradient [B, L, V], [V, H] or [V] *= factor (0-d); memory is not touched if the factor is 1."""
     if gradient.is_cuda and triton_backend.why_not(gradient) is None:
         from mr1fast.kernels import triton_score
 
         rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[-1])
         triton_score.scale_unless_one(rows, factor)
     elif factor.item() != 1:
-        gradient.mul_(factor)  # in float32, rounded once: a 0-d tensor does not lend its dtype
+        gradient.mul_(factor)  # computed in float32 and rounded once; a 0-d factor does not change the dtype
 
 
 @scale_op.register_fake

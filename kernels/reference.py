@@ -1,7 +1,7 @@
 """The definition of the loss: plain PyTorch with no hand-written derivative, selectable as `backend="torch"`.
 
-Everything the fused kernels compute is defined here, and they are tested against this file in float64. What one token's
-loss is stands in two more places, `triton_objective.py` and `csrc/token_loss.h`, together with its derivative.
+Everything the fused kernels compute is defined here, and they are tested against this file in float64. The loss of one
+token is written out in two more places together with its derivative: `triton_objective.py` and `csrc/token_loss.h`.
 
 Sources: OThink-MR1 (arXiv 2503.16081) for the GRPO-D objective, TRL 1.16's `GRPOTrainer._compute_loss` for the other
 loss types. Shapes: B completions, L tokens, V vocabulary. 16-bit logits are computed in float32, float64 in float64.
@@ -68,8 +68,8 @@ class LossSpec:
         return numbers
 
 
-# What the other two spellings are told about a token's objective besides its tensors: what decides which code runs, and
-# the numbers in it. Both are passed as lists in this order; csrc/token_loss.h's TokenSpec has the same names in it.
+# What Triton and C++ are told about a token's objective besides its tensors: the switches that select code, and the
+# numbers in it. Both are passed as lists in this order, which is also the order of TokenSpec in csrc/token_loss.h.
 SWITCHES = ("policy", *(field.name for field in fields(LossSpec) if field.type == "bool"))
 NUMBERS = tuple(field.name for field in fields(LossSpec) if field.type == "float" and field.name != "temperature")
 _switches_of, _numbers_of = attrgetter(*SWITCHES), attrgetter(*NUMBERS)
@@ -77,7 +77,7 @@ _switches_of, _numbers_of = attrgetter(*SWITCHES), attrgetter(*NUMBERS)
 
 @dataclass(frozen=True)
 class LossBatch:
-    """The tensors of one call but its logits, checked and brought to one form; none needs a gradient.
+    """All tensors of a call except its logits, checked and brought into one form; none needs a gradient.
 
     Tensors [B, L] other than ids and mask are in the compute dtype and may be expanded views (stride 0).
     """
@@ -96,7 +96,7 @@ class LossBatch:
     entropy_weight: Tensor | None = None  # 0-d, entropy_coef / number of tokens
 
 
-# What a backend's one pass finds: the loss (0-d); then, all [B, L], the loss of each token without its weight, logps,
+# What a backend's one pass returns: the loss (0-d); then, all [B, L], the loss of each token without its weight, logps,
 # entropies, kl (None without ref_logps), is_low_clipped, is_high_clipped, and token_weight * dloss/dlogp.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
@@ -107,7 +107,7 @@ def flat(*parts: LossBatch | LossSpec) -> tuple[Any, ...]:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, but float64 of float64."""
+    """The dtype to compute in: float64 for float64, float32 for all others."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -154,7 +154,7 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
 def saturating_exp(x: Tensor) -> Tensor:
     """exp(min(x, EXP_LIMIT)), whose derivative is its value everywhere: bounded, but never flat.
 
-    A flat bound would leave a token that is far from the reference without any pull back towards it.
+    With a flat bound, nothing would pull a token that is far from the reference back towards it.
     """
     return torch.exp(torch.where(x <= EXP_LIMIT, x, EXP_LIMIT + (x - x.detach())))
 
@@ -164,7 +164,7 @@ Term = tuple[Tensor, Tensor, Tensor]
 
 
 def _clip(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
-    """PPO's: -min(ratio A, clip(ratio) A). The unclipped ratio has an upper bound, too, if delta is given."""
+    """PPO's term: -min(ratio A, clip(ratio) A). If delta is given, it bounds the unclipped ratio from above."""
     low, high = 1 - spec.epsilon_low, 1 + spec.epsilon_high
     bounded = ratio.clamp(max=spec.delta)
     loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
@@ -172,13 +172,13 @@ def _clip(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> T
 
 
 def _cispo(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
-    """MiniMax-M1's (arXiv 2506.13585): REINFORCE, weighted by the ratio, of which epsilon_high itself is the bound."""
+    """MiniMax-M1's term (arXiv 2506.13585): REINFORCE weighted by the ratio, which epsilon_high itself bounds."""
     loss = -ratio.clamp(max=spec.epsilon_high).detach() * advantages * logps
     return loss, _nowhere(ratio), (ratio > spec.epsilon_high) & (advantages > 0)
 
 
 def _sapo(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
-    """Qwen's (arXiv 2511.20347): a sigmoid of slope 1 at ratio 1 in place of the clip."""
+    """Qwen's term (arXiv 2511.20347): instead of the clip, a sigmoid that has slope 1 at ratio 1."""
     t = torch.where(advantages > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
     loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantages
     return loss, _nowhere(ratio), _nowhere(ratio)
@@ -189,11 +189,11 @@ def _nowhere(like: Tensor) -> Tensor:
 
 
 Policy = Callable[[Tensor, Tensor, Tensor, LossSpec], Term]
-POLICIES: tuple[Policy, ...] = (_clip, _cispo, _sapo)  # in the order of their codes in the other two spellings
+POLICIES: tuple[Policy, ...] = (_clip, _cispo, _sapo)  # in the order of their numbers in Triton and C++
 
 
 def token_advantages(batch: LossBatch) -> Tensor:
-    """The advantage of each token, [B, L] (a view), from the rewards where those were given."""
+    """The advantage of each token, [B, L] (a view), computed from the rewards if those were given."""
     if batch.advantages is not None:
         return batch.advantages
     assert batch.rewards is not None
@@ -274,7 +274,7 @@ def token_weight(
     count = _LOSS_TYPES[loss_type].normaliser(Tokens(ids, mask, max_completion_length, num_items_in_batch))
     if isinstance(count, Tensor):
         weight = count.to(dtype).reciprocal()
-    else:  # a number where it can be: small tensors cost more than they look
+    else:  # a number wherever possible: small tensors cost more than they seem to
         weight = torch.full((), 1 / count, dtype=dtype, device=ids.device)
     return weight.expand(ids.shape)
 

@@ -1,6 +1,6 @@
-"""What it takes to hold a backend to the reference: random inputs of the loss, and the error budget.
+"""What a comparison of a backend with the reference needs: random inputs of the loss, and the error budget.
 
-Freshly compiled CUDA kernels are tested with it on the user's machine (cuda_check.py), all backends by the tests.
+Freshly compiled CUDA kernels are tested with it on the user's machine (cuda_check.py), and all backends in the tests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mr1fast.kernels import dispatch
 
-# Of gradients relative to their largest element: one rounding of the dtype.
+# The tolerance for a gradient, relative to its largest element: one rounding of the dtype.
 GRADIENT_FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -29,7 +29,7 @@ def every_backend() -> list[str]:
 
 
 def device_of(backend: str) -> str:
-    """Where a backend is tested: on the GPU if it runs there only. Triton runs on the CPU if it is interpreted."""
+    """The device on which a backend is tested: the GPU if it runs only there. Interpreted Triton runs on the CPU."""
     return "cpu" if backend in ("auto", *available_backends("cpu")) else "cuda"
 
 
@@ -81,9 +81,9 @@ class _ModelOutput(torch.autograd.Function):
 
 
 def model_output(logits: Tensor) -> Tensor:
-    """The logits as a model hands them over: the output of a Function, whose gradient goes on into the model.
+    """The logits as a model returns them: the output of a Function, whose gradient flows on into the model.
 
-    A leaf's gradient would be kept, and copied for that where it is the leaf itself.
+    The gradient of a leaf would be kept in `.grad`, and copied if it is in the leaf's own memory.
     """
     output: Tensor = _ModelOutput.apply(torch.zeros((), requires_grad=True), logits)
     return output
@@ -92,7 +92,7 @@ def model_output(logits: Tensor) -> Tensor:
 def assert_within_budget(name: str, actual: Tensor, exact: Tensor, torch_same_dtype: Tensor, floor: float) -> None:
     """|actual - float64| <= 2 |torch in the same dtype - float64| + floor * (1 + |float64|), in the maximum norm.
 
-    Where float64 is infinite or NaN the other must be the same.
+    Where float64 is infinite or NaN, `actual` must be the same.
     """
     actual, exact, torch_same_dtype = actual.double(), exact.double(), torch_same_dtype.double()
     assert actual.shape == exact.shape == torch_same_dtype.shape, f"{name}: shapes differ"

@@ -58,7 +58,7 @@ def score_backward(
 def _differentiate(
     logps: Tensor, entropies: Tensor, z: Tensor, grad_logps: Tensor, grad_entropies: Tensor | None, grad: Tensor
 ) -> None:
-    """The gradient of `z` into `grad`, which may be the same memory."""
+    """Write the gradient of `z` into `grad`, which may be the same memory."""
     if grad_entropies is None:
         (gradient,) = torch.autograd.grad(logps, z, grad_logps)
     else:

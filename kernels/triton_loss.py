@@ -111,7 +111,7 @@ def grpo_loss_fwd_kernel(
             return
     logits_ptr += tl.multiple_of(b * logits_stride_b + l * logits_stride_l, W)
 
-    # Every small load first: their latency hides behind the row, and in place the id's logit is soon gone.
+    # All small loads come first: their latency hides behind the row, and an in-place call overwrites the id's logit.
     id = tl.load(ids_ptr + at)
     tl.device_assert((id >= 0) & (id < V), "completion_ids out of range at an unmasked position")
     x_id = tl.load(logits_ptr + id).to(tl.float32)

@@ -22,12 +22,12 @@ CLIP = tl.constexpr(0)
 CISPO = tl.constexpr(1)
 SAPO = tl.constexpr(2)
 
-# Without field types, which would be another list of the names. As an argument of a kernel it is one parameter.
+# Declared without field types, which would repeat the names. As an argument of a kernel it counts as one parameter.
 TokenSpec = namedtuple("TokenSpec", reference.SWITCHES + reference.NUMBERS)  # type: ignore[misc]
 
 
 def token_spec(spec: reference.LossSpec) -> TokenSpec:
-    """Switches are compiled in. Numbers are arguments: no value of theirs compiles a kernel again."""
+    """A spec for a kernel: switches are compiled in; numbers are arguments, so their values never compile it again."""
     return TokenSpec(*(tl.constexpr(switch) for switch in spec.switches), *(float(number) for number in spec.numbers))
 
 
@@ -81,7 +81,7 @@ def token_objective(
         bounded = _smaller(ratio, spec.delta)
         clipped = _smaller(tl.where(ratio < ratio_low, ratio_low, ratio), ratio_high)
         loss = -_smaller(bounded * advantage, clipped * advantage)
-        # The smaller side has the slope of its ratio, or none where a bound holds that ratio fast.
+        # The smaller side has the slope of its ratio, or slope 0 where a bound keeps that ratio constant.
         outside = (ratio < ratio_low) | (ratio > ratio_high)
         held = tl.where(bounded * advantage > clipped * advantage, outside, ratio > spec.delta)
         slope = tl.where(held, 0.0, -advantage * ratio)
@@ -110,7 +110,7 @@ def token_objective(
 def _moments(rewards_ptr, first, count, origin):
     """(mean - origin, unbiased std), both float64, of rewards[first : first + count] without the NaNs among them.
 
-    The origin [] float64 is one of the rewards: where all equal it, their differences from it are 0, and so is their
+    The origin [] float64 is one of the rewards: if all equal it, their differences from it are 0, and so is their
     mean. The std of fewer than two is 0.
     """
     total = tl.zeros((), tl.float64)

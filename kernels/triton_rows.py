@@ -183,7 +183,7 @@ def tile_settings(op: str, V: int, itemsize: int, aligned: bool) -> dict[str, in
         "W": width,
         "STAGES": stages,
         "num_warps": warps,
-        # For tl.device_assert, which is compiled in with debug only; without the overflow checks that debug implies.
+        # tl.device_assert is only compiled in with debug; the overflow checks that debug implies are turned off.
         "debug": True,
         "sanitize_overflow": False,
         "enable_fp_fusion": True,  # spelled out because Triton 3.10 changes the default

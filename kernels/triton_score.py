@@ -187,7 +187,7 @@ def score_backward(
 
 
 def scale_unless_one(gradient: Tensor, factor: Tensor) -> None:
-    """gradient [B, L, V] *= factor (0-d), decided on the device: where it is 1 nothing of the gradient is touched."""
+    """gradient [B, L, V] *= factor (0-d), decided on the device: if it is 1, the gradient is not touched."""
     B, L, V = gradient.shape
     assert gradient.stride(-1) == 1 or V == 1
     if B * L > 0:

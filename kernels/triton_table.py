@@ -4,7 +4,7 @@ Not yet measured on one: chosen on paper (one row a multiprocessor in flight whe
 visit finds it in L2), checked for registers, spills and load width by `python -m benchmarks.compile_check`.
 """
 
-# (op, bytes an element, largest V) -> (elements a tile, warps, stages). Beyond the largest V, its entry goes on.
+# (op, bytes per element, largest V) -> (elements per tile, warps, stages). The last entry also serves all larger V.
 TABLE: dict[tuple[str, int, int], tuple[int, int, int]] = {
     ("loss", 2, 1024): (1024, 1, 1),
     ("loss", 2, 16384): (4096, 4, 1),

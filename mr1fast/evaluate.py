@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,13 @@ def build_parser() -> Parser:
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    _add_problems(parser.add_argument_group("model and problems").add_argument)
+    _add_completions(parser.add_argument_group("completions").add_argument)
+    _add_machine(parser.add_argument_group("output and device").add_argument)
+    return parser
+
+
+def _add_problems(add: Callable[..., Any]) -> None:
     add(
         "--model",
         metavar="DIR",
@@ -71,6 +77,9 @@ def build_parser() -> Parser:
         type=at_least(1),
         help=f"largest number of problems to ask{bounded} [default: {DEFAULT_SAMPLES} of a task, all of --data]",
     )
+
+
+def _add_completions(add: Callable[..., Any]) -> None:
     add(
         "--sampled",
         metavar="N",
@@ -105,6 +114,9 @@ def build_parser() -> Parser:
         help="problems answered at a time [default: 64 for a small model, else 8]",
     )
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the sampled completions [default: 0]")
+
+
+def _add_machine(add: Callable[..., Any]) -> None:
     add(
         "--output-dir",
         metavar="DIR",
@@ -134,7 +146,6 @@ def build_parser() -> Parser:
         type=at_least(1),
         help="number of CPU threads to use [default: 1 for a small model, else all CPUs]",
     )
-    return parser
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,15 @@ if torch.cuda.is_available():
 else:
     # Without a GPU the Triton kernels run in Triton's interpreter. Must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def signals_as_in_a_terminal():
+    """A job in the background ignores SIGINT and SIGHUP, and so would the programs that it starts."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_ids_out_of_range_on_every_backend(backend):
 
 
 def test_both_advantages_and_rewards():
-    with pytest.raises(ValueError, match=r"exactly one of advantages and rewards .* got both"):
+    with pytest.raises(ValueError, match=r"exactly one of advantages or rewards .* got both"):
         grpo_loss(**random_batch(B, L, V), rewards=torch.zeros(B), num_generations=2)
 
 

@@ -67,6 +67,18 @@ def test_the_size_of_the_model_picks_the_recipe_and_no_name_does(tmp_path):
     assert config("--data", "x/gr").defaults_from("gr") == "defaults of vc for small models"
 
 
+def test_a_large_model_takes_one_prompt_at_a_time():
+    def pieces(*arguments):
+        chosen = config("--task", "gr", *arguments)
+        assert chosen.resolved()["gradient_accumulation_steps"] == chosen.for_task("gr").gradient_accumulation_steps
+        return chosen.for_task("gr").gradient_accumulation_steps
+
+    assert pieces() == 1
+    assert pieces("--model", "nobody/large") == 16
+    assert pieces("--model", "nobody/large", "--prompts-per-step", 6) == 6
+    assert pieces("--model", "nobody/large", "--prompts-per-step", 6, "--gradient-accumulation-steps", 2) == 2
+
+
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_only_some_schedules_have_an_explore_fraction(schedule):
     assert "explore_fraction" not in config("--kl-schedule", schedule).resolved()
@@ -141,6 +153,11 @@ BAD_ARGUMENTS = [
     (f"--seed {10**400}", "--seed must be at most 9223372036854775807, got a number of 401 digits"),
     ("--gradient-accumulation-steps 3", "must divide --prompts-per-step, got 3 and 16"),
     ("--num-iterations 2 --method sft", "--num-iterations"),
+    (
+        "--freeze visoin",
+        "--freeze: a part must be one of vision, merger, language, got 'visoin' (did you mean 'vision'?)",
+    ),
+    ("--freeze vision,merger,language", "--freeze vision,merger,language leaves nothing to train"),
     ("--reward-weights accuracy=0,format=0", "nothing would be rewarded"),
     ("--reward-weights accuracy", "must be name=weight, separated by commas, such as accuracy=1,format=0.5"),
     ("--reward-weights acuracy=1", "or a function of your own as module:function, got 'acuracy' (did you mean"),

@@ -24,6 +24,21 @@ from PIL import Image
 
 from mr1fast.data.dataset import load_split
 
+
+def test_other_columns_are_for_reward_functions_without_images_and_bytes(folder):
+    rows = [row(n, level=f"level {n}", tags=["a", n % 2 and "b"]) for n in range(3)]
+    first = {"level": "level 0", "tags": ["a", 0]}
+    assert load_split(as_jsonl(folder, rows), "all")[0].columns == first
+    mixed = write_jsonl(folder / "mixed.jsonl", [row(0), rows[1]])
+    assert load_split(mixed, "all")[0].columns == {"level": None, "tags": None}
+    assert load_split("vc", "test")[0].columns == {}
+    assert load_split("vc", "test")[0].reward_columns().keys() == {"problem", "choices"}
+    with_more = [row(n, level=0.5, raw=b"bytes", pictures=[{"bytes": b"x", "path": None}]) for n in range(3)]
+    for write in (as_parquet_of_bytes, as_saved):
+        columns = load_split(write(folder, with_more), "all")[0].columns
+        assert {name: value for name, value in columns.items() if value is not None} == {"level": 0.5}
+
+
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 

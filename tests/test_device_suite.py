@@ -18,10 +18,11 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = f"""
 set -u
 . "{ROOT}/benchmarks/stages.sh"
-plan 12 +always=4 fails=4 slow=1 -extra=4 last=3
+plan 12 +always=3 fails=4 lacks=1 slow=1 -extra=4 last=3
 open_results "$1"
 stage always echo always
 stage fails bash -c 'echo why; exit 3'
+stage lacks {sys.executable} -c 'import no_such_package'
 stage slow {sys.executable} -uc '
 import time
 print("first", flush=True)
@@ -80,12 +81,14 @@ def test_a_run_leaves_a_summary_and_one_archive(whole_run):
     assert [re.sub(r"\d+ s", "N s", line) for line in summary] == [
         "ok       N s  always",
         "FAILED   N s  fails (exit 3): why",
+        "skipped  lacks: ModuleNotFoundError: No module named 'no_such_package' (put its wheel into WHEELS)",
         "TIMEOUT  N s  slow: the last moment",
         "skipped  last: it has no reason to run",
     ]
     assert packed(out) == {
         "always.log": "always\n",
         "fails.log": "why\n",
+        "lacks.log": packed(out)["lacks.log"],
         "slow.log": "first\nthe last moment\n",  # SIGINT, not SIGKILL
         "summary.txt": (out / "summary.txt").read_text(),
     }
@@ -93,7 +96,7 @@ def test_a_run_leaves_a_summary_and_one_archive(whole_run):
 
 def test_the_limits_are_shares_of_the_time_that_is_left(whole_run, script, tmp_path):
     limits = dict(re.findall(r"==> (\w+), at most (\d+) s", whole_run[0]))
-    assert 1 < int(limits["slow"]) <= 3, "a quarter of what the first two leave of 12 seconds"
+    assert 1 < int(limits["slow"]) <= 3, "a quarter of what the first three leave of 12 seconds"
     said = run(script, tmp_path / "out", ONLY="extra fails").stdout
     limits = dict(re.findall(r"==> (\w+), at most (\d+) s", said))
     assert list(limits) == ["always", "fails", "extra"], "in the plan's order"
@@ -105,9 +108,9 @@ def test_an_unknown_stage_is_refused(wanted, script, tmp_path):
     done = run(script, tmp_path / "out", ONLY=wanted)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (
-        f"fake.sh: ONLY names no stage that there is: '{wanted.split()[-1]}'; there are always fails slow extra last\n"
-    )
+    unknown = wanted.split()[-1]
+    stages = "always fails lacks slow extra last"
+    assert done.stderr == f"fake.sh: ONLY names no stage that there is: '{unknown}'; there are {stages}\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -121,7 +124,7 @@ def test_the_results_of_an_earlier_run_stay(script, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_cut_off_it_packs_what_there_is(sent, script, tmp_path):
+def test_cut_off_it_packs_what_there_is(sent, script, tmp_path, signals_as_in_a_terminal):
     out = tmp_path / "out"
     process = subprocess.Popen(
         ["bash", str(script), str(out)], stdout=subprocess.DEVNULL, env=environment(), start_new_session=True

@@ -65,6 +65,9 @@ def test_figures_are_means_of_rewards(result, dataset):
     assert result.format_accuracy == pytest.approx(sum(formatted) / 20)
     both = sum(a * b for a, b in zip(correct, formatted))
     assert result.accuracy_when_formatted == pytest.approx(both / sum(formatted))
+    as_r1v = [re.search(rf"<answer>\s*{s.solution}\s*</answer>", s.completion) is not None for s in result.answered]
+    assert [s.correct_as_r1v for s in result.answered] == as_r1v
+    assert result.figures()["accuracy_as_r1v"] == sum(as_r1v) / 20 > 0
     assert all(len(s.sampled_correct) == 3 for s in result.answered)
     assert result.sampled_accuracy == pytest.approx(sum(sum(s.sampled_correct) for s in result.answered) / 60)
     assert 0 < result.greedy_accuracy < 1, "the embedded model is neither hopeless nor perfect"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_the_longest_prompt_leaves_room_for_the_completion(embedded):
 @pytest.mark.parametrize(
     ("problem", "says"),
     [
-        ("How many <|image_pad|>?", r"the question of row 7 has <\|image_pad\|> or <\|video_pad\|> in it"),
+        ("How many <|image_pad|>?", r"the question of row 7 contains <\|image_pad\|> or <\|video_pad\|>"),
         ("<|video_pad|>", "which stand for pixels"),
         ("broken \ud83d text", "the question of row 7 is not valid Unicode: surrogates not allowed"),
     ],
@@ -211,7 +212,8 @@ def test_threads_are_those_that_this_process_may_have(wanted, threads, embedded,
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if wanted is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-    assert loading.choose_threads(torch.nn.Linear(4000, 4000, device="meta")) == threads
+    large = SimpleNamespace(config=SimpleNamespace(to_dict=dict))
+    assert loading.choose_threads(large) == threads
     assert loading.choose_threads(embedded) == 1
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mr1fast.errors import UserError
-from mr1fast.model.rollout import Rollout, Sampler
+from mr1fast.model.rollout import Rollout, Sampler, likeliest
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, slice_prompts, split_batch
 from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model, tiny_policy
 
@@ -21,10 +22,11 @@ def placed(model=None):
     return policy, policy.place(tiny_inputs())
 
 
-def sample(policy, inputs, *, G=3, L=12, temperature=0.9, seed=5) -> Rollout:
+def sample(policy, inputs, *, G=3, L=12, temperature=0.9, seed=5, **filters) -> Rollout:
     """`inputs` of `Policy.place`, in place of examples."""
     sampler = Sampler(policy, max_completion_length=L, generator=torch.Generator().manual_seed(seed))
-    return sampler.generate([], num_generations=G, temperature=temperature, prefix=policy.encode_prefix(inputs))
+    prefix = policy.encode_prefix(inputs)
+    return sampler.generate([], num_generations=G, temperature=temperature, prefix=prefix, **filters)
 
 
 def make_batch(policy, inputs, G=3, temperature=0.9) -> Batch:
@@ -194,3 +196,27 @@ def test_old_logps_and_kl_reach_the_loss():
     clipped = grpo_batch_loss(policy, Batch(**{**vars(batch), "old_per_token_logps": old * 2}), beta=0, temperature=0.9)
     assert clipped.is_high_clipped.any()
     assert not torch.equal(clipped.loss, output.loss)
+
+
+def test_top_k_and_top_p_leave_what_transformers_leaves():
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 7] = -torch.inf  # a banned token
+    logps = logits.log_softmax(-1)
+    for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.7), (5, 0.7), (1, 1.0), (0, 1e-6), (100, 1.0)):
+        expected = logps
+        if top_k:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        if top_p < 1:
+            expected = TopPLogitsWarper(top_p)(None, expected)
+        left = likeliest(logps, top_k, top_p)
+        assert torch.equal(left, expected), (top_k, top_p)
+        assert left.isfinite().any(1).all()
+
+
+def test_top_k_changes_what_is_sampled_and_not_the_log_probabilities():
+    policy, inputs = placed()
+    only_likeliest = sample(policy, inputs, temperature=3.0, top_k=1)
+    assert torch.equal(only_likeliest.completion_ids, sample(policy, inputs, temperature=0).completion_ids)
+    mask = only_likeliest.completion_mask
+    expected = plain_logps(policy.model, inputs, only_likeliest.completion_ids, mask, 3, 3.0)
+    torch.testing.assert_close(only_likeliest.per_token_logps.double(), expected, atol=1e-5, rtol=0)

@@ -71,7 +71,7 @@ def test_the_whole_program(tmp_path, monkeypatch):
 
 
 def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(REWARDS, "format", lambda completion, solution, choices: float("nan"))
+    monkeypatch.setitem(REWARDS, "format", lambda completions, *_, **columns: [float("inf")] * len(completions))
     run = tmp_path / "run"
     assert main("--task=vc", "--max-steps=30", "--eval-steps=0", *SMALL, "--output-dir", run) == 1
     errors = capsys.readouterr().err

@@ -10,6 +10,7 @@ from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.reward_weights import Reward
+from mr1fast.training import scoring
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.checkpoint import load_state, save_checkpoint, save_model
 from mr1fast.training.run_folder import checkpoints
@@ -237,33 +238,44 @@ def test_the_weighted_sum_of_the_rewards(processor):
     assert "rewards/accuracy_reward/mean" not in tags  # a weight of 0 leaves a reward out
 
 
-def test_a_reward_of_ones_own(processor, tmp_path, monkeypatch):
-    (tmp_path / "rewards_of_a_test.py").write_text(
-        "def length(completion, solution):\n    return len(completion)\n"
-        "def nothing(completion, solution):\n    pass\n"
-        "def broken(completion, solution):\n    return {}[solution]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    trainer = make_trainer(processor, reward_weights="rewards_of_a_test:length=0.5,format=1")
+def test_a_reward_that_is_absent_is_left_out_of_its_group_counted_and_said(processor, monkeypatch, capsys):
+    scoring._absent.clear()
+    trainer = make_trainer(processor)
+    values = [1.0, None, 3.0, math.nan] + [None] * 4  # of two prompts, 4 completions each
+    monkeypatch.setattr(trainer, "rewards", [Reward("some", 2.0, lambda completions, solutions, **columns: values)])
+    for _ in range(2):
+        metrics = trainer.step()
+    advantages = trainer.step_data.batch.advantages.tolist()
+    assert advantages == pytest.approx([-(2**0.5) / 2, 0, 2**0.5 / 2, 0, *[0] * 4], abs=1e-3)
+    assert metrics["skipped_steps"] == 0
+    assert (metrics["rewards/some/absent"], metrics["rewards/some/mean"], metrics["reward"]) == (6, 2.0, 4.0)
+    assert metrics["rewards/some/std"] == pytest.approx(2**0.5)
+    assert metrics["reward_std"] == pytest.approx(8**0.5)
+    errors = capsys.readouterr().err
+    assert errors.count("warning: the reward some returned no number, for 6 of 8 completions: it counts as absent") == 1
+    assert scoring.absent_summary() == "12 x some: absent rewards, whose completions had no advantage"
+
+
+def test_a_step_whose_every_reward_is_absent_changes_no_weight(processor, monkeypatch, capsys):
+    scoring._absent.clear()
+    trainer = make_trainer(processor)
+    trainer.step()  # the optimizer has momentum
+    before = weights(trainer)
+    good = Reward("good", 1.0, lambda completions, solutions, **columns: [1.0] * 7 + [0.0])
+    monkeypatch.setattr(trainer, "rewards", [good, Reward("bad", 1.0, lambda *_, **columns: [1.0])])
     metrics = trainer.step()
-    lengths = [len(completion) for completion in trainer.step_data.completions]
-    assert metrics["rewards/length/mean"] == pytest.approx(sum(lengths) / len(lengths))
-    assert metrics["reward"] == pytest.approx(
-        0.5 * metrics["rewards/length/mean"] + metrics["rewards/format_reward/mean"]
-    )
-    for name, message in (
-        ("nothing", "the reward nothing must return a number, got None"),
-        ("broken", r"the reward broken failed: KeyError: '\d' \(.*rewards_of_a_test.py, line 6\)"),
-    ):
-        with pytest.raises(UserError, match=message):
-            make_trainer(processor, reward_weights=f"rewards_of_a_test:{name}=1").step()
+    assert metrics["skipped_steps"] == 1
+    assert trainer.skipped_sample["reason"] == "no completion has a reward"
+    assert (metrics["rewards/bad/absent"], metrics["rewards/good/mean"]) == (8, 7 / 8)
+    assert math.isnan(metrics["reward"])
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+    assert "the reward bad returned 1 values for 8 completions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_reward_that_is_no_number_skips_the_step(bad, processor, monkeypatch):
+def test_a_reward_that_is_infinite_skips_the_step(processor, monkeypatch):
     trainer = make_trainer(processor, temperature=1.5)
     before = weights(trainer)
-    monkeypatch.setattr(trainer, "rewards", [Reward("bad", 1.0, lambda completion, solution, choices: bad)])
+    monkeypatch.setattr(trainer, "rewards", [Reward("bad", 1.0, lambda completions, *_, **columns: [math.inf] * 8)])
     for step in (1, 2):
         metrics = trainer.step()
         assert metrics["skipped_steps"] == trainer.skipped_in_a_row == step

@@ -1,1 +1,1 @@
-"""What is a problem: examples from the embedded tasks and from files."""
+"""What is a problem? Examples from the embedded tasks and from files."""

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Unreadable(Exception):
-    """A file or folder that is not what it should be; the message is the reason, in half a sentence."""
+    """A file or folder that cannot be read; the message is the reason, to be completed with the file's name."""
 
 
 class ArrowRows(Sequence):
-    """The rows of a `datasets.Dataset`: images as they are stored, other cells as their column's type means them."""
+    """The rows of a `datasets.Dataset`: images as stored, other cells as values of their column's type."""
 
     def __init__(self, dataset: datasets.Dataset, columns: Collection[str]):
         import datasets
 
-        self.columns = frozenset(columns)  # of the file; those that are of no use are not in `dataset`
+        self.columns = frozenset(columns)  # all columns of the file; `dataset` has only those that are used
         for column, feature in dataset.features.items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -44,7 +44,7 @@ class ArrowRows(Sequence):
 
 
 def _meant(value: Any, feature: Any) -> Any:
-    """A class by its name instead of its number, a number of half or single precision as that and not as a double."""
+    """Replace the number of a class by its name, and keep half and single precision instead of converting to double."""
     import datasets
 
     if value is None:
@@ -59,7 +59,9 @@ def _meant(value: Any, feature: Any) -> Any:
 
 
 def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any]]:
-    """Only `columns` are read: the type of another one may be unknown to `datasets`. Raises Unreadable, UserError."""
+    """Of the columns that are not in `columns`, those that hold bytes or have a type which `datasets` does not know are
+    not read. Raises Unreadable, UserError.
+    """
     datasets = _import_datasets(file)
     if not file.stat().st_size:
         raise Unreadable("is empty")
@@ -72,7 +74,7 @@ def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any
             schema, length = parquet.schema_arrow, parquet.metadata.num_rows
         if not length:
             return []  # `datasets` takes it for an error
-        known = [name for name in schema.names if name in columns] or schema.names
+        known = [name for name in schema.names if name in columns or _is_plain(schema.field(name))] or schema.names
         features = datasets.Features.from_arrow_schema(
             pyarrow.schema([schema.field(name) for name in known], metadata=schema.metadata)
         )
@@ -85,8 +87,22 @@ def read_parquet(file: Path, columns: Collection[str]) -> Sequence[dict[str, Any
             datasets.enable_progress_bars()
 
 
+def _is_plain(field: Any) -> bool:
+    """Whether a column holds no bytes, and is of a type that `datasets` knows."""
+    import datasets
+    import pyarrow
+
+    if "binary" in str(field.type):
+        return False
+    try:
+        datasets.Features.from_arrow_schema(pyarrow.schema([field]))
+    except Exception:  # by version
+        return False
+    return True
+
+
 def read_saved(folder: Path) -> dict[str, Sequence[dict[str, Any]]]:
-    """The data sets in a folder by split; one that was saved alone under "". Raises Unreadable and UserError."""
+    """The data sets in a folder, by split; a single data set is under "". Raises Unreadable and UserError."""
     datasets = _import_datasets(folder)
     try:
         saved = datasets.load_from_disk(str(folder))

@@ -14,12 +14,12 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-from mr1fast.data.tables import Table
+from mr1fast.data.tables import READ, Table
 from mr1fast.data.text_files import whole_characters
 from mr1fast.rewards import extract_answer
 
-# These stand for an image or a video in a prompt: left in a question, the processor would look for images that are not
-# there. The others begin and end the turns of a chat: the model would see a question that is over, or another turn.
+# These stand for an image or a video in a prompt: if they stayed in a question, the processor would look for images
+# that do not exist. The others begin and end turns of a chat: the model would see the question end, or another turn.
 _IMAGE_MARKERS = ("<image>", "<video>") + tuple(
     f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
 )
@@ -37,7 +37,7 @@ class BadRow(ValueError):
 
 
 def question_of(value: Any, notes: list[str]) -> str:
-    """The question, without the markers that a prompt adds itself; `notes` takes up what had to be put right."""
+    """The question, without the markers that a prompt adds itself; repairs are appended to `notes`."""
     question = _text(value, "question", notes)
     if not question:
         raise BadRow("no question")
@@ -45,7 +45,7 @@ def question_of(value: Any, notes: list[str]) -> str:
 
 
 def answer_of(value: Any, notes: list[str]) -> str:
-    """The answer alone, without its tags; `notes` takes up what had to be put right."""
+    """The answer alone, without its tags; repairs are appended to `notes`."""
     text = _text(value, "answer", notes)
     answer = extract_answer(text)
     if answer is None:
@@ -54,12 +54,12 @@ def answer_of(value: Any, notes: list[str]) -> str:
     if not answer:
         raise BadRow("no answer")
     if "\ufffd" in answer:
-        raise BadRow("answer has broken characters")  # nothing that a model says would equal it
+        raise BadRow("answer has broken characters")  # no answer of a model could equal it
     return answer
 
 
 def _text(value: Any, what: str, notes: list[str]) -> str:
-    """A cell as text: numbers are written out, a list of one is that one."""
+    """A cell as text: numbers are written out, and a list with one item counts as that item."""
     if isinstance(value, list | tuple) and len(value) == 1:
         notes.append(f"{what} taken out of a list")
     while isinstance(value, list | tuple) and len(value) == 1:
@@ -90,9 +90,9 @@ def _text(value: Any, what: str, notes: list[str]) -> str:
 
 
 def number_text(value: Any) -> str:
-    """A finite number as one writes it: the shortest text that is the same at the number's own precision, "3" for 3.0.
+    """A finite number as people write it: the shortest text that equals it at its own precision, "3" for 3.0.
 
-    Of numpy's float32 that is "0.1" and not "0.10000000149011612". Decimals never have an exponent.
+    For numpy's float32 that is "0.1" and not "0.10000000149011612". Decimals never have an exponent.
     """
     text = str(value)
     number: Any = value if isinstance(value, int | Decimal) else float(value)
@@ -103,7 +103,7 @@ def number_text(value: Any) -> str:
 
 
 def _without_markers(text: str) -> str:
-    """Without any marker, one that only forms when another is taken out of it included; in one pass."""
+    """The text without markers, in one pass; this includes markers that only form when another one is removed."""
     markers = (*_IMAGE_MARKERS, *_CHAT_MARKERS)
     longest = max(map(len, markers))
     kept: list[str] = []  # characters
@@ -117,7 +117,7 @@ def _without_markers(text: str) -> str:
 
 
 def choices_of(value: Any, notes: list[str]) -> tuple[str, ...] | None:
-    """A list of texts or numbers, or one in JSON; None if there is none."""
+    """The choices, from a list of texts or numbers or from such a list in JSON; None if there are none."""
     if isinstance(value, str) and value:
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
@@ -127,6 +127,20 @@ def choices_of(value: Any, notes: list[str]) -> tuple[str, ...] | None:
         return tuple(whole_characters(str(one)) for one in value)
     notes.append("choices are not a list, ignored")
     return None
+
+
+def others_of(table: Table, row: int) -> dict[str, Any]:
+    """The cells that no other function here reads, for reward functions; None where the row has none, or has bytes."""
+    values = table.rows[row]
+    assert isinstance(values, dict)  # or it would have been a BadRow
+    others = sorted(table.columns - {*READ})
+    return {name: None if _has_bytes(values.get(name)) else values.get(name) for name in others}
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, bytes) or (isinstance(value, list | tuple) and any(map(_has_bytes, value)))
 
 
 # ---- image ----------------------------------------------------------------------------------------------------------
@@ -156,7 +170,7 @@ def image_of(table: Table, row: int) -> Path | bytes:
 
 
 def _located(image: str, folder: Path) -> Path | bytes:
-    """Of a path, or of a URL that needs no network."""
+    """The image behind a path, or behind a URL that needs no network."""
     if re.match("data:[^,]*,", image, re.IGNORECASE):
         return _content_of_url(image)
     if re.match("file:", image, re.IGNORECASE):
@@ -171,7 +185,7 @@ def _located(image: str, folder: Path) -> Path | bytes:
 
 
 def _content_of_url(url: str) -> bytes:
-    """Of `data:[type][;base64],content`; also without `;base64` what is in Base64 throughout, as no image is."""
+    """The content of `data:[type][;base64],content`. Pure Base64 is decoded even without `;base64`."""
     kind, _, content = url.partition(",")
     data = unquote_to_bytes(content)
     if _BASE64.fullmatch(data):

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mr1fast.checks import nearest
-from mr1fast.data.cells import BadRow, answer_of, choices_of, image_of, question_of
+from mr1fast.data.cells import BadRow, answer_of, choices_of, image_of, others_of, question_of
 from mr1fast.data.example import Example, Examples
 from mr1fast.data.identity import Place
 from mr1fast.data.images import BadImage, check_image, load_image
@@ -24,7 +25,7 @@ from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.rewards import check_solutions
 
-ENDLESS = 2**31 - 1  # the length of a split that is drawn on the fly, if no `count` bounds it
+ENDLESS = 2**31 - 1  # the length of a split that is drawn on the fly, unless `count` limits it
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,15 @@ class Record:
     solution: str
     image: Callable[[], Path | bytes]  # read again when needed, rather than all held in memory
     choices: tuple[str, ...] | None
+    columns: Callable[[], dict[str, Any]]  # the other cells, of which there may be many
 
 
 class ImageTextDataset:
     """A sequence of `Example`s.
 
-    name: "vc", "gr", or the folder's or file's name. skipped, notes: what was left out, and what was put right, as
-    reason -> number of rows; both may still grow while images are decoded. cut_from: whose share the split is, "" if it
-    is there by name. shown_in: how many rows of train show an image that a held-out split shows as well, by split.
+    name: "vc", "gr", or the folder's or file's name. skipped, notes: what was left out and what was repaired, as
+    reason -> number of rows; both may grow while images are decoded. cut_from: the rows that the split was cut from, ""
+    for a named split. shown_in: for each held-out split, the number of train rows that show one of its images.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class ImageTextDataset:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        """Row `index`, or the next good one after it if it turns out to be of no use: the same in every run."""
+        """Row `index`, or if that turns out to be unusable the next good one, which is the same in every run."""
         for offset in range(self._length):
             example = self.own(index if offset == 0 else (index + offset) % self._length)
             if example is not None:
@@ -129,13 +131,13 @@ def load_split(
 ) -> ImageTextDataset:
     """The split "train", "validation" or "test" of an embedded task or of local data, at most `count` examples.
 
-    source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders that
-    are named after a split are that split; what has no name is train, see `splits.share_of`. "all" is every row. None
-    is "test", but "all" of a single file that is not named after it.
-    used: the splits that the caller uses; for no other is `train` cut, or compared with its images.
+    source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders named
+    after a split belong to that split; all others are train, see `splits.share_of`. "all" is every row. None is "test",
+    or "all" for a single file that is not named test.
+    used: the splits that the caller uses; `train` is cut for these only, and its images are compared with these only.
 
-    Raises UserError (a ValueError) for an unknown split, for a source that is missing, empty or without a readable row
-    in the split, and where a package is missing that its format or its solutions need.
+    Raises UserError (a ValueError) for an unknown split, for a source that is missing, empty or has no readable row in
+    the split, and if a package is missing that its format or its solutions need.
     """
     if str(source) in TASKS and split in (None, *SPLITS):
         return _embedded(str(source), split or "test", count)
@@ -159,7 +161,7 @@ def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
 
 
 def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
-    """(index, example) of each problem, once: a row of no use has none, though `dataset[index]` puts another there.
+    """(index, example) of each problem, once; unusable rows are left out, while `dataset[index]` would replace them.
 
     Raises UserError if there is none at all.
     """
@@ -175,7 +177,7 @@ def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
 
 
 def problem_at(dataset: Examples, index: int) -> Example | None:
-    """The problem with this index and no other; None if the row turns out to be of no use."""
+    """The problem with exactly this index; None if the row turns out to be unusable."""
     return dataset.own(index) if isinstance(dataset, ImageTextDataset) else dataset[index]
 
 
@@ -196,7 +198,8 @@ def _local(
     def load(index: int) -> tuple[Example, list[str]]:
         record = records[index]
         image, image_notes = load_image(record.image())
-        return Example(image, record.problem, record.solution, record.name, record.choices), image_notes
+        cells = (record.problem, record.solution, record.name, record.choices, record.columns())
+        return Example(image, *cells), image_notes
 
     name = path.resolve().stem if path.is_file() else path.resolve().name
     dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
@@ -209,7 +212,7 @@ def _local(
 def _checked(
     tables: Sequence[Table], places: Sequence[Place], count: int | None = None
 ) -> tuple[list[Record], Counter[str], Counter[str]]:
-    """At most `count` good rows; what was left out, and what was put right."""
+    """At most `count` good rows; what was left out, and what was repaired."""
     records: list[Record] = []
     skipped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
@@ -228,7 +231,7 @@ def _checked(
 
 
 def _why_none(tables: Sequence[Table], split: str, skipped: Counter[str]) -> str:
-    """Why a split has no good row, `skipped` being its bad ones."""
+    """Why a split has no good row; skipped: its bad rows."""
     if skipped:
         return _listed(skipped)
     records, skipped, _ = _checked(tables, all_places(tables))
@@ -250,4 +253,5 @@ def _record(table: Table, row: int) -> tuple[Record, list[str]]:
     solution = answer_of(values.get("solution"), notes)
     choices = choices_of(values.get("choices"), notes)
     image_of(table, row)
-    return Record(f"{table.name}, row {row + 1}", problem, solution, partial(image_of, table, row), choices), notes
+    image, others = partial(image_of, table, row), partial(others_of, table, row)
+    return Record(f"{table.name}, row {row + 1}", problem, solution, image, choices, others), notes

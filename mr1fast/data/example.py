@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -17,6 +18,11 @@ class Example:
     solution: str  # the answer alone, e.g. "3"
     name: str = ""  # what a reader finds it by: "vc/test/17", or file and row; several may have the same
     choices: tuple[str, ...] | None = None  # what the answers A, B, ... stand for
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other cells, without images and bytes
+
+    def reward_columns(self) -> dict[str, Any]:
+        """What a reward function is told beside completion and solution, by name."""
+        return {**self.columns, "problem": self.problem, "choices": self.choices}
 
 
 class Examples(Protocol):

@@ -20,8 +20,8 @@ _END = 4096  # bytes
 def image_keys(tables: Sequence[Table], places: Iterable[Place]) -> dict[Place, Hashable]:
     """A key for each row, the same for rows whose images are the same bytes, however they are kept, named or spelt.
 
-    There may be gigabytes of images: only those that agree in length and at both ends are read as a whole. An image
-    that cannot be read goes by its path, a row without an image by its place.
+    There may be gigabytes of images, so only those that agree in length and at both ends are read as a whole. The key
+    of an image that cannot be read is its path, and that of a row without an image is its place.
     """
     known: dict[tuple[Callable, Path], Hashable] = {}
 

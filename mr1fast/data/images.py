@@ -23,7 +23,7 @@ TRANSPARENT = "transparent image put on white"
 PALETTE = "palette image converted to RGB"
 CMYK = "CMYK image converted to RGB"
 DEEP = "image of more than 8 bits a channel scaled to 8"
-# Of 16 bits a colour Pillow keeps the upper 8, in which an image of up to 12 bits is black.
+# Of 16 bits per colour Pillow keeps the upper 8, in which an image that uses 12 bits or fewer is black.
 HELD_TOO_LITTLE = "colour image of 16 bits a channel holds 12 or fewer"
 
 
@@ -38,7 +38,7 @@ def check_image(source: Path | bytes) -> None:
 
 
 def load_image(source: Path | bytes) -> tuple[Image.Image, list[str]]:
-    """The decoded image in mode RGB, upright, and what had to be done for that. Raises BadImage."""
+    """The decoded image in mode RGB, upright, and a note for each repair that this took. Raises BadImage."""
     with _opened(source) as image:
         notes = []
         if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO is a photograph with its previews
@@ -55,7 +55,7 @@ def load_image(source: Path | bytes) -> tuple[Image.Image, list[str]]:
 
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """An image whose size is bearable; whatever goes wrong with it inside the `with` is a BadImage."""
+    """The opened image, if its size is acceptable; any error inside the `with` becomes a BadImage."""
     try:
         if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
             raise BadImage("image file is empty")
@@ -96,7 +96,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of up to 16 bits by the range of 8, 10, 12 or 16 bits that holds them; others by that which occurs.
+    """Scale grey values of up to 16 bits from the range of 8, 10, 12 or 16 bits that holds them, others from their own.
 
     Cameras and scanners keep 10 or 12 bits in 16. Pillow's own convert("RGB") clips at 255: a white picture.
     """

@@ -18,17 +18,17 @@ class Share:
     """The rows of a split, and how it came to be these."""
 
     places: list[Place]
-    tables: list[Table]  # that these rows are of, or are cut from
+    tables: list[Table]  # to which these rows belong, or from which they were cut
     cut_from: str = ""  # "train" or "the unnamed rows", if the split is a tenth of these
-    shown_in: Counter[str] = field(default_factory=Counter)  # a held-out split -> rows whose image it shows as well
+    shown_in: Counter[str] = field(default_factory=Counter)  # held-out split -> number of rows whose image is in it too
 
 
 def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Share:
     """The rows of "train", "validation", "test" or "all"; `used`: the splits that training must not learn from.
 
-    Where tables are named after "validation" or "test", that split is their rows, all of them. Where none is, it is a
-    tenth of the other rows, by one fixed permutation of their images: questions about one image stay together. "train"
-    is the other rows without the tenths of the splits that are used.
+    If tables are named after "validation" or "test", that split is all of their rows. If none is, it is a tenth of the
+    other rows, by one fixed permutation of their images, so that questions about an image stay together. "train" is the
+    other rows without the tenths of the splits that are used.
     """
     if split == "all":
         return Share(all_places(tables), list(tables))
@@ -53,7 +53,7 @@ def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Shar
 
 
 def _cut(images: list[Hashable], named: Collection[str]) -> dict[str, list[Hashable]]:
-    """A tenth of the images for each held-out split without a name; none of fewer than three."""
+    """A tenth of the images for each held-out split that no table is named after; nothing if there are fewer than 3."""
     images = images.copy()
     random.Random("split/0").shuffle(images)
     size = max(1, round(len(images) / 10)) if len(images) >= 3 else 0

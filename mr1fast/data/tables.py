@@ -1,4 +1,4 @@
-"""Local data as tables: the files of a folder, what is in each, and which split its name names."""
+"""Local data as tables: the files of a folder, their content, and the split that each is named after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mr1fast.data.arrow_files import ArrowRows, Unreadable, read_parquet, read_saved
@@ -13,7 +14,8 @@ from mr1fast.data.text_files import Row, read_csv, read_json, read_json_lines, w
 from mr1fast.errors import UserError
 
 COLUMNS = ("image", "problem", "solution")
-READ = (*COLUMNS, "file_name", "choices")  # what is looked at; `file_name` is what an image folder calls `image`
+# What is looked at; `file_name` is what an image folder calls `image`. Other columns are for reward functions.
+READ = (*COLUMNS, "file_name", "choices")
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
@@ -32,8 +34,8 @@ class Table:
 
     rows: Sequence[Row]
     file: Path  # relative image paths start at its folder
-    name: str  # unlike that of any other table of the same source
-    split: str | None = None  # that its name, or the name of a folder above it, names
+    name: str  # unique among the tables of a source
+    split: str | None = None  # the split after which it, or a folder above it, is named
     unreadable: str = ""  # why the file as a whole could not be read
     note: str = ""  # what had to be done to read it
 
@@ -41,7 +43,7 @@ class Table:
     def folder(self) -> Path:
         return self.file if self.file.is_dir() else self.file.parent
 
-    @property
+    @cached_property
     def columns(self) -> frozenset[str]:
         if isinstance(self.rows, ArrowRows):
             return self.rows.columns
@@ -128,9 +130,9 @@ def _split_of(file: Path) -> str | None:
 
 
 def _split_of_source(source: Path) -> str | None:
-    """The split that a lone file names (as in a folder), or a folder with exactly a split's name; also above metadata.
+    """The split that a single file is named after, or the folder that is the source or holds the source's metadata.
 
-    One word in a folder's name is not enough: that may be a whole project's.
+    For a folder, one word in its name is not enough, since it may be the name of a whole project.
     """
     path = Path(os.path.abspath(source))
     if source.is_file() and path.stem != "metadata":

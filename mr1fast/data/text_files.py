@@ -93,7 +93,7 @@ def _names(cells: list[str]) -> list[str]:
 
 
 def _decoded(content: bytes) -> str:
-    """By its byte order mark, else as UTF-8; a byte that is not UTF-8 becomes a surrogate of U+DC80 to U+DCFF."""
+    """Decode by the byte order mark, else as UTF-8; a byte that is not UTF-8 becomes a surrogate, U+DC80 to U+DCFF."""
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             return content.decode(encoding, "replace")
@@ -112,5 +112,5 @@ def _decoded_csv(content: bytes) -> tuple[str, str]:
 
 
 def whole_characters(text: str) -> str:
-    """Halves of UTF-16's pairs put together; those that are alone, which no encoding takes, are U+FFFD."""
+    """Join the halves of UTF-16 surrogate pairs; a half on its own, which no encoding accepts, becomes U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

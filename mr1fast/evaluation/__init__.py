@@ -1,11 +1,11 @@
-"""How good is it: accuracies, and what shows them.
+"""How good is it? Accuracies, and the tables, pages and pictures that show them.
 
-evaluate.py     the function: a model answers every problem of a data set
-result.py       what it returns: each problem as it was answered, and the accuracies over all of them
-figures.py      the accuracies as rows with titles, for both of the next two
-terminal.py     what is printed: of an evaluation, and of a training run before and after
+evaluate.py     lets a model answer every problem of a data set
+result.py       what that returns: each problem with its answers, and the accuracies over all problems
+figures.py      the accuracies as rows with titles, for the terminal and for the report
+terminal.py     the tables that evaluation prints, and training before and after
 report.py       report.html of an evaluation: the mistakes with their images
 samples.py      samples.png of a training run: a few problems, answered before and after
 curves.py       curves.png: what training runs logged, over their steps
-drawing.py      what these two pictures share
+drawing.py      what the two pictures share
 """

@@ -1,4 +1,4 @@
-"""What curves.png and samples.png share: nothing that data, models or the user's settings hold may stop a picture."""
+"""What curves.png and samples.png share: nothing in data, models or the user's settings may stop a picture."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def drawing() -> Iterator[None]:
 
 
 def drawable(text: str) -> str:
-    """The text with U+FFFD for all that is no character to look at: control characters, halves of UTF-16's pairs."""
+    """The text with U+FFFD in place of what is not printable: control characters, halves of UTF-16 surrogate pairs."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

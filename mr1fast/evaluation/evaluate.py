@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from mr1fast.data.dataset import problems
 from mr1fast.data.example import Example, Examples
+from mr1fast.errors import UserError
 from mr1fast.evaluation.result import Answered, EvalResult
 from mr1fast.model.load import is_small
 from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
-from mr1fast.rewards import accuracy_reward, extract_answer, format_reward
+from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, judged_as_r1v
 
 
 class EvaluationStopped(KeyboardInterrupt):
-    """Ctrl-C in the middle of an evaluation; `result` is that of the problems which were done."""
+    """Ctrl-C in the middle of an evaluation; `result` covers the problems answered until then."""
 
     def __init__(self, result: EvalResult):
         super().__init__()
@@ -40,10 +42,10 @@ def evaluate(
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
-    max_completion_length: tokens. batch_size: problems at a time, None by the model's size. progress: what a progress
-    bar is called, None for no bar. Depends on `seed` and no global random state, and leaves the policy in the mode it
-    was in. Raises EvaluationStopped (a KeyboardInterrupt) if it is interrupted when problems are done, and UserError if
-    there is no problem.
+    max_completion_length: tokens. batch_size: problems at a time; None to choose by the model's size. progress: title
+    of a progress bar, None for no bar. The result depends on `seed`, not on global random state; the policy keeps
+    its mode. Raises EvaluationStopped (a KeyboardInterrupt) if interrupted after some problems are answered, and
+    UserError if there is no problem.
     """
     total = len(dataset) * (1 + sampled)
     bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)
@@ -57,6 +59,7 @@ def evaluate(
         with bar:
             while batch := list(itertools.islice(left, batch_size or (64 if is_small(policy.model) else 8))):
                 answered += asked.answers(batch)
+        answered = _judged_as_r1v(answered)
     except KeyboardInterrupt:
         if not answered:
             raise
@@ -92,6 +95,18 @@ class _Asked:
         rollout = self.sampler.generate(examples, num_generations=num_generations, temperature=at, prefix=prefix)
         self.bar.update(len(rollout.completions))
         return rollout.completions
+
+
+def _judged_as_r1v(answered: list[Answered]) -> list[Answered]:
+    """With R1-V's verdicts, which depend on all solutions; without, where math-verify cannot be asked for them."""
+    try:
+        verdicts = judged_as_r1v([one.completion for one in answered], [one.solution for one in answered])
+    except UserError as error:  # no reason to lose the other figures
+        warnings.warn(f"no accuracy as R1-V counts: {error}", stacklevel=2)
+        verdicts = None
+    if verdicts is None:
+        return answered
+    return [replace(one, correct_as_r1v=verdict) for one, verdict in zip(answered, verdicts)]
 
 
 def _judged(index: int, example: Example, completion: str, drawn: Sequence[str]) -> Answered:

@@ -12,6 +12,7 @@ FIGURES = {
     "sampled_accuracy": "sampled accuracy",
     "format_accuracy": "well-formed answers",
     "accuracy_when_formatted": "greedy, of the well-formed",
+    "accuracy_as_r1v": "greedy, as R1-V counts",
 }
 MAX_ROWS = 12  # of accuracy by answer
 
@@ -44,7 +45,7 @@ def figure_rows(result: EvalResult, settings: dict[str, Any]) -> list[tuple[str,
 
 
 def answer_rows(result: EvalResult) -> list[tuple[str, int, int]]:
-    """(answer, right, all) of each true answer; of many, numbers are put together in ranges, the rarest as "others"."""
+    """(answer, right, all) of each true answer. If many, numbers are grouped in ranges, rare texts in "others"."""
     counts = result.by_answer()
     if len(counts) <= MAX_ROWS:
         return [(answer, right, n) for answer, (right, n) in counts.items()]

@@ -1,4 +1,4 @@
-"""What an evaluation found: each problem as it was answered, and the accuracies over all of them."""
+"""What an evaluation found: each problem with its answers, and the accuracies over all problems."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Answered:
-    """A problem with the model's greedy completion of it, and how the completions did that were sampled."""
+    """A problem with the model's greedy completion, and whether its sampled completions were right."""
 
-    index: int  # in the data set, which has the image; what tells problems apart
+    index: int  # in the data set, which has the image; it identifies the problem
     name: str
     problem: str
     solution: str
@@ -21,37 +21,42 @@ class Answered:
     correct: bool
     formatted: bool
     sampled_correct: tuple[bool, ...]
+    correct_as_r1v: bool | None = None  # None: not judged
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Fractions over n problems: of greedy completions, but for `sampled_accuracy`, which is NaN if none was sampled.
+    """Fractions over n problems, of greedy completions except `sampled_accuracy`, which is NaN if none was sampled.
 
     accuracy_when_formatted: greedy accuracy among the well-formed completions, 0 if there are none. It tells a model
-    that has learnt to answer from one that has learnt to write tags.
+    that has learnt to answer from one that has learnt to write tags. accuracy_as_r1v: greedy accuracy as R1-V's
+    evaluations count it, NaN where not every completion has been judged so.
     """
 
     greedy_accuracy: float
     sampled_accuracy: float
     format_accuracy: float
     accuracy_when_formatted: float
+    accuracy_as_r1v: float
     n: int
     answered: list[Answered]
 
     @classmethod
     def of(cls, answered: list[Answered]) -> EvalResult:
         sampled = [correct for one in answered for correct in one.sampled_correct]
+        as_r1v = [one.correct_as_r1v for one in answered if one.correct_as_r1v is not None]
         return cls(
             greedy_accuracy=_mean([one.correct for one in answered]),
             sampled_accuracy=_mean(sampled) if sampled else math.nan,
             format_accuracy=_mean([one.formatted for one in answered]),
             accuracy_when_formatted=_mean([one.correct for one in answered if one.formatted]),
+            accuracy_as_r1v=_mean(as_r1v) if len(as_r1v) == len(answered) else math.nan,
             n=len(answered),
             answered=answered,
         )
 
     def figures(self) -> dict[str, float]:
-        """What can stand in a JSON file: all but the problems, and no NaN."""
+        """The numbers for a JSON file: everything but the problems, without NaN."""
         numbers = {name: value for name, value in vars(self).items() if name != "answered"}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
@@ -70,7 +75,7 @@ class EvalResult:
 def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval of a fraction observed in n independent trials; z = 1.96 for 95 %.
 
-    Unlike the normal one it stays in [0, 1], and is not empty at 0 and 1.
+    Unlike the normal approximation's it stays in [0, 1], and does not shrink to a point at 0 and 1.
     """
     centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))

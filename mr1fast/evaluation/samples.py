@@ -30,7 +30,7 @@ MAX_SIDE = 512  # pixels; larger images are scaled down
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """A problem as it was answered before training and after."""
+    """A problem with its answers before and after training."""
 
     example: Example
     before: Answered
@@ -51,7 +51,7 @@ def before_and_after(
 def draw_samples(file: Path, shown: Sequence[BeforeAfter], title: str) -> Path:
     """One cell a problem: image, question, true answer, and both completions, green where right and red where wrong."""
     cells = [_paragraphs(one) for one in shown]
-    # All cells are as high as the one with most text needs.
+    # All cells are as high as the cell with the most text needs to be.
     heights = [max(texts[i].text.count("\n") + 1 for texts in cells) * cells[0][i].line for i in range(len(cells[0]))]
     cell = IMAGE + sum(heights) + GAP * (len(heights) + 1)
     columns = min(COLUMNS, len(shown))
@@ -106,7 +106,7 @@ def _paragraphs(one: BeforeAfter) -> list[Text]:
 
 
 def _draw_cell(axis: Axes, example: Example, texts: Sequence[Text], heights: Sequence[float], cell: float) -> None:
-    """`cell` and `heights`, those of the cell and of its texts, are in inches."""
+    """`cell` and `heights` are the heights of the cell and of its texts in inches."""
     axis.set_xlim(0, 1)
     axis.set_ylim(cell, 0)  # inches from the top
     axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="0.8", transform=axis.transAxes))

@@ -1,4 +1,4 @@
-"""What is printed: the accuracies of an evaluation; those of a training run before and after, and what to do next."""
+"""What is printed: the accuracies of an evaluation, and of a training run before and after; and what to do next."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def training_table(result: dict[str, Any]) -> str:
         after = result["after"][data]
         lines.append(f"{data}, test split, {before['n']} problems")
         for name, title in FIGURES.items():
-            lines.append(_line(f"  {title}", before[name], after[name]))
+            if name in before and name in after:
+                lines.append(_line(f"  {title}", before[name], after[name]))
     for trained_on, others in result["cross_task"].items():
         for data, after in others.items():
             before = result["before"][data]["greedy_accuracy"]

@@ -1,1 +1,1 @@
-"""What is the loss: the public functions, their arguments, and the schedules of the KL weight."""
+"""What is the loss? The public functions, their arguments, and the schedules of the KL weight."""

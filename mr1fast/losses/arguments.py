@@ -138,7 +138,7 @@ def _advantages(
     dtype, rewards = reference.compute_dtype(like.dtype), options["rewards"]
     if (advantages is None) == (rewards is None):
         which = "neither" if rewards is None else "both"
-        raise ValueError(f"exactly one of advantages and rewards (with num_generations) must be given, got {which}")
+        raise ValueError(f"exactly one of advantages or rewards (with num_generations) must be given, got {which}")
     if rewards is None:
         advantages = _constant(_shaped("advantages", advantages, [(B,), (B, L)], like), dtype)
         return {"advantages": advantages[:, None].expand(B, L) if advantages.dim() == 1 else advantages}

@@ -9,12 +9,12 @@ What the weight may be:
   with every other parameter's.
 - With LoRA on the lm_head: pass the merged weight, `base.weight + scaling * B @ A` (in PEFT `layer.weight +
   layer.get_delta_weight(name)`); the gradient of the merged weight reaches A and B through autograd.
-- Frozen: its GEMM is left out, and so is that of hidden states which need no gradient.
+- Frozen: the GEMM for its gradient is left out, as is the GEMM for hidden states that need no gradient.
 
-The GEMMs run in the type of the hidden states, or autocast's; a float32 weight (FSDP2 with a 16-bit `param_dtype`,
+The GEMMs run in the dtype of the hidden states, or in autocast's; a float32 weight (FSDP2 with a 16-bit `param_dtype`,
 autocast) is cast for the call and gets its gradient in float32, summed over blocks in float32. On a GPU nothing is
-rounded on the way; a CPU's 16-bit GEMM rounds each block's product.
-torch.compile(fullgraph=True) takes both functions as one node each; the "torch" backend is traced with its logits kept.
+rounded on the way; a CPU's 16-bit GEMM rounds the product of each block.
+To torch.compile(fullgraph=True) each function is one node; the "torch" backend is traced, and keeps its logits.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def linear_grpo_loss(
 ) -> GRPOLossOutput:
     """`grpo_loss(hidden @ lm_head_weight.T + lm_head_bias, ...)` with its gradients, in three GEMMs and little memory.
 
-    Token-level objectives with reduction="mean" compute the gradients in forward, block of rows by block of rows, and
-    backward hands them over (so a call under grad mode pays for them). The others recompute the logits in backward
-    (four GEMMs, see `linear_token_logprobs`), and so does float16, whose loss scale must be in the gradient before it
-    is rounded. Masked tokens cost nothing; tokens without a gradient (advantage 0, or clipped, at beta 0) cost the
-    first GEMM only.
+    Token-level objectives with reduction="mean" compute the gradients in forward, one block of rows after another, and
+    backward returns them (so a call with gradients enabled pays for them). All others recompute the logits in backward
+    (four GEMMs, see `linear_token_logprobs`), and so does float16, whose loss scale must be part of the gradient before
+    it is rounded. Masked tokens cost nothing; tokens without a gradient (at beta 0, those with advantage 0 or clipped)
+    cost only the first GEMM.
 
     Args:
         hidden: [B, L, H] float32, bfloat16 or float16 (float64 on "torch" only): the last hidden states, so that
@@ -60,14 +60,14 @@ def linear_grpo_loss(
             may be.
         completion_ids, advantages: as in `grpo_loss`.
         lm_head_bias: [V] or None.
-        chunk_bytes: size of the block of logits held at a time; None for 1.2 GiB on a GPU, 160 MiB on a CPU. At least
-            512 (64) rows are taken, below which the GEMMs slow down. Peak memory is inputs + gradients +
-            chunk_bytes + one float32 [V, H] where the weight is not float32. Results differ by rounding only.
+        chunk_bytes: size of the block of logits held at a time; None for 1.2 GiB on a GPU, 160 MiB on a CPU. A block
+            has at least 512 rows (64 on a CPU), because with fewer the GEMMs slow down. Peak memory is inputs +
+            gradients + chunk_bytes, plus one float32 [V, H] if the weight is not float32. Only rounding differs.
         backend: as in `grpo_loss`.
         **options: those of `mr1fast.losses.options.LossOptions`, which are:
 
     Returns:
-        GRPOLossOutput, of which `loss` is differentiable in hidden, lm_head_weight and lm_head_bias, once.
+        GRPOLossOutput; its `loss` is differentiable, once, with respect to hidden, lm_head_weight and lm_head_bias.
 
     Raises:
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
@@ -104,8 +104,8 @@ def linear_token_logprobs(
     """`token_logprobs` from hidden states [B, L, H] and lm_head weight [V, H] (bias [V]), arguments as above.
 
     Log-probability of `ids` [B, L], float32 [B, L], 0 where `mask` is 0; with `entropy` also the entropies. Both are
-    differentiable in hidden states, weight and bias: backward recomputes the logits (four GEMMs in all) of the tokens
-    with a gradient. Without gradient, as for the old and the reference policy, nothing is saved.
+    differentiable with respect to hidden states, weight and bias: backward recomputes the logits of tokens that have
+    a gradient (four GEMMs in total). Without gradients, as for the old and the reference policy, nothing is saved.
     """
     lm_head_weight, lm_head_bias = _gathered(lm_head_weight), _gathered(lm_head_bias)
     shape = arguments.linear_head(hidden, lm_head_weight, lm_head_bias)

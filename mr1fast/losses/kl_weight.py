@@ -1,6 +1,6 @@
 """The dynamic KL weight of GRPO-D (OThink-MR1, arXiv 2503.16081, Eq. 3) and its alternatives.
 
-A schedule is a function and its entry in `SCHEDULES`, which the programs' options, help and errors are made from.
+A schedule is a function and its entry in `SCHEDULES`, from which the programs' options, help and errors are made.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mr1fast.checks import described, not_one_of, number
 _STATE = ("step", "value")
 
 
-# ---- the schedules: the weight at p, the fraction of the steps that are done, between the bounds low and high --------
+# ---- the schedules: the weight, between the bounds low and high, after the fraction p of all steps -------------------
 
 
 def _paper(p: float, low: float, high: float, explore_fraction: float) -> float:
@@ -54,7 +54,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
     "exponential": _exponential,
     "reversed": _reversed,
 }
-ALL_SCHEDULES = (*SCHEDULES, "adaptive")  # which has state, so that only a KLSchedule can be it
+ALL_SCHEDULES = (*SCHEDULES, "adaptive")  # adaptive has state, so only a KLSchedule can follow it
 # Those whose function takes explore_fraction.
 EXPLORING = tuple(name for name, form in SCHEDULES.items() if "explore_fraction" in inspect.signature(form).parameters)
 
@@ -153,7 +153,7 @@ class KLSchedule:
         return self.value
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Tell the measured mean KL per token (nats) and how many steps it stands for (verl's controller interface)."""
+        """Report the measured mean KL per token (nats) and the number of steps it covers (the interface of verl)."""
         number("n_steps", n_steps, at_least=0)
         try:
             current_kl = float(current_kl)  # a 0-d tensor, too

@@ -30,9 +30,9 @@ class GRPOLossOutput:
     per_token_logps: log-probability of each completion token, at the given temperature.
     entropies: entropy of each token's distribution, in nats.
     kl: k3 estimate of the KL to the reference (after bias correction); None without reference log-probs.
-    is_low_clipped, is_high_clipped: bool, ratio out of the clip range on the side where the gradient is cut.
+    is_low_clipped, is_high_clipped: bool, whether the ratio is below (above) the clip range and its gradient is cut.
     completion_mask: bool, or None for all ones.
-    clipped_per_completion: the flags are one value per completion, repeated (sequence level).
+    clipped_per_completion: whether the flags have one value per completion, repeated for its tokens (sequence level).
     """
 
     loss: Tensor
@@ -56,7 +56,7 @@ class GRPOLossOutput:
         return cls(*outputs, completion_mask=mask, clipped_per_completion=per_completion)
 
     def metrics(self) -> dict[str, float]:
-        """Means over unmasked tokens under TRL's names (clip ratios at sequence level: over completions); one sync."""
+        """Means over unmasked tokens (at sequence level, clip ratios over completions), by TRL's names; syncs once."""
         tokens = token_count(self.is_low_clipped, self.completion_mask)
 
         def clip_ratio(flags: Tensor) -> Tensor:
@@ -93,20 +93,20 @@ def grpo_loss(
             once more, in backward, so that a loss scale (GradScaler) is in the gradient before it is rounded.
         completion_ids: [B, L] int64; anything at masked positions.
         advantages: [B] or [B, L]; or None, with rewards.
-        inplace: write the gradient over the logits (which are consumed); without gradient they stay untouched. It
-            saves the memory where the logits come out of a model; a leaf's `.grad` is a copy that autograd makes.
-        backend: "auto", "torch", "cpp", "triton" or "cuda". Only "auto" chooses; a named one raises if it cannot run.
+        inplace: write the gradient over the logits, which are then consumed; if no gradient is needed, they stay
+            untouched. It saves memory if a model computed the logits; a leaf gets a copy of the gradient.
+        backend: "auto", "torch", "cpp", "triton" or "cuda". Only "auto" chooses; any other raises if it cannot run.
         **options: those of `mr1fast.losses.options.LossOptions`, which are:
 
-    Beyond a log-ratio (or ref_logp - logp) of 80, exp and its slope stay at e^80: float32's exp ends at 88.7, and a
-    factor more would make inf, then NaN gradients (see `kernels/reference.py`).
+    Beyond a log-ratio (or ref_logp - logp) of 80, exp and its slope stay at e^80: float32's exp overflows at 88.7, and
+    further factors would give inf and then NaN gradients (see `kernels/reference.py`).
 
-    Backward may run once; on a CPU again (retain_graph), if the first time its incoming gradient was 1. Its result can
-    be differentiated again (create_graph) with backend="torch" only.
+    Backward may run once; on a CPU it may run again (retain_graph) if its first incoming gradient was 1. Its result can
+    be differentiated again (create_graph) only with backend="torch".
 
     Raises:
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
-        RuntimeError: logits that an earlier in-place call has consumed; a second derivative.
+        RuntimeError: the logits were consumed by an earlier in-place call, or a second derivative was asked for.
     """
     shape = arguments.logits_shape(logits, checks.flag("inplace", inplace))
     values = completed(grpo_loss, options)
@@ -146,8 +146,9 @@ def group_advantages(
     """Group-relative advantages (R - mean) / (std + eps), float32 [B] (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
 
     rewards [B], with the `num_generations` completions of a prompt adjacent. scale_rewards "group" divides by the
-    (unbiased) standard deviation of the group, "batch" by that of the batch, "none" by nothing. A NaN reward is absent:
-    left out of mean and std, advantage 0. Equal rewards have advantages of exactly 0; all is computed in float64.
+    (unbiased) standard deviation of the group, "batch" by that of the whole batch, "none" does not divide. A NaN reward
+    counts as missing: mean and std leave it out, and its advantage is 0. Equal rewards have advantages of exactly 0;
+    everything is computed in float64.
     Raises ValueError if B is not a multiple of num_generations.
     """
     arguments.floating("rewards", rewards, "[B]")
@@ -178,12 +179,12 @@ class GRPOLoss(nn.Module):
         **options: Unpack[LossOptions],
     ):
         """Args:
-            kl_schedule: gives beta; None for the option of that name.
+            kl_schedule: provides beta; None to use the option `beta`.
             inplace, backend: as in `grpo_loss`.
             **options: those of `mr1fast.losses.options.LossOptions`, which a call may override. They are:
 
         Raises:
-            ValueError: an option that there is none of, a wrong value, or both `kl_schedule` and `beta`.
+            ValueError: an unknown option, a wrong value, or both `kl_schedule` and `beta`.
         """
         super().__init__()
         if not isinstance(kl_schedule, KLSchedule | None):

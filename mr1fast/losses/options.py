@@ -19,7 +19,7 @@ from mr1fast.checks import choice, flag, integer, nearest, number
 from mr1fast.kernels.advantages import SCALE_REWARDS
 from mr1fast.kernels.reference import LOSS_TYPES
 
-Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss wants it; ValueError for a wrong one
+Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss needs it; ValueError if it is wrong
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -61,15 +61,15 @@ class LossOptions(TypedDict, total=False):
 
     rewards: Annotated[
         Tensor | None,
-        Option(None, _any, "[B], from which group-relative advantages are computed, see `group_advantages`."),
+        Option(None, _any, "[B], used to compute group-relative advantages, see `group_advantages`."),
     ]
     num_generations: Annotated[
         int | None,
-        Option(None, partial(_or_none, check=_COUNT), "completions of a prompt, with rewards."),
+        Option(None, partial(_or_none, check=_COUNT), "number of completions of each prompt; required with rewards."),
     ]
     scale_rewards: Annotated[
         str,
-        Option("group", _one_of(*SCALE_REWARDS), 'with rewards: "group", "batch" or "none".'),
+        Option("group", _one_of(*SCALE_REWARDS), 'used with rewards: "group", "batch" or "none".'),
     ]
     completion_mask: Annotated[
         Tensor | None,
@@ -77,7 +77,7 @@ class LossOptions(TypedDict, total=False):
     ]
     old_per_token_logps: Annotated[
         Tensor | None,
-        Option(None, _any, "[B, L], of the policy that sampled; None for on-policy (ratio 1, gradient flows)."),
+        Option(None, _any, "[B, L], of the policy that sampled; None if on-policy (ratio 1, gradient flows)."),
     ]
     ref_per_token_logps: Annotated[
         Tensor | None,
@@ -88,19 +88,19 @@ class LossOptions(TypedDict, total=False):
         Option(
             0.0,
             partial(_or_tensor, check=_number(at_least=0)),
-            "KL weight, a float >= 0 or a 0-d tensor on any device. It may change at every call at no cost.",
+            "KL weight, a float >= 0 or a 0-d tensor on any device. Changing it from call to call costs nothing.",
         ),
     ]
     epsilon_low: Annotated[
         float,
-        Option(0.2, _number(at_least=0), "the ratio is clipped below 1 - epsilon_low."),
+        Option(0.2, _number(at_least=0), "the ratio is clipped where it is below 1 - epsilon_low."),
     ]
     epsilon_high: Annotated[
         float,
         Option(
             0.2,
             _number(at_least=0),
-            'the ratio is clipped above 1 + epsilon_high; with "cispo", above epsilon_high itself.',
+            'the ratio is clipped where it is above 1 + epsilon_high; with "cispo", above epsilon_high itself.',
         ),
     ]
     delta: Annotated[
@@ -108,7 +108,7 @@ class LossOptions(TypedDict, total=False):
         Option(
             None,
             partial(_or_none, check=_number(above=0), instead=math.inf),
-            "upper bound of the ratio that is not clipped (two-sided clipping); None for no bound.",
+            "upper bound of the unclipped ratio (two-sided clipping); None for no bound.",
         ),
     ]
     loss_type: Annotated[
@@ -148,12 +148,12 @@ class LossOptions(TypedDict, total=False):
         Option(
             None,
             partial(_or_none, check=partial(_or_tensor, check=_number(at_least=0))),
-            '"dapo"\'s and "cispo"\'s normaliser, in tokens (a number or a 0-d tensor); None for the unmasked ones.',
+            '"dapo"\'s and "cispo"\'s normaliser, in tokens (a number or a 0-d tensor); None to count unmasked tokens.',
         ),
     ]
     temperature: Annotated[
         float,
-        Option(1.0, _number(above=0), "the logits are divided by it."),
+        Option(1.0, _number(above=0), "number by which the logits are divided."),
     ]
     reduction: Annotated[
         str,
@@ -178,11 +178,11 @@ _default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class UnknownOption(ValueError, TypeError):
-    """A keyword that there is none of: a ValueError like any bad argument of the loss, and Python's own TypeError."""
+    """An unknown keyword: a ValueError like any bad argument of the loss, and a TypeError as Python itself raises."""
 
 
 def checked(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given to the function, each with its value checked and in the form in which the loss wants it."""
+    """The options given to the function, each with its value checked and converted to the form that the loss needs."""
     values = {}
     for name, value in options.items():
         if name not in OPTIONS:

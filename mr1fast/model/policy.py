@@ -1,4 +1,4 @@
-"""The policy: a Qwen2-VL and its processor. How such a model is built inside is known here and nowhere else.
+"""The policy: a Qwen2-VL and its processor. Only this file knows how such a model is built inside.
 
 Each prompt, with its image, runs once for all of its completions. That is exact, with gradients: completions attend to
 the prompt's keys and values, which are repeated and not computed again, and a gradient flows back through them into
@@ -10,7 +10,7 @@ adjacent, L tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Policy:
     """A Qwen2-VL with its processor.
 
     model: a Qwen2VLForConditionalGeneration, or a PeftModel on one whose adapters are layers within it (LoRA and its
-    kin). Raises UserError where model and processor do not fit each other.
+    kin). Raises UserError if model and processor do not match.
     """
 
     def __init__(self, model: nn.Module, processor: Qwen2VLTextImageProcessor):
@@ -57,8 +57,26 @@ class Policy:
         return self._base.device
 
     def freeze(self) -> Policy:
-        """For good: a reference has no gradients and no dropout."""
+        """Switch off gradients and dropout for good, as a reference needs it. Returns the policy itself."""
         self.model.eval().requires_grad_(False)
+        return self
+
+    def freeze_parts(self, parts: Iterable[str]) -> Policy:
+        """Not to be trained, of PARTS: vision (the tower), merger (its last layers), language (with the head).
+
+        Weights of an adapter within them are not trained either. Where nothing before a layer is trained, it runs
+        without a graph.
+        """
+        visual = self._base.model.visual
+        merger = set(visual.merger.parameters())
+        weights = {
+            "vision": set(visual.parameters()) - merger,
+            "merger": merger,
+            "language": {*self._base.model.language_model.parameters(), self._head.weight},
+        }
+        for part in parts:
+            for weight in weights[part]:
+                weight.requires_grad_(False)
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -195,7 +213,7 @@ def _head(model: Qwen2VLForConditionalGeneration) -> nn.Linear:
 
 
 def _end_ids(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor) -> list[int]:
-    """What ends a turn in the chat template, then what the generation config and the tokenizer name as the end."""
+    """The ids that end a completion: the chat template's end of a turn, the generation config's and the tokenizer's."""
     named = model.generation_config.eos_token_id
     named = model.config.get_text_config().eos_token_id if named is None else named
     ends = [end_of_turn(processor), *(named if isinstance(named, list) else [named]), processor.tokenizer.eos_token_id]

@@ -24,14 +24,14 @@ class Prefix:
     next_position: Tensor  # [P] int64, the M-RoPE position of the first token of a completion
 
     def take(self, prompts: Tensor) -> Prefix:
-        """The prefix of each of N completions, of the `prompts` [N] int64."""
+        """The prefixes of N completions, whose prompts are `prompts` [N] int64."""
         key_values = [
             (keys.index_select(0, prompts), values.index_select(0, prompts)) for keys, values in self.key_values
         ]
         return Prefix(key_values, self.last_hidden[prompts], self.attention_mask[prompts], self.next_position[prompts])
 
     def prompts_of(self, completions: int) -> Tensor:
-        """The prompt [B] of each of so many completions, those of a prompt adjacent."""
+        """The prompt [B] of each of this many completions, where those of a prompt are adjacent."""
         P = self.last_hidden.shape[0]
         return torch.arange(P, device=self.last_hidden.device).repeat_interleave(completions // P)
 
@@ -40,7 +40,7 @@ class Prefix:
         return Prefix(key_values, self.last_hidden.detach(), self.attention_mask, self.next_position)
 
     def cache(self, room: int = 0) -> Cache:
-        """A cache that holds the prefix. With `room` for so many tokens it is written in place, without gradients."""
+        """A cache that holds the prefix. With `room` for more tokens it is written in place, without gradients."""
         if room == 0:
             return DynamicCache(self.key_values)
         return Cache(layers=[_RoomyLayer(keys, values, room) for keys, values in self.key_values])

@@ -15,9 +15,9 @@ from typing import Any
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, recipe_name
+from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_pieces, recipe_name
 from mr1fast.options.reward_weights import parse_reward_weights
-from mr1fast.options.train_options import BY_TASK, TrainOptions
+from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,18 @@ class TrainConfig(TrainOptions):
                     check_value(field, each, option_string(field.name))
         self._check_tasks()
         self._check_kl()
+        for part in self.frozen_parts:
+            check_choice("--freeze: a part", part, PARTS)
+        if set(self.frozen_parts) == set(PARTS):
+            raise UserError(f"--freeze {self.freeze} leaves nothing to train")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
-            prompts = self.for_task(name).prompts_per_step
-            if prompts % self.gradient_accumulation_steps:
+            task = self.for_task(name)
+            if task.prompts_per_step % task.gradient_accumulation_steps:
                 raise UserError(
                     "--gradient-accumulation-steps must divide --prompts-per-step, "
-                    f"got {self.gradient_accumulation_steps} and {prompts}"
+                    f"got {task.gradient_accumulation_steps} and {task.prompts_per_step}"
                 )
 
     def _check_tasks(self) -> None:
@@ -85,6 +89,10 @@ class TrainConfig(TrainOptions):
         if self.data is not None:
             return ()
         return TASK_NAMES if self.task is None else tuple(name.strip() for name in self.task.split(","))
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -137,12 +145,14 @@ class TrainConfig(TrainOptions):
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
         if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
-        values = {}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Mapping):
                 value = value.get(name)
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
+        if values["gradient_accumulation_steps"] is None:
+            values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -157,6 +167,8 @@ class TaskConfig:
     prompts_per_step: int
     max_completion_length: int
     temperature: float
+    top_k: int
+    top_p: float
     beta_min: float
     beta_max: float
     kl_schedule: str
@@ -177,4 +189,4 @@ def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
     if name == "data" or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("task", "reward_weights") else value
+    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value

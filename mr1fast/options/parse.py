@@ -20,6 +20,7 @@ from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import check_value, option_string
 from mr1fast.options.program import Parser, prog
 from mr1fast.options.recipes import SMALL_MODEL
+from mr1fast.options.reward_weights import DEFAULT_REWARDS, add_rewards
 from mr1fast.options.train_options import BY_TASK, GROUPS
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -90,6 +91,13 @@ def build_parser() -> Parser:
         "continue the run with the newest checkpoint under --output-dir, or else under runs",
     )
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    groups["reward"].add_argument(
+        "--reward",
+        action="append",
+        metavar="NAME",
+        help="one more reward, with the weight 1; may be given several times. --reward mymodule:myfunction is short "
+        f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
+    )
     for name, field in FIELDS.items():
         groups[field.metadata["group"]].add_argument(
             option_string(name),
@@ -121,9 +129,11 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
     """The command line, and the YAML file it may name. Raises UserError; --help prints and exits as argparse does."""
     flags = vars(build_parser().parse(arguments))
     resume, config_file = flags.pop("resume", None), flags.pop("config", None)
-    print_config = flags.pop("print_config", False)
+    print_config, rewards = flags.pop("print_config", False), flags.pop("reward", [])
     given = {} if config_file is None else read_yaml(config_file)
     given |= {name: convert(name, value, option_string(name)) for name, value in flags.items()}
+    if rewards:
+        given["reward_weights"] = add_rewards(given.get("reward_weights", DEFAULT_REWARDS), rewards)
     return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config)
 
 

@@ -1,17 +1,15 @@
-"""--reward-weights: which rewards are added up, with which weights."""
+"""--reward-weights and --reward: which rewards are added up, with which weights."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
 from mr1fast.rewards import REWARDS
+from mr1fast.rewards.own import OwnReward, RewardFunction
 
 DEFAULT_REWARDS = "accuracy=1,format=0.5"
 # Advantages divide by the rewards' standard deviation + 1e-4; rewards far smaller than that would not count.
@@ -24,7 +22,7 @@ class Reward:
 
     name: str  # in the metrics: rewards/NAME/mean
     weight: float
-    function: Callable[..., float]  # (completion, solution, choices) -> reward
+    function: RewardFunction
 
 
 def parse_reward_weights(text: str, source: str) -> dict[str, float]:
@@ -47,6 +45,18 @@ def parse_reward_weights(text: str, source: str) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight}
 
 
+def add_rewards(text: str, names: Sequence[str]) -> str:
+    """--reward-weights with these names of --reward, each with weight 1 unless it is there. Raises UserError."""
+    for name in names:
+        if not name.strip() or set(name) & set("=,"):
+            raise UserError(
+                f"--reward takes one name, such as module:function, got {name!r}; weights go to --reward-weights name=1"
+            )
+        if name not in (part.rpartition("=")[0].strip() for part in text.split(",")):
+            text += f",{name}=1"
+    return text
+
+
 def _weight(name: str, text: str, source: str) -> float:
     try:
         weight = float(text)
@@ -58,11 +68,11 @@ def _weight(name: str, text: str, source: str) -> float:
 
 
 def load_rewards(weights: Mapping[str, float]) -> list[Reward]:
-    """The functions behind the names; the user's own are imported. Raises UserError if one cannot be imported."""
+    """The functions behind the names; those of the user's are tried. Raises UserError where one cannot be had."""
     rewards = [
         Reward(f"{name}_reward", weight, REWARDS[name])
         if name in REWARDS
-        else Reward(name.partition(":")[2], weight, _imported(name))
+        else Reward(name.partition(":")[2], weight, OwnReward(name))
         for name, weight in weights.items()
     ]
     names = [reward.name for reward in rewards]
@@ -72,16 +82,8 @@ def load_rewards(weights: Mapping[str, float]) -> list[Reward]:
     return rewards
 
 
-def _imported(name: str) -> Callable[..., float]:
-    """A function of (completion, solution)."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # an installed command does not look there, python -m does
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module raises
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--reward-weights: {name} cannot be imported: {type(error).__name__}: {reason}") from error
-    if not callable(function):
-        raise UserError(f"--reward-weights: {name} is not a function, but of type {type(function).__name__}")
-    return lambda completion, solution, choices=None: function(completion, solution)
+def check_columns(rewards: Iterable[Reward], columns: Iterable[str]) -> None:
+    """Raises UserError where a function of the user's takes a column that is not among these."""
+    for reward in rewards:
+        if isinstance(reward.function, OwnReward):
+            reward.function.check_columns(columns)

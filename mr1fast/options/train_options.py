@@ -13,11 +13,14 @@ from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
+from mr1fast.rewards.own import FORM
 
 METHODS = tuple(KL_DEFAULTS)
 # The options that may differ by task, since recipes differ by task: one value for all tasks, or {task: value}.
-BY_TASK = tuple(RECIPES[R1_V])
+BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
+# What --freeze knows; `Policy.freeze_parts` says which weights they are.
+PARTS = ("vision", "merger", "language")
 # The headings of --help, in this order.
 GROUPS = {
     "model": "model and method",
@@ -71,6 +74,14 @@ class TrainOptions:
         metavar="DIR",
         shown="the embedded model",
     )
+    freeze: str | None = option(
+        None,
+        "parts that are not trained, separated by commas: vision (the vision tower), merger (its last layers, which "
+        "make image tokens), language (the language model)",
+        group="model",
+        metavar="LIST",
+        shown="none",
+    )
     task: str | None = option(
         None,
         f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
@@ -107,8 +118,9 @@ class TrainOptions:
     )
     reward_weights: str = option(
         DEFAULT_REWARDS,
-        "rewards to add up, as name=weight separated by commas; a name is accuracy (is the answer right?), format (are "
-        "the tags right?), or module:function for a Python function of your own, (completion, solution) -> number",
+        "what is rewarded: name=weight, separated by commas; names are accuracy (is the answer right?), format (are "
+        "the tags right?), r1v-counting and r1v-geometry (is the answer right as R1-V's evaluations count?), and "
+        f"module:function, a Python function of your own, {FORM}",
         group="reward",
         metavar="LIST",
     )
@@ -146,9 +158,23 @@ class TrainOptions:
         at_most=100.0,
         why="logits are divided by it",
     )
-    seed: int = option(
-        0, "seed of the random numbers that shuffle the prompts and sample completions", group="sampling", at_least=0
+    top_k: int = option(
+        0,
+        "sample each token from this many likeliest ones; 0 for all",
+        group="sampling",
+        unit="tokens",
+        at_least=0,
+        at_most=MANY,
     )
+    top_p: float = option(
+        1.0,
+        "sample each token from the likeliest ones that have this probability together; 1 for all",
+        group="sampling",
+        at_least=1e-6,
+        at_most=1.0,
+        why="it is a probability",
+    )
+    seed: int = option(0, "seed for shuffling the prompts and for sampling", group="sampling", at_least=0)
 
     beta: float | None = option(
         None, "constant KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")
@@ -217,11 +243,12 @@ class TrainOptions:
         at_least=1,
         at_most=MANY,
     )
-    gradient_accumulation_steps: int = option(
-        1,
+    gradient_accumulation_steps: int | Mapping[str, int] | None = option(
+        None,
         "number of pieces in which a batch passes through the model, to save memory; the gradient is the same",
         group="optimizer",
         at_least=1,
+        shown="1 for small models, --prompts-per-step for others, which is one prompt at a time",
     )
     max_grad_norm: float = option(
         1.0,

@@ -1,1 +1,1 @@
-"""How is it trained: a run, a step, and what they leave behind."""
+"""How is it trained? A run, a step, and the files they leave behind."""

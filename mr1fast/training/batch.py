@@ -53,10 +53,10 @@ def batch_logps(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tenso
 def grpo_batch_loss(
     policy: Policy, batch: Batch, *, beta: float, temperature: float, scale: float = 1.0
 ) -> GRPOLossOutput:
-    """The paper's loss of a batch, a mean over completions, times `scale`: 1 / N for each of N that are averaged.
+    """The paper's loss of a batch, a mean over completions, times `scale`, which is 1 / N if N batches are averaged.
 
-    The loss is homogeneous in advantages and KL weight: they are scaled, so that the gradient that the loss head has
-    ready need not be.
+    The loss is linear in advantages and KL weight together, so these are scaled; the gradient, which the loss head has
+    already finished, then needs no scaling.
     """
     assert batch.advantages is not None
     hidden = policy.completion_hidden(batch.prefix or policy.encode_prefix(batch.inputs), batch.completion_ids)
@@ -74,7 +74,7 @@ def grpo_batch_loss(
 
 
 def sft_batch_loss(policy: Policy, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of the completions, each the mean of its tokens (nats per token), 0-d."""
+    """Mean over completions of the negative log-likelihood per token (nats), 0-d."""
     lengths = batch.completion_mask.sum(1).clamp(min=1)
     return -(batch_logps(policy, batch).sum(1) / lengths).mean()
 
@@ -99,7 +99,7 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
 
 
 def slice_prompts(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """The prompts start <= p < stop with their images, of which a prompt has one or none."""
+    """The prompts start <= p < stop with their images; a prompt has one image or none."""
     rows = {
         name: tensor[start:stop] for name, tensor in inputs.items() if name not in ("pixel_values", "image_grid_thw")
     }

@@ -23,6 +23,7 @@ from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_m
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versions, write_config, write_json
+from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.stop import Stopped, finishing_steps
 from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
@@ -64,6 +65,8 @@ def run(opened: OpenRun, started: float) -> None:
             print(line)
     if unanswered():
         print(unanswered_summary())
+    if said_absent := absent_summary():
+        print(said_absent)
     print(closing_words(setup, result))
 
 

@@ -16,7 +16,7 @@ from mr1fast.training.run_folder import RunFolder, write_text
 
 
 class MetricsLog:
-    """One row per step. Those from `first_step` on, which a resumed run writes again, are taken out first."""
+    """One row per step. Rows from `first_step` on, which a resumed run writes again, are removed first."""
 
     def __init__(self, run: RunFolder, task: str, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +40,7 @@ class MetricsLog:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that are whole: a run that was killed may have left half a line."""
+    """The complete rows of metrics.jsonl: a run that was killed may have left half a line."""
     rows = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -53,22 +53,35 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: int) -> dict[str, float]:
-    """Means and standard deviations of the rewards [B] of each kind, and of their weighted sum `total` [B]."""
-    metrics = {}
+    """Means and standard deviations of the rewards [B] of each kind, and of their weighted sum `total` [B].
+
+    Those that are absent (NaN) are counted and left out.
+    """
+    metrics: dict[str, float] = {}
     for name, values in rewards.items():
-        metrics[f"rewards/{name}/mean"] = values.mean().item()
-        metrics[f"rewards/{name}/std"] = values.std().item()
-    group_std = total.view(-1, num_generations).std(1)
+        metrics[f"rewards/{name}/mean"] = values.nanmean().item()
+        metrics[f"rewards/{name}/std"] = _std(values[None]).item()
+        if absent := int(values.isnan().sum()):
+            metrics[f"rewards/{name}/absent"] = absent
+    group_std = _std(total.view(-1, num_generations))
     return {
         **metrics,
-        "reward": total.mean().item(),
-        "reward_std": group_std.mean().item(),
+        "reward": total.nanmean().item(),
+        "reward_std": group_std.nanmean().item(),
         "frac_reward_zero_std": (group_std < 1e-8).float().mean().item(),
     }
 
 
+def _std(values: Tensor) -> Tensor:
+    """[n] float64: the unbiased deviation of each row of [n, m] without its NaN; NaN if there is nothing else."""
+    values = values.double()
+    count = (~values.isnan()).sum(1)
+    squares = (values - values.nanmean(1, keepdim=True)).square().nansum(1)
+    return (squares / (count - 1).clamp(min=1)).sqrt().masked_fill(count == 0, math.nan)
+
+
 def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
-    """Lengths in tokens, and the share of completions that did not end by themselves."""
+    """Lengths in tokens, and the fraction of completions that were cut off before they ended."""
     lengths = batch.completion_mask.sum(1).float()
     last = batch.completion_ids.gather(1, (lengths.long() - 1).clamp(min=0)[:, None])[:, 0]
     return {
@@ -80,7 +93,7 @@ def completion_metrics(batch: Batch, eos: Tensor) -> dict[str, float]:
 
 
 def sampling_metrics(per_token_logps: Tensor, sampling_per_token_logps: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far policy and sampler are apart in the tokens' log-probabilities [B, L] (nats), which should be rounding."""
+    """The difference (nats) between policy's and sampler's log-probabilities [B, L], which should only be rounding."""
     difference = (per_token_logps - sampling_per_token_logps).abs()[mask]
     return {
         "sampling/sampling_logp_difference/mean": difference.mean().item(),

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def learning_rate_at(step: int, *, peak: float, max_steps: int, warmup_steps: int) -> float:
-    """The rate of the update after `step` finished ones: a linear rise, then a linear fall to 0, as TRL's default."""
+    """The rate of the update after `step` finished ones: a linear rise, then a linear fall to 0, like TRL's default."""
     rise = (step + 1) / (warmup_steps + 1)
     fall = (max_steps - step) / max(max_steps - warmup_steps, 1)
     return peak * min(rise, fall, 1.0)
+
+
+# Of float32 gradients at a time; a weight with more has its own alone.
+CHUNK_BYTES = 64 * 2**20
 
 
 class Optimizer:
     """AdamW without weight decay (as TRL and R1-V run it) on float32 copies of weights of lower precision.
 
     At a learning rate of 1e-6 a bfloat16 weight would never move: it has 8 bits, the update is below the last of them.
+    Such a weight takes 16 bytes: 2, and 2 of its gradient, 4 of the copy, 8 of AdamW's moments. The float32 gradient
+    that AdamW wants would be 4 more; it is made for a few weights at a time.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], *, max_grad_norm: float):
@@ -30,39 +35,70 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(self.masters, weight_decay=0.0, fused=True)
 
     def step(self, learning_rate: float) -> float:
-        """One update from the gradients, which are used up. Returns their norm before clipping.
+        """Update once from the gradients, which are then cleared. Returns their norm before clipping.
 
-        If it is not finite nothing is updated.
+        If the norm is not finite, nothing is updated.
         """
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                master.grad = None if weight.grad is None else weight.grad.float()
-        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
-        if math.isfinite(norm):
+        norm = _norm([weight.grad for weight in self.weights if weight.grad is not None])
+        if norm.isfinite():
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
-            self.adamw.step()
-            with torch.no_grad():
-                for weight, master in zip(self.weights, self.masters):
-                    if master is not weight:
-                        weight.copy_(master)
+            self._update(norm)
         self.zero_grad()
-        return norm
+        return norm.item()
+
+    @torch.no_grad()
+    def _update(self, norm: Tensor) -> None:
+        """AdamW's step, clipped by this norm, in chunks: of all its weights it moves those that have a gradient."""
+        gradients = [weight.grad for weight in self.weights]
+        self.zero_grad()
+        for chunk in _chunks(self.masters):
+            for i in chunk:
+                gradient, gradients[i] = gradients[i], None
+                self.masters[i].grad = None if gradient is None else gradient.float()
+                del gradient
+            masters = [self.masters[i] for i in chunk]
+            nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, norm)
+            self.adamw.step()
+            for i in chunk:
+                self.masters[i].grad = None
+                if self.masters[i] is not self.weights[i]:
+                    self.weights[i].copy_(self.masters[i])
 
     def zero_grad(self) -> None:
-        for tensor in (*self.weights, *self.masters):
-            tensor.grad = None
+        for weight in self.weights:
+            weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """masters: None for a weight that is its own, and is in the checkpoint with the model."""
+        """masters: None for a weight that is its own float32 copy, which the checkpoint holds as part of the model."""
         masters = [None if master is weight else master for weight, master in zip(self.weights, self.masters)]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The weights become those of the state, too, whatever precision they had when it was saved."""
+        """The weights, too, become those of the state, whatever precision they had when it was saved."""
         self.adamw.load_state_dict(state["adamw"])
         with torch.no_grad():
             for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
                 if saved is not None:
                     master.copy_(saved)
                     weight.copy_(master)
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all of them together, 0-d float32; in the sums, too, whatever their own precision."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def _chunks(masters: list[Tensor]) -> Iterator[list[int]]:
+    """The places of these tensors, in order, as many at a time as have up to CHUNK_BYTES together."""
+    chunk: list[int] = []
+    size = 0
+    for i, master in enumerate(masters):
+        if chunk and size + master.nbytes > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(i)
+        size += master.nbytes
+    if chunk:
+        yield chunk

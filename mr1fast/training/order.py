@@ -1,4 +1,4 @@
-"""In which order are the examples gone through?"""
+"""The order in which training goes through the examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 
 def rows_of_step(seed: int, first: int, count: int, total: int) -> list[int]:
-    """`count` of the `total` rows, from place `first` on: each row once an epoch, every epoch in another order."""
+    """`count` of the `total` rows, from position `first` on: each row once per epoch, each epoch in another order."""
     return [_epoch(seed, place // total, total)[place % total] for place in range(first, first + count)]
 
 

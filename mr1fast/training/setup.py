@@ -23,6 +23,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.recipes import TASK_NAMES
+from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
 from mr1fast.training.run_folder import RunFolder
 
@@ -36,7 +37,7 @@ class Setup:
     folder: RunFolder
     base_path: str | Path
     base: Policy  # frozen: what training starts from, and its reference
-    load: Callable[..., Policy]  # of a path, for this device; dtype= takes another one than the run's
+    load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
@@ -130,7 +131,7 @@ def prepare(opened: OpenRun) -> Setup:
         folder=opened.folder,
         base_path=base_path,
         base=Policy(model, processor).freeze(),
-        load=lambda path, **other: Policy(load_model(path, **other), processor),
+        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
@@ -139,7 +140,11 @@ def prepare(opened: OpenRun) -> Setup:
     longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
-        split[0]  # raises now if no row can be used
+        split[0]  # where no row can be used, it is said now
+    if config.method != "sft":
+        rewards = load_rewards(config.rewards)
+        for name in names:
+            check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
 
 

@@ -44,9 +44,9 @@ class StepData:
 
 
 class Trainer:
-    """The state of training, one step of it, and its way into a checkpoint and back.
+    """The state of training: it takes a step at a time, and can be saved to a checkpoint and restored.
 
-    `reference` is the frozen model of the KL term, or None where its weight is 0 throughout.
+    `reference` is the frozen model of the KL term, or None if the KL weight is always 0.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer:
         dataset: Examples,
     ):
         self.config, self.policy, self.reference, self.dataset = config, policy, reference, dataset
-        # eval() for good: policy, sampler and reference are to be the same network, so no dropout.
+        # eval() throughout: policy, sampler and reference must be the same network, so there is no dropout.
         policy.model.eval()
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
@@ -72,19 +72,18 @@ class Trainer:
         self.skipped_sample: dict[str, Any] | None = None  # of the last step, if that was skipped
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics. One with NaN or inf in it changes no weight."""
+        """Take one optimizer step and return its metrics. A step with NaN or inf in it changes no weight."""
         started = time.perf_counter()
         if self.step_data is None or self.finished_steps % self.config.num_iterations == 0:
             self.step_data = self.collect()
         metrics = {"learning_rate": self.learning_rate}
         if self.config.method != "sft":
             metrics["beta"] = self.beta
-        if all(math.isfinite(reward) for reward in self.step_data.rewards):
+        reason = _useless(self.step_data.rewards)
+        if not reason:
             metrics |= self.update(self.step_data)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
             reason = f"{broken[0]} is {metrics[broken[0]]}" if broken else ""
-        else:
-            reason = "a reward is not a finite number"
         metrics |= self.step_data.metrics
         self._count(reason)
         self.kl_schedule.update(metrics.get("kl", math.nan), n_steps=1)
@@ -96,7 +95,7 @@ class Trainer:
     # ---- prompts, completions, rewards ------------------------------------------------------------------------------
 
     def examples(self) -> list[Example]:
-        """The prompts of this step: the data set in a new order every epoch, the same at every run of this seed."""
+        """The prompts of this step: each epoch has a new order, which is the same in every run with this seed."""
         count, total = self.config.prompts_per_step, len(self.dataset)
         first = self.finished_steps // self.config.num_iterations * count
         return [self.dataset[row] for row in rows_of_step(self.config.seed, first, count, total)]
@@ -118,7 +117,12 @@ class Trainer:
         with torch.set_grad_enabled(whole):
             prefix = self.policy.encode_prefix(inputs)
         rollout = self.sampler.generate(
-            examples, num_generations=G, temperature=config.temperature, prefix=prefix.detach()
+            examples,
+            num_generations=G,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            prefix=prefix.detach(),
         )
         completions = rollout.completions
         unanswered_before = unanswered()
@@ -143,7 +147,7 @@ class Trainer:
         return StepData(batch, completions, total.tolist(), metrics)
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
-        """What supervised fine-tuning imitates: the solution in the wanted form."""
+        """What supervised fine-tuning imitates: the solution in the required form."""
         completions = [sft_target(example.solution) for example in examples]
         batch = Batch(inputs, 1, *self.policy.encode_completions(completions))
         return StepData(batch, completions, [], completion_metrics(batch, self.policy.end_ids))
@@ -166,7 +170,7 @@ class Trainer:
         return self.kl_schedule.value
 
     def update(self, data: StepData) -> dict[str, float]:
-        """The optimizer's step on the batch, taken in pieces; none if loss or gradient is not finite."""
+        """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         config, batch = self.config, data.batch
         pieces = split_batch(batch, config.gradient_accumulation_steps)
         scale = 1 / len(pieces)  # the loss is a mean over completions, and the pieces are equally large
@@ -213,7 +217,7 @@ class Trainer:
         self.skipped_sample = {
             "step": self.finished_steps + 1,
             "reason": reason,
-            "examples": [dataclasses.asdict(dataclasses.replace(e, image=None)) for e in self.examples()],
+            "examples": [dataclasses.asdict(dataclasses.replace(e, image=None, columns={})) for e in self.examples()],
             "completions": self.step_data.completions,
             "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
         }
@@ -250,6 +254,13 @@ class Trainer:
 def sft_target(solution: str) -> str:
     """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
     return f"<think>{solution}</think><answer>{solution}</answer>"
+
+
+def _useless(rewards: Sequence[float]) -> str:
+    """Why nothing can be learnt from these weighted sums, of which NaN is an absent one; "" if something can."""
+    if any(math.isinf(reward) for reward in rewards):
+        return "a reward is not a finite number"
+    return "no completion has a reward" if rewards and all(math.isnan(reward) for reward in rewards) else ""
 
 
 def needs_reference(config: TaskConfig) -> bool:
