@@ -31,7 +31,7 @@ BAD = [
     ("completion_ids", torch.full((B, L), V), r"completion_ids \(ids\) must lie in \[0, 11\)"),
     ("completion_ids", torch.full((B, L), -100), r"completion_ids \(ids\) must lie in \[0, 11\).*-100"),
     ("advantages", torch.zeros(B + 1), r"advantages must be .* \[4\] or \[4, 3\], got float32 \[5\]"),
-    ("advantages", None, "advantages or rewards"),
+    ("advantages", None, "exactly one of advantages or rewards"),
     ("completion_mask", torch.ones(B), "completion_mask must be"),
     ("old_per_token_logps", torch.zeros(B), "old_per_token_logps must be"),
     ("ref_per_token_logps", torch.zeros(L, B), "ref_per_token_logps must be"),
