@@ -29,7 +29,9 @@ def token_count(ids: Tensor, mask: Tensor | None) -> Tensor | int:
 def completion_tokens(tokens: Tokens) -> Tensor | float:
     """The mean over a completion's tokens, then over completions."""
     B, L = tokens.ids.shape
-    return max(B, 1) * (max(L, 1) if tokens.mask is None else tokens.mask.sum(1, keepdim=True).clamp(min=1))
+    if tokens.mask is None:
+        return max(B, 1) * max(L, 1)
+    return tokens.mask.sum(1, keepdim=True).clamp_(min=1).mul_(max(B, 1))
 
 
 def completions(tokens: Tokens) -> float:

@@ -141,7 +141,7 @@ def _advantages(
         raise ValueError(f"exactly one of advantages or rewards (with num_generations) must be given, got {which}")
     if rewards is None:
         advantages = _constant(_shaped("advantages", advantages, [(B,), (B, L)], like), dtype)
-        return {"advantages": advantages[:, None].expand(B, L) if advantages.dim() == 1 else advantages}
+        return {"advantages": advantages.unsqueeze(1).expand(B, L) if advantages.dim() == 1 else advantages}
     return {
         "rewards": _constant(_shaped("rewards", rewards, [(B,)], like), dtype),
         "num_generations": group_size(B, options["num_generations"]),
