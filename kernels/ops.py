@@ -46,7 +46,7 @@ def _fake_grpo(logits: Tensor, batch: LossBatch) -> tuple[Tensor, ...]:
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @custom_op(
