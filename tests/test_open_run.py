@@ -40,7 +40,7 @@ def test_an_option_that_contradicts_the_run_is_not_ignored(tmp_path):
         resumed(run, "--max-steps", 4)
     (run / "vc" / "model").mkdir(parents=True)
     longer = f"to train longer, start a new run: --config {run / 'config.json'} --model {run / 'vc' / 'model'}"
-    with pytest.raises(UserError, match=re.escape(f"is 4 here; {longer}")):
+    with pytest.raises(UserError, match=re.escape(f"is 4 now; {longer}")):
         resumed(run, "--max-steps", 4)
     with pytest.raises(UserError, match=r"continues in its own folder, and --output-dir .*elsewhere is another"):
         resumed(run, "--output-dir", tmp_path / "elsewhere")
