@@ -11,6 +11,7 @@ adjacent, L tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import Cache, DynamicCache, Qwen2VLForConditionalGeneration
 
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
+from mr1fast.model.adapter import merged, save_adapter, without_adapter
 from mr1fast.model.checks import check_fit, check_image_tokens
 from mr1fast.model.load import encode_prompts, end_of_turn
 from mr1fast.model.prefix import Prefix
@@ -79,12 +81,30 @@ class Policy:
                 weight.requires_grad_(False)
         return self
 
+    @property
+    def has_adapter(self) -> bool:
+        return self.model is not self._base
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within it the policy is the base that its adapter is on; nothing changes where there is none."""
+        return without_adapter(self.model)
+
+    def merge(self) -> Policy:
+        """The policy with its adapter in its weights: a Qwen2-VL as any other. This one is used up."""
+        return Policy(merged(self.model), self.processor)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Model and processor in Hugging Face format, which `load_model` and transformers read."""
-        self.model.save_pretrained(folder)
+        """Model and processor in Hugging Face format, which `load_model` and transformers read.
+
+        Of a model with an adapter, the adapter alone.
+        """
+        if self.has_adapter:
+            save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
     # ---- text and tokens --------------------------------------------------------------------------------------------

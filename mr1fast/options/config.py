@@ -39,6 +39,8 @@ class TrainConfig(TrainOptions):
             check_choice("--freeze: a part", part, PARTS)
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
+        if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
+            raise UserError("--lora-alpha and --lora-targets go with --lora-rank, which is not given")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
@@ -93,6 +95,10 @@ class TrainConfig(TrainOptions):
     @property
     def frozen_parts(self) -> tuple[str, ...]:
         return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        return () if self.lora_targets is None else tuple(name.strip() for name in self.lora_targets.split(","))
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -189,4 +195,4 @@ def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
     if name == "data" or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value
+    return "".join(value.split()) if name in ("freeze", "lora_targets", "task", "reward_weights") else value

@@ -43,13 +43,31 @@ def default_pieces(recipe: str, prompts_per_step: int) -> int:
 
 
 def is_small_folder(model: str | None) -> bool:
+    """Of an adapter its base counts."""
     if model is None:
         return True
+    model = adapter_base(model) or model
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # a name on the hub; or no model, which loading it will say
     return isinstance(config, dict) and is_small(config)
+
+
+def adapter_base(folder: str | Path) -> str | None:
+    """The model that an adapter's folder names as its base, None for a folder that is no adapter's.
+
+    A relative path is one from that folder, where it leads to something; else it is left as it is.
+    """
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if not isinstance(base, str) or not base:
+        return None
+    beside = Path(folder) / base
+    return str(beside) if beside.exists() else base
 
 
 def is_small(config: Mapping[str, Any]) -> bool:

@@ -82,6 +82,34 @@ class TrainOptions:
         metavar="LIST",
         shown="none",
     )
+    lora_rank: int | None = option(
+        None,
+        "train LoRA adapters of this rank in place of the weights; a --learning-rate from 1e-5 to 2e-4 is usual then",
+        group="model",
+        at_least=1,
+        at_most=4096,
+        shown="none: every weight is trained",
+    )
+    lora_alpha: float | None = option(
+        None,
+        "the adapters count --lora-alpha / --lora-rank times",
+        group="model",
+        at_least=1e-3,
+        at_most=1e6,
+        shown="2 x --lora-rank",
+    )
+    lora_targets: str | None = option(
+        None,
+        "linear layers that get an adapter, such as q_proj,v_proj",
+        group="model",
+        metavar="LIST",
+        shown="all of the language model",
+    )
+    merge: bool = option(
+        False,
+        "with LoRA, save model/ as a whole model, which has the adapter in its weights, and the adapter as adapter/",
+        group="model",
+    )
     task: str | None = option(
         None,
         f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "

@@ -19,6 +19,8 @@ from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
+from mr1fast.model.adapter import add_adapter, check_targets, lora_settings
+from mr1fast.model.checks import is_adapter
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
@@ -31,17 +33,46 @@ from mr1fast.training.run_folder import RunFolder
 MAX_DRAWINGS = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
-    base: Policy  # frozen: what training starts from, and its reference
+    loaded_base: Policy | None  # see `base`
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
     tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
+
+    @property
+    def base(self) -> Policy:
+        """What training starts from, frozen. Loaded where it has been released."""
+        if self.loaded_base is None:
+            self.loaded_base = self.load(self.base_path).freeze()
+        return self.loaded_base
+
+    def new_policy(self) -> Policy:
+        """What training starts from, to be trained: the base, with a new adapter if there is to be one."""
+        policy, config = self.load(self.base_path), self.config
+        if config.lora_rank is None or policy.has_adapter:
+            return policy
+        model = add_adapter(
+            policy.model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_target_names,
+            seed=config.seed,
+        )
+        policy = Policy(model, policy.processor).freeze_parts(config.frozen_parts)
+        if not policy.trainable_parameters():
+            raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is in no other part")
+        return policy
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, a new one or that of the base."""
+        return self.config.lora_rank is not None or is_adapter(self.base_path)
 
     @property
     def splits(self) -> list[ImageTextDataset]:
@@ -113,6 +144,7 @@ def prepare(opened: OpenRun) -> Setup:
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
     processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    _check_adapter(config, model)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
@@ -130,7 +162,7 @@ def prepare(opened: OpenRun) -> Setup:
         config=config,
         folder=opened.folder,
         base_path=base_path,
-        base=Policy(model, processor).freeze(),
+        loaded_base=Policy(model, processor).freeze(),
         load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
@@ -146,6 +178,24 @@ def prepare(opened: OpenRun) -> Setup:
         for name in names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
+
+
+def _check_adapter(config: TrainConfig, model: PreTrainedModel) -> None:
+    """Raises UserError where the options of LoRA do not fit the model, or the adapter that it has."""
+    there = lora_settings(model)
+    if config.lora_rank is None:
+        if config.merge and there is None:
+            raise UserError("--merge is for LoRA, and there is neither --lora-rank nor an adapter as --model")
+        return
+    if there is None:
+        check_targets(model, config.lora_target_names)
+        return
+    wanted = (config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
+    if there != wanted:
+        raise UserError(
+            f"--model {config.model} is an adapter of rank {there[0]} and alpha {there[1]:g}, which is trained on; "
+            f"--lora-rank and --lora-alpha ask for {wanted[0]} and {wanted[1]:g}; leave them out"
+        )
 
 
 def _drawings(config: TaskConfig) -> int:
