@@ -128,7 +128,7 @@ def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter. Raises UserError where it holds a model as well, or names no base."""
+    """Whether a folder holds an adapter. Raises UserError if it holds a model as well, or does not name the base."""
     folder = Path(path)
     adapter = _read_json(folder, "adapter_config.json") if folder.is_dir() else None
     if adapter is None:

@@ -96,6 +96,7 @@ def load_model(
     if is_adapter(path):
         adapted = load_adapter(_load_base(path, device=device, dtype=dtype, attention=attention), Path(path))
         check_finite(path, adapted)
+        adapted.name_or_path = str(path)  # type: ignore[assignment]  # else it would be the base's
         return adapted.train()
     check_folder(path)
     try:
@@ -112,6 +113,9 @@ def load_model(
         nowhere = "" if Path(path).exists() else ", and there is no such folder"
         raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error
     model, found = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has found an adapter on the hub
+        advice = f"download it (hf download {path} --local-dir DIR) and give its folder"
+        raise UserError(f"model {str(path)!r} is an adapter: {advice}")
     check_not_quantised(path, model.config.to_dict())
     check_weights(path, model, found)
     model._weight_conversions = None  # with them, transformers would save the weights under the wrappers' names

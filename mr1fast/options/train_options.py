@@ -84,15 +84,15 @@ class TrainOptions:
     )
     lora_rank: int | None = option(
         None,
-        "train LoRA adapters of this rank in place of the weights; a --learning-rate from 1e-5 to 2e-4 is usual then",
+        "train a LoRA adapter of this rank, and none of the model's own weights",
         group="model",
         at_least=1,
         at_most=4096,
-        shown="none: every weight is trained",
+        shown="none",
     )
     lora_alpha: float | None = option(
         None,
-        "the adapters count --lora-alpha / --lora-rank times",
+        "the adapter is scaled by --lora-alpha / --lora-rank",
         group="model",
         at_least=1e-3,
         at_most=1e6,
@@ -100,14 +100,14 @@ class TrainOptions:
     )
     lora_targets: str | None = option(
         None,
-        "linear layers that get an adapter, such as q_proj,v_proj",
+        "linear layers on which the adapter is, separated by commas, such as q_proj,v_proj",
         group="model",
         metavar="LIST",
-        shown="all of the language model",
+        shown="all those of the language model",
     )
     merge: bool = option(
         False,
-        "with LoRA, save model/ as a whole model, which has the adapter in its weights, and the adapter as adapter/",
+        "after LoRA, save the model with the adapter merged into its weights as model/, and the adapter as adapter/",
         group="model",
     )
     task: str | None = option(
@@ -247,7 +247,7 @@ class TrainOptions:
         at_least=1e-12,
         at_most=1.0,
         why="AdamW moves each weight by about that much in a step",
-        shown=_by_recipe("learning_rate"),
+        shown=f"{_by_recipe('learning_rate')}; ten times that for LoRA",
     )
     warmup_steps: int = option(
         10,

@@ -115,12 +115,12 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
-    if setup.adapts or not needs_reference(config):
+    if setup.config.trains_adapter or not needs_reference(config):
         setup.loaded_base = None  # it is no reference; the pictures load it again
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
     reference = None
     if needs_reference(config):
-        reference = policy if setup.adapts else setup.base  # of an adapted policy what is under the adapter
+        reference = policy if setup.config.trains_adapter else setup.base
     trainer = Trainer(config, policy, reference, dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
-from mr1fast.model.adapter import add_adapter, check_targets, lora_settings
-from mr1fast.model.checks import is_adapter
+from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
@@ -53,7 +53,7 @@ class Setup:
         return self.loaded_base
 
     def new_policy(self) -> Policy:
-        """What training starts from, to be trained: the base, with a new adapter if there is to be one."""
+        """What training starts from, ready to be trained: the base, with a new adapter if the options ask for one."""
         policy, config = self.load(self.base_path), self.config
         if config.lora_rank is None or policy.has_adapter:
             return policy
@@ -64,15 +64,7 @@ class Setup:
             targets=config.lora_target_names,
             seed=config.seed,
         )
-        policy = Policy(model, policy.processor).freeze_parts(config.frozen_parts)
-        if not policy.trainable_parameters():
-            raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is in no other part")
-        return policy
-
-    @property
-    def adapts(self) -> bool:
-        """Whether an adapter is trained, a new one or that of the base."""
-        return self.config.lora_rank is not None or is_adapter(self.base_path)
+        return Policy(model, policy.processor).freeze_parts(config.frozen_parts)
 
     @property
     def splits(self) -> list[ImageTextDataset]:
@@ -120,7 +112,8 @@ def _settings(config: TrainConfig, name: str) -> str:
     task = config.for_task(name)
     completions = f" x {task.num_generations} completions of up to {task.max_completion_length} tokens"
     batch = f"{task.prompts_per_step} prompts{completions if task.method != 'sft' else ''}"
-    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}"
+    lora = "" if config.lora_rank is None else f", LoRA of rank {config.lora_rank}"
+    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}{lora}"
     defaults = config.defaults_from(name)
     return f"{line} ({defaults})" if defaults else line
 
@@ -143,8 +136,8 @@ def prepare(opened: OpenRun) -> Setup:
     )
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
-    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
-    _check_adapter(config, model)
+    base = Policy(model, models.load_processor(base_path, max_pixels=config.max_pixels))
+    _check_adapter(config, base)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
@@ -162,8 +155,8 @@ def prepare(opened: OpenRun) -> Setup:
         config=config,
         folder=opened.folder,
         base_path=base_path,
-        loaded_base=Policy(model, processor).freeze(),
-        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
+        loaded_base=base.freeze(),
+        load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
@@ -171,7 +164,7 @@ def prepare(opened: OpenRun) -> Setup:
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
-        split.leave_out(too_long(processor, longest))
+        split.leave_out(too_long(base.processor, longest))
         split[0]  # where no row can be used, it is said now
     if config.method != "sft":
         rewards = load_rewards(config.rewards)
@@ -180,22 +173,25 @@ def prepare(opened: OpenRun) -> Setup:
     return setup
 
 
-def _check_adapter(config: TrainConfig, model: PreTrainedModel) -> None:
-    """Raises UserError where the options of LoRA do not fit the model, or the adapter that it has."""
-    there = lora_settings(model)
-    if config.lora_rank is None:
-        if config.merge and there is None:
-            raise UserError("--merge is for LoRA, and there is neither --lora-rank nor an adapter as --model")
+def _check_adapter(config: TrainConfig, base: Policy) -> None:
+    """Raises UserError if the options of LoRA do not fit the base, or the adapter that it has."""
+    if not config.trains_adapter:
         return
-    if there is None:
-        check_targets(model, config.lora_target_names)
-        return
-    wanted = (config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
-    if there != wanted:
-        raise UserError(
-            f"--model {config.model} is an adapter of rank {there[0]} and alpha {there[1]:g}, which is trained on; "
-            f"--lora-rank and --lora-alpha ask for {wanted[0]} and {wanted[1]:g}; leave them out"
-        )
+    if base.has_adapter:
+        there = lora_settings(base.model)
+        targets = ",".join(sorted(config.lora_target_names)) or None
+        given = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": targets}
+        for name, wanted in given.items():
+            if wanted is not None and wanted != there.get(name):
+                raise UserError(
+                    f"--model {config.model} is an adapter, which is trained further as it is: its {name} is "
+                    f"{there.get(name)}; leave out {option_string(name)} {wanted}"
+                )
+        trained: Sequence[torch.Tensor] = base.trainable_parameters()
+    else:
+        trained = target_weights(base.model, config.lora_target_names)
+    if base.weights_of(config.frozen_parts).issuperset(trained):
+        raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
 
 
 def _drawings(config: TaskConfig) -> int:
