@@ -254,7 +254,7 @@ def test_help_explains_every_option_with_its_default():
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
             assert f"[default: {field.default}]" in text
-    assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others]" in text
+    assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others; ten times that for LoRA]" in text
     assert "(paper, linear, constant, cosine, exponential, reversed, adaptive)" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))
     assert all(set(values) == set(RECIPES[R1_V]) for values in RECIPES.values())
