@@ -17,7 +17,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.batch import batch_logps
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint
-from mr1fast.training.trainer import Trainer, needs_reference
+from mr1fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +44,7 @@ def trainer_of(policy, **options) -> Trainer:
     config = TrainConfig(
         **{"task": "vc", "warmup_steps": 1, "learning_rate": 1e-2, "temperature": 1.5, **small, **options}
     ).for_task("vc")
-    return Trainer(config, policy, policy if needs_reference(config) else None, Drawings())
+    return Trainer(config, policy, policy if config.needs_reference else None, Drawings())
 
 
 @pytest.fixture(scope="module")

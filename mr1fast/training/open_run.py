@@ -66,8 +66,9 @@ def _new_run(config: TrainConfig) -> OpenRun:
 def _check_paths(config: TrainConfig) -> None:
     if config.data is not None and not Path(config.data).exists():
         raise UserError(f"--data {config.data} does not exist")
-    if config.model is not None and config.model.startswith((".", "/")) and not Path(config.model).is_dir():
-        raise UserError(f"--model {config.model} is not a folder")  # else it may be a name on the hub
+    for option, model in (("--model", config.model), ("--reference-model", config.reference_model)):
+        if model is not None and model.startswith((".", "/")) and not Path(model).is_dir():
+            raise UserError(f"{option} {model} is not a folder")  # else it may be a name on the hub
 
 
 # ---- a run that is resumed ------------------------------------------------------------------------------------------
