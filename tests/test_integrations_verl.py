@@ -316,6 +316,24 @@ def test_grpo_d_by_configuration_refuses(verl_with_workers):
         megatron.train_mini_batch(None)
 
 
+def test_linear_cross_entropy_is_verls_by_shape_and_numbers():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 6, 5, generator=g).requires_grad_()
+    weight = torch.randn(11, 5, generator=g).requires_grad_()
+    labels = torch.randint(11, (1, 6), generator=g)
+    logps, entropies = verl.linear_cross_entropy(hidden, weight, labels, 0.7, "none")
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    wanted = (leaves[0][0] @ leaves[1].T / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logps.double(), wanted[range(6), labels[0]], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies.double(), -(wanted.exp() * wanted).sum(-1), rtol=1e-6, atol=1e-6)
+    (logps.sum() + 0.3 * entropies.sum()).backward()
+    (wanted[range(6), labels[0]].sum() - 0.3 * (wanted.exp() * wanted).sum()).backward()
+    for ours, theirs in zip((hidden, weight), leaves):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="reduction must be one of none, got 'mean'"):
+        verl.linear_cross_entropy(hidden, weight, labels, 0.7, "mean")
+
+
 def fake_verl(monkeypatch, version, parameters):
     """A module tree with verl's registry, whose own loss has these parameters."""
     registry = {}

@@ -123,7 +123,7 @@ def fused_selective_log_softmax(logits, input_ids, temperature=0.9, mask=None):
     L = logits.shape[1] - 1
     mask = None if mask is None else mask[:, -L:]
     with torch.no_grad():
-        return token_logprobs(logits[:, :-1], input_ids[:, -L:], temperature=temperature, mask=mask).float()
+        return token_logprobs(logits[:, :-1], input_ids[:, -L:], temperature=temperature, mask=mask)
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):

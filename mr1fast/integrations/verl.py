@@ -24,6 +24,7 @@ from mr1fast.checks import choice, number
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels import reference
 from mr1fast.losses import arguments
+from mr1fast.losses.hidden import linear_token_logprobs
 from mr1fast.losses.kl_weight import KLSchedule, kl_weight
 from mr1fast.losses.options import LossOptions, completed
 
@@ -243,7 +244,7 @@ def _follow_schedules() -> None:
 
 
 def _set_weight(worker: Any) -> None:
-    config = getattr(worker.loss_fn, "keywords", {}).get("config")
+    config: Any = getattr(worker.loss_fn, "keywords", {}).get("config")
     policy_loss = getattr(config, "policy_loss", None)
     if getattr(policy_loss, "beta_max", None) is None:
         return
@@ -256,6 +257,28 @@ def _set_weight(worker: Any) -> None:
             f"engine), got {type(worker.engine.lr_scheduler).__name__}; call set_kl_loss_coef instead"
         )
     set_kl_loss_coef(config, _weight(policy_loss, done, config.optim.total_training_steps))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [T] in the shape of verl's `verl.utils.kernel.linear_cross_entropy`.
+
+    hidden: [..., H], T rows in all; weight: [V, H]; labels: T of them. Both results are float32 and differentiable in
+    hidden and weight. Raises ValueError for another reduction than "none" (verl asks for no other) and for a vocabulary
+    that is divided among processes.
+    """
+    choice("reduction", reduction, ["none"])
+    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
+        raise ValueError("dist_process_group must be None or of one process: weight must hold the whole vocabulary")
+    rows = hidden.reshape(1, -1, hidden.shape[-1])
+    logps, entropies = linear_token_logprobs(rows, weight, labels.reshape(1, -1), temperature=temperature, entropy=True)
+    return logps[0], entropies[0]
 
 
 def register() -> None:
