@@ -172,7 +172,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
     lengths: dict[Any, int] = {}  # most examples of an embedded task have the same length, which is counted only once
 
     def reason(example: Example) -> str | None:
-        kind = (example.problem, example.image and example.image.size)
+        kind = (example.problem, *(image.size for image in example.images))
         if kind not in lengths:
             if len(lengths) == 1000:
                 lengths.clear()
