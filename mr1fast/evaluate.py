@@ -19,10 +19,12 @@ from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
+from mr1fast.options.config import read_as
 from mr1fast.options.fields import check_choice, check_value, option_string
 from mr1fast.options.parse import FIELDS
 from mr1fast.options.program import Parser, at_least, exit_code, prog
 from mr1fast.options.recipes import RECIPES, TASK_NAMES, recipe_name
+from mr1fast.training.open_run import check_data_paths
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 
 if TYPE_CHECKING:
@@ -59,8 +61,13 @@ def _add_problems(add: Callable[..., Any]) -> None:
     add(
         "--data",
         metavar="PATH",
-        help="your own data instead of a task: a folder or a file with the columns image, problem and solution",
+        help="your own data instead of a task: a folder or a file with the columns image, problem and solution, or "
+        "others that docs/data.md names",
     )
+    for name in ("columns", "image_root"):
+        field = FIELDS[name].metadata
+        shown = f"{field['help']} [default: {field['shown']}]"
+        add(option_string(name), metavar=field["metavar"], help=shown)
     add(
         "--split",
         metavar="TEXT",
@@ -163,8 +170,9 @@ def _check(options: argparse.Namespace) -> None:
             check_value(FIELDS[name], value, option_string(name))
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
-    if options.data is not None and not Path(options.data).exists():
-        raise UserError(f"--data {options.data} does not exist")
+    if options.data is None and (options.columns or options.image_root):
+        raise UserError("--columns and --image-root are about your own data, and there is no --data")
+    check_data_paths(options.data, options.image_root)
 
 
 def run(arguments: Sequence[str] | None) -> None:
@@ -211,7 +219,8 @@ def _load_data(options: argparse.Namespace) -> ImageTextDataset:
 
     count = options.samples or (DEFAULT_SAMPLES if options.task else None)
     used = () if options.split is None else (options.split,)
-    return load_split(options.data or options.task, options.split, count=count, used=used)
+    reading = read_as(options.columns, options.image_root)
+    return load_split(options.data or options.task, options.split, count=count, used=used, reading=reading)
 
 
 def _load_policy(options: argparse.Namespace) -> Policy:
@@ -258,7 +267,7 @@ def _report(folder: Path, result: EvalResult, settings: dict[str, Any], dataset:
     write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
     page = write_report(folder / "report.html", result, settings, dataset)
     print(evaluation_table(result, settings))
-    if dataset.skipped or dataset.notes:
+    if dataset.is_remarkable:
         print(f"\n{dataset.summary()}")
     if unanswered():
         print(f"\n{unanswered_summary()}")

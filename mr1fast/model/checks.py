@@ -118,13 +118,17 @@ def check_fit(config: Any, processor: Any) -> None:
 def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
     """Raise UserError unless each image has as many tokens, in one piece, as the vision tower will make of it."""
     is_image = inputs["input_ids"] == config.image_token_id
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
-    have = starts.flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
+    have = image_starts(is_image).flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
     grids = inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
     wanted = (grids.prod(1) // config.vision_config.spatial_merge_size**2).tolist()
     if have != wanted or not torch.equal(is_image, inputs["mm_token_type_ids"] == 1):
         what = f"images of {_some(wanted) or 'no'} tokens came with {_some(have) or 'no'} image tokens in the prompts"
         raise UserError(f"{what}: check image_token_id in config.json, the chat template and the questions")
+
+
+def image_starts(is_image: Tensor) -> Tensor:
+    """Where an image begins: [P, T] bool, of whether a token is an image's. Between two images are other tokens."""
+    return is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
 
 
 def _check_adapter(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
-from mr1fast.data.example import Example
+from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
 from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
@@ -162,7 +162,7 @@ def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor)
         where = "neither chat_template.jinja nor tokenizer_config.json has one"
         raise UserError(f"model {str(path)!r} has no chat template: {where}")
     try:
-        texts = [prompt_text(processor, "a question", has_image) for has_image in (True, False)]
+        texts = [prompt_text(processor, "a question", images) for images in (1, 0)]
     except Exception as error:  # a template is a program
         raise UserError(f"model {str(path)!r} has a chat template that cannot be used: {_reason(error)}") from error
     if [text.count(processor.image_token) for text in texts] != [1, 0] or not all(
@@ -198,10 +198,19 @@ def _reason(error: Exception) -> str:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, has_image: bool = True) -> str:
-    """The chat the model sees: one user turn with the image, the question and the suffix, and an open answer."""
-    content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
-    content.append({"type": "text", "text": f"{problem} {PROMPT_SUFFIX}"})
+def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
+    """The chat the model sees: one user turn with the images, the question and the suffix, and an open answer.
+
+    `images`: their number; `Example.problem` says where they stand.
+    """
+    texts = problem.split(IMAGE_MARKER)
+    if len(texts) - 1 != images:
+        texts = [""] * images + [problem]
+    texts[-1] += f" {PROMPT_SUFFIX}"
+    content: list[dict[str, str]] = []
+    for number, text in enumerate(texts):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": text}] if text else []
     messages: list[Any] = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -213,19 +222,18 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
     [patches, C * 2 * patch * patch] float32 and image_grid_thw [images, 3] int64. Raises UserError for a question that
     cannot be encoded.
     """
-    images = [example.image for example in examples if example.image is not None]
+    images = [image for example in examples for image in example.images]
     texts = [_prompt_of(processor, example) for example in examples]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return {name: inputs[name] for name in inputs}
 
 
 def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
-    """Number of tokens that `encode_prompts` makes of this example, found without looking at the image's pixels."""
+    """Number of tokens that `encode_prompts` makes of this example, found without looking at the images' pixels."""
     tokens = len(processor.tokenizer(_prompt_of(processor, example), verbose=False)["input_ids"])
-    if example.image is None:
-        return tokens
-    images, (width, height) = processor.image_processor, example.image.size
-    return tokens - 1 + images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
+    images = processor.image_processor
+    patches = sum(images.get_number_of_image_patches(image.height, image.width, {}) for image in example.images)
+    return tokens - len(example.images) + patches // images.merge_size**2
 
 
 def longest_prompt(model: Any, max_completion_length: int) -> int:
@@ -258,10 +266,10 @@ def end_of_turn(processor: Qwen2VLTextImageProcessor) -> int | None:
 
 
 def _prompt_of(processor: Qwen2VLTextImageProcessor, example: Example) -> str:
-    """The example's prompt as text, with one image token for its image."""
-    text = prompt_text(processor, example.problem, example.image is not None)
+    """The example's prompt as text, with one image token for each image."""
+    text = prompt_text(processor, example.problem, len(example.images))
     name = example.name or "an example"
-    if (text.count(processor.image_token), text.count(processor.video_token)) != (int(example.image is not None), 0):
+    if (text.count(processor.image_token), text.count(processor.video_token)) != (len(example.images), 0):
         markers = f"{processor.image_token} or {processor.video_token}"
         raise UserError(f"the question of {name} contains {markers}, which stand for pixels; remove them")
     try:

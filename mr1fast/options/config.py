@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.data.columns import Reading, parse_columns
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
@@ -50,6 +51,10 @@ class TrainConfig(TrainOptions):
                 )
 
     def _check_tasks(self) -> None:
+        for name in ("columns", "image_root"):
+            if getattr(self, name) is not None and self.data is None:
+                raise UserError(f"{option_string(name)} is about your own data, and there is no --data")
+        read_as(self.columns, self.image_root)
         if self.data is not None and self.task is not None:
             raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
         for name in self.tasks:
@@ -98,6 +103,10 @@ class TrainConfig(TrainOptions):
     def rewards(self) -> dict[str, float]:
         """Name -> weight, without those of weight 0."""
         return parse_reward_weights(self.reward_weights, "--reward-weights")
+
+    @property
+    def reading(self) -> Reading:
+        return read_as(self.columns, self.image_root)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -185,8 +194,14 @@ class TaskConfig:
     save_total_limit: int
 
 
+def read_as(columns: str | None, image_root: str | None) -> Reading:
+    """What --columns and --image-root say. Raises UserError."""
+    named = {} if columns is None else parse_columns(columns, "--columns")
+    return Reading(named, None if image_root is None else Path(os.path.abspath(image_root)))
+
+
 def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
-    if name == "data" or (name == "model" and Path(value).is_dir()):
+    if name in ("data", "image_root") or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value
+    return "".join(value.split()) if name in ("columns", "freeze", "task", "reward_weights") else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mr1fast.data.columns import EXAMPLE
 from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
@@ -93,10 +94,24 @@ class TrainOptions:
     data: str | None = option(
         None,
         "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
-        "image, problem and solution",
+        "image, problem and solution, or others that docs/data.md names",
         group="data",
         metavar="PATH",
         shown="none",
+    )
+    columns: str | None = option(
+        None,
+        f"what the columns of your data are called, such as {EXAMPLE}",
+        group="data",
+        metavar="LIST",
+        shown="the names in docs/data.md",
+    )
+    image_root: str | None = option(
+        None,
+        "folder at which relative paths of images start",
+        group="data",
+        metavar="DIR",
+        shown="that of the file which names them",
     )
     max_pixels: int | None = option(
         None,

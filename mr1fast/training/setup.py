@@ -96,7 +96,7 @@ def _settings(config: TrainConfig, name: str) -> str:
 
 def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
     """What was left out of the splits, what was repaired, and what is doubtful about them."""
-    return [split.summary() for split in splits if split.skipped or split.notes or split.shown_in]
+    return [split.summary() for split in splits if split.is_remarkable]
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -120,11 +120,16 @@ def prepare(opened: OpenRun) -> Setup:
     data = None if config.data is None else os.path.abspath(config.data)
     used = SPLITS if config.eval_steps else ("train", "test")
     sources = [data] if data else TASK_NAMES
-    tests = [load_split(source, "test", count=config.eval_samples, used=used) for source in sources]
+    tests = [
+        load_split(source, "test", count=config.eval_samples, used=used, reading=config.reading) for source in sources
+    ]
     names = list(config.tasks) or [tests[0].name]
 
     def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {name: load_split(data or name, split, count=count(config.for_task(name)), used=used) for name in names}
+        return {
+            name: load_split(data or name, split, count=count(config.for_task(name)), used=used, reading=config.reading)
+            for name in names
+        }
 
     setup = Setup(
         config=config,
@@ -172,7 +177,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
     lengths: dict[Any, int] = {}  # most examples of an embedded task have the same length, which is counted only once
 
     def reason(example: Example) -> str | None:
-        kind = (example.problem, example.image and example.image.size)
+        kind = (example.problem, *(image.size for image in example.images))
         if kind not in lengths:
             if len(lengths) == 1000:
                 lengths.clear()
