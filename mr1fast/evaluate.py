@@ -168,8 +168,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
         if (value := getattr(options, name)) is not None:
             check_value(FIELDS[name], value, option_string(name))
-    if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
-        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
+    if options.model is not None and (models := sorted(Path(options.model).glob("*/model"))):
+        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
     if options.data is None and (options.columns or options.image_root):
         raise UserError("--columns and --image-root are about your own data, and there is no --data")
     check_data_paths(options.data, options.image_root)
