@@ -37,7 +37,7 @@ DEFAULT_SAMPLES = 400  # problems of a task, whose drawings never end
 def build_parser() -> Parser:
     parser = Parser(
         prog=prog("evaluate"),
-        description="Count how many questions about images a Qwen2-VL answers correctly. Prints a table, and writes "
+        description="Count how many questions about images a model answers correctly. Prints a table, and writes "
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
     )
@@ -51,7 +51,8 @@ def _add_problems(add: Callable[..., Any]) -> None:
     add(
         "--model",
         metavar="DIR",
-        help="Qwen2-VL to evaluate: a folder, or a name on the Hugging Face hub [default: the embedded model]",
+        help="Qwen2-VL or Qwen2.5-VL to evaluate: a folder, or a name on the Hugging Face hub "
+        "[default: the embedded model]",
     )
     add(
         "--task",

@@ -192,7 +192,10 @@ def test_questions_that_cannot_be_encoded_are_named(problem, says, processor):
         (lambda folder: folder, "holds no model"),
         (lambda folder: (folder / "config.json").write_text("{") and folder, "config.json is not valid JSON"),
         (lambda folder: (folder / "config.json").write_text("[]") and folder, "config.json is not a JSON object"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder, "'llama'"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder,
+            "of type 'llama', which is not of these families: Qwen2-VL, Qwen2.5-VL$",
+        ),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,
             "cannot be loaded",
@@ -227,7 +230,7 @@ def test_a_folder_without_one_of_its_files_is_named(file, says, tmp_path):
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("looked up"))
     with pytest.raises(ValueError, match="model folder 'runs/missing' does not exist"):
         load_model("runs/missing")
 
@@ -236,7 +239,7 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch):
     def fail(*_, **__):
         raise OSError("no connection\nat all")
 
-    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", fail)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(
         ValueError, match=r"'no/model' cannot be loaded: no connection at all, and there is no such folder$"
     ):

@@ -1,4 +1,4 @@
-"""Loading Qwen2-VL from any folder in Hugging Face format, and turning examples into its inputs."""
+"""Loading a model from any folder in Hugging Face format, and turning examples into its inputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoConfig
 from transformers.utils import is_flash_attn_2_available
 
 from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
 from mr1fast.model.adapter import load_adapter
 from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights, is_adapter
+from mr1fast.model.family import Model, family
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options import recipes
 
@@ -64,7 +65,7 @@ def choose_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
+def choose_threads(model: Model) -> int:
     """CPU threads for a model of this size: for a small one, a second thread costs more than it gains.
 
     For other models it is OMP_NUM_THREADS if that is set, else the number of processors that this process may use.
@@ -76,7 +77,7 @@ def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
     return (int(wanted) if wanted.isdecimal() else 0) or usable or 1
 
 
-def is_small(model: Qwen2VLForConditionalGeneration) -> bool:
+def is_small(model: Model) -> bool:
     """The embedded model, one trained from it, or one of its size."""
     return recipes.is_small(model.config.to_dict())
 
@@ -88,7 +89,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> Any:
-    """A Qwen2-VL, in training mode, from a folder (or a hub name) in Hugging Face format.
+    """A model of FAMILIES, in training mode, from a folder (or a hub name) in Hugging Face format.
 
     From an adapter's folder, a PeftModel on its base. Raises UserError (a ValueError) if there is no model, or if some
     of its weights are missing.
@@ -100,8 +101,9 @@ def load_model(
         return adapted.train()
     check_folder(path)
     try:
+        kind = family(path, AutoConfig.from_pretrained(path).model_type)
         with _without_loading_report():
-            loaded: Any = Qwen2VLForConditionalGeneration.from_pretrained(
+            loaded: Any = kind.model_class.from_pretrained(
                 path,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -109,6 +111,8 @@ def load_model(
                 ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
             )
+    except UserError:
+        raise
     except Exception as error:  # what transformers meets in other people's folders can be of any type
         nowhere = "" if Path(path).exists() else ", and there is no such folder"
         raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error

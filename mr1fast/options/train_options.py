@@ -70,7 +70,7 @@ class TrainOptions:
     )
     model: str | None = option(
         None,
-        "Qwen2-VL to start from: a folder, or a name on the Hugging Face hub",
+        "Qwen2-VL or Qwen2.5-VL to start from: a folder, or a name on the Hugging Face hub",
         group="model",
         metavar="DIR",
         shown="the embedded model",
