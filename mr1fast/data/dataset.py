@@ -45,7 +45,9 @@ class ImageTextDataset:
 
     name: "vc", "gr", or the folder's or file's name. skipped, notes: what was left out and what was repaired, as
     reason -> number of rows; both may grow while images are decoded. cut_from: the rows that the split was cut from, ""
-    for a named split. shown_in: for each held-out split, the number of train rows that show one of its images.
+    for a named split. shown_in: for each held-out split, the number of train rows that show one of its images. rows,
+    cut_from_rows: how many rows the split has and how many those that it was cut from, with unreadable ones and those
+    beyond `count`; rows is None where the supply is endless.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class ImageTextDataset:
         self.name = name
         self.split = split
         self.cut_from = cut_from
+        self.rows: int | None = length
+        self.cut_from_rows = length
         self.shown_in: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -157,7 +161,9 @@ def load_split(
 def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
     task = TASKS[name]
     length = min(task.splits[split] or ENDLESS, ENDLESS if count is None else count)
-    return ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
+    dataset = ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
+    dataset.rows = task.splits[split]
+    return dataset
 
 
 def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
@@ -181,6 +187,11 @@ def problem_at(dataset: Examples, index: int) -> Example | None:
     return dataset.own(index) if isinstance(dataset, ImageTextDataset) else dataset[index]
 
 
+def data_name(path: Path) -> str:
+    """What local data is called: the name of its folder, or of its file without the ending."""
+    return whole_characters(path.resolve().stem if path.is_file() else path.resolve().name)
+
+
 # ---- local data: from rows to records -------------------------------------------------------------------------------
 
 
@@ -201,8 +212,8 @@ def _local(
         cells = (record.problem, record.solution, record.name, record.choices, record.columns())
         return Example(image, *cells), image_notes
 
-    name = path.resolve().stem if path.is_file() else path.resolve().name
-    dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
+    dataset = ImageTextDataset(data_name(path), split, len(records), load, share.cut_from)
+    dataset.rows, dataset.cut_from_rows = len(share.places), sum(len(table.rows) for table in share.tables)
     dataset.skipped.update(skipped)
     dataset.notes.update(notes)
     dataset.shown_in.update(share.shown_in)

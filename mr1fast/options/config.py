@@ -15,7 +15,15 @@ from typing import Any
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_pieces, recipe_name
+from mr1fast.options.recipes import (
+    KL_DEFAULTS,
+    R1_V,
+    RECIPES,
+    TASK_NAMES,
+    default_eval_batch_size,
+    default_pieces,
+    recipe_name,
+)
 from mr1fast.options.reward_weights import parse_reward_weights
 from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
 
@@ -153,6 +161,8 @@ class TrainConfig(TrainOptions):
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
         if values["gradient_accumulation_steps"] is None:
             values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
+        if values["eval_batch_size"] is None:
+            values["eval_batch_size"] = default_eval_batch_size(self.recipe(name) != R1_V)
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -180,6 +190,8 @@ class TaskConfig:
     num_iterations: int
     gradient_accumulation_steps: int
     max_grad_norm: float
+    eval_batch_size: int
+    eval_sampled: int
     eval_steps: int
     save_steps: int
     save_total_limit: int

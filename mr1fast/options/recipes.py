@@ -42,6 +42,11 @@ def default_pieces(recipe: str, prompts_per_step: int) -> int:
     return prompts_per_step if recipe == R1_V else 1
 
 
+def default_eval_batch_size(small: bool) -> int:
+    """`eval_batch_size`, the problems that are answered at once, by whether the model is small."""
+    return 64 if small else 8
+
+
 def is_small_folder(model: str | None) -> bool:
     if model is None:
         return True
