@@ -34,7 +34,8 @@ class ImageTextDataset:
     reason -> number of rows; both may grow while images are decoded. cut_from: the rows that the split was cut from, ""
     for a named split. shown_in, asked_in: for each held-out split, the number of train rows that show one of its
     images, and of text-only rows that ask one of its questions. columns: what was taken for what, where the names are
-    not ours. pixels: of each image.
+    not ours. pixels: of each image. rows, cut_from_rows: how many rows the split has and how many those that it was cut
+    from, with unreadable ones and those beyond `count`; rows is None where the supply is endless.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class ImageTextDataset:
         self.name = name
         self.split = split
         self.cut_from = cut_from
+        self.rows: int | None = length
+        self.cut_from_rows = length
         self.shown_in: Counter[str] = Counter()
         self.asked_in: Counter[str] = Counter()
         self.columns = ""
@@ -162,7 +165,9 @@ def load_split(
 def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
     task = TASKS[name]
     length = min(task.splits[split] or ENDLESS, ENDLESS if count is None else count)
-    return ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
+    dataset = ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
+    dataset.rows = task.splits[split]
+    return dataset
 
 
 def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
@@ -186,7 +191,12 @@ def problem_at(dataset: Examples, index: int) -> Example | None:
     return dataset.own(index) if isinstance(dataset, ImageTextDataset) else dataset[index]
 
 
-# ---- local data ----------------------------------------------------------------------------------------------------
+def data_name(path: Path) -> str:
+    """What local data is called: the name of its folder, or of its file without the ending."""
+    return whole_characters(path.resolve().stem if path.is_file() else path.resolve().name)
+
+
+# ---- local data -----------------------------------------------------------------------------------------------------
 
 
 def _local(
@@ -208,8 +218,8 @@ def _local(
         example = Example(images[0] if images else None, *cells, more_images=images[1:])
         return example, [note for _, notes in loaded for note in notes]
 
-    name = path.resolve().stem if path.is_file() else path.resolve().name
-    dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
+    dataset = ImageTextDataset(data_name(path), split, len(records), load, share.cut_from)
+    dataset.rows, dataset.cut_from_rows = len(share.places), sum(len(table.rows) for table in share.tables)
     dataset.skipped.update(skipped)
     dataset.notes.update(checked.notes)
     dataset.notes.update(table.note for table in share.tables if table.note)

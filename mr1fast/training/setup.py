@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
+from mr1fast.data.dataset import ImageTextDataset, data_name, load_split, split_sizes
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
@@ -43,7 +43,7 @@ class Setup:
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
-    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
+    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on; none with --eval-samples 0
 
     @property
     def base(self) -> Policy:
@@ -70,17 +70,18 @@ class Setup:
     def splits(self) -> list[ImageTextDataset]:
         return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
 
-    def evaluate(
-        self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
+        """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
         config = self.config.for_task(name)
         result = evaluate(
             policy,
             dataset,
             max_completion_length=config.max_completion_length,
+            sampled=config.eval_sampled,
             temperature=config.temperature,
-            progress=progress,
+            batch_size=config.eval_batch_size,
             seed=config.seed,
+            **keywords,
         )
         return result.figures()
 
@@ -144,11 +145,11 @@ def prepare(opened: OpenRun) -> Setup:
     # An absolute path, so that a folder with the name of a task is not mistaken for the task.
     data = None if config.data is None else os.path.abspath(config.data)
     used = SPLITS if config.eval_steps else ("train", "test")
-    sources = [data] if data else TASK_NAMES
+    names = [data_name(Path(data))] if data else list(config.tasks)
+    sources = ([data] if data else TASK_NAMES) if config.eval_samples else ()
     tests = [
         load_split(source, "test", count=config.eval_samples, used=used, reading=config.reading) for source in sources
     ]
-    names = list(config.tasks) or [tests[0].name]
 
     def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
         return {
