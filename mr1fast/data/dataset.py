@@ -6,6 +6,7 @@ and the images' headers up front, the rest when an image is decoded.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -35,7 +36,8 @@ class ImageTextDataset:
     for a named split. shown_in, asked_in: for each held-out split, the number of train rows that show one of its
     images, and of text-only rows that ask one of its questions. columns: what was taken for what, where the names are
     not ours. pixels: of each image. rows, cut_from_rows: how many rows the split has and how many those that it was cut
-    from, with unreadable ones and those beyond `count`; rows is None where the supply is endless.
+    from, with unreadable ones and those beyond `count`; rows is None where the supply is endless. content: a digest of
+    the questions, the answers and the sizes of the images, "" for an embedded task.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ImageTextDataset:
         self.shown_in: Counter[str] = Counter()
         self.asked_in: Counter[str] = Counter()
         self.columns = ""
+        self.content = ""
         self.pixels: array[int] = array("q")
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -227,7 +230,13 @@ def _local(
     dataset.asked_in.update(share.asked_in)
     dataset.columns = tables[0].reading.described(columns_of(share.tables))
     dataset.pixels = checked.pixels
+    dataset.content = _digest(checked)
     return dataset
+
+
+def _digest(checked: Checked) -> str:
+    texts = [(record.problem, record.solution, record.choices) for record in checked.records]
+    return hashlib.blake2b(repr((texts, checked.pixels.tolist())).encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def _why_none(tables: Sequence[Table], split: str, skipped: Counter[str]) -> str:

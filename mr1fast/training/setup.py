@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,16 +20,15 @@ from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
-from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
+from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
-from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
-from mr1fast.training.run_folder import RunFolder
+from mr1fast.training.run_folder import ResumeError, RunFolder
 
 # Embedded tasks are endless; after this many drawings they repeat in another order. A run rarely gets that far.
 MAX_DRAWINGS = 1_000_000
@@ -81,6 +81,11 @@ class Setup:
             return policy
         reference = self.given_reference or self.base
         return reference.offload() if self.offloads_reference else reference
+
+    @property
+    def data_content(self) -> dict[str, str]:
+        """Of local data, what is in each split; see `ImageTextDataset.content`."""
+        return {f"{split.name}/{split.split}": split.content for split in self.splits if split.content}
 
     @property
     def splits(self) -> list[ImageTextDataset]:
@@ -157,24 +162,24 @@ def prepare(opened: OpenRun) -> Setup:
     model = load_model(base_path)
     processor = models.load_processor(base_path, max_pixels=config.max_pixels)
     base = Policy(model, processor)
-    _check_adapter(config, base)
+    check_lora(config, model, frozen=base.weights_of(config.frozen_parts))
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
     # An absolute path, so that a folder with the name of a task is not mistaken for the task.
     data = None if config.data is None else os.path.abspath(config.data)
     used = SPLITS if config.eval_steps else ("train", "test")
-    names = [data_name(Path(data))] if data else list(config.tasks)
-    sources = ([data] if data else TASK_NAMES) if config.eval_samples else ()
-    tests = [
-        load_split(source, "test", count=config.eval_samples, used=used, reading=config.reading) for source in sources
-    ]
+    recorded = opened.folder.read_result().get("data", {})
+    names = [recorded.get("name") or data_name(Path(data))] if data else list(config.tasks)
+    tested = (names if data else TASK_NAMES) if config.eval_samples else ()
+
+    def load_data(name: str, split: str, count: int | None) -> ImageTextDataset:
+        dataset = load_split(data or name, split, count=count, used=used, reading=config.reading)
+        dataset.name = name  # of data that has moved, what it was called
+        return dataset
 
     def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {
-            name: load_split(data or name, split, count=count(config.for_task(name)), used=used, reading=config.reading)
-            for name in names
-        }
+        return {name: load_data(name, split, count(config.for_task(name))) for name in names}
 
     setup = Setup(
         config=config,
@@ -186,8 +191,9 @@ def prepare(opened: OpenRun) -> Setup:
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
-        tests={dataset.name: dataset for dataset in tests},
+        tests={name: load_data(name, "test", config.eval_samples) for name in tested},
     )
+    _check_same_data(setup, recorded.get("content", {}), opened.data_moved)
     longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
@@ -199,27 +205,6 @@ def prepare(opened: OpenRun) -> Setup:
     return setup
 
 
-def _check_adapter(config: TrainConfig, base: Policy) -> None:
-    """Raises UserError if the options of LoRA do not fit the base, or the adapter that it has."""
-    if not config.trains_adapter:
-        return
-    if base.has_adapter:
-        there = lora_settings(base.model)
-        targets = ",".join(sorted(config.lora_target_names)) or None
-        given = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": targets}
-        for name, wanted in given.items():
-            if wanted is not None and wanted != there.get(name):
-                raise UserError(
-                    f"--model {config.model} is an adapter, which is trained further as it is: its {name} is "
-                    f"{there.get(name)}; leave out {option_string(name)} {wanted}"
-                )
-        trained: Sequence[torch.Tensor] = base.trainable_parameters()
-    else:
-        trained = target_weights(base.model, config.lora_target_names)
-    if base.weights_of(config.frozen_parts).issuperset(trained):
-        raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
-
-
 def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[str], Any]) -> Policy | None:
     """Raises UserError if --reference-model is not of the base's kind."""
     path = config.reference_model
@@ -228,6 +213,17 @@ def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[st
     model = load_model(path)
     check_same_kind(path, model.config, base.model.config, models.load_processor(path), base.processor)
     return Policy(model, base.processor).freeze()
+
+
+def _check_same_data(setup: Setup, recorded: dict[str, str], moved: bool) -> None:
+    """Say that the data of a resumed run has changed; raises ResumeError if it has moved as well."""
+    now = setup.data_content
+    changed = [split for split, content in recorded.items() if now.get(split, content) != content]
+    if changed and moved:
+        what = f"its questions, answers or images are not those that the run began with ({', '.join(changed)})"
+        raise ResumeError(f"--data {setup.config.data} is not the data of this run: {what}")
+    if changed:
+        print(f"warning: the data is not what the run began with ({', '.join(changed)})", file=sys.stderr)
 
 
 def _drawings(config: TaskConfig) -> int:
