@@ -6,6 +6,7 @@ and the images' headers up front, the rest when an image is decoded.
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,10 +17,10 @@ from mr1fast.data.columns import Reading
 from mr1fast.data.example import Example, Examples
 from mr1fast.data.images import BadImage, load_image
 from mr1fast.data.records import Checked
-from mr1fast.data.splits import all_places, share_of
+from mr1fast.data.sources import data_name
+from mr1fast.data.splits import Share, all_places, share_of
 from mr1fast.data.tables import Table, check_columns, columns_of, read_tables
 from mr1fast.data.tasks import SPLITS, TASKS
-from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.rewards import check_solutions
 
@@ -130,14 +131,17 @@ def load_split(
     split: str | None,
     *,
     count: int | None = None,
+    sample_seed: int | None = None,
     used: Collection[str] = SPLITS,
+    cut: bool = True,
     reading: Reading = USUAL,
 ) -> ImageTextDataset:
     """The split "train", "validation" or "test" of an embedded task or of local data, at most `count` examples.
 
     source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders named
     after a split belong to that split; all others are train, see `splits.share_of`. "all" is every row. None is "test",
-    or "all" for a single file that is not named test.
+    or "all" for a single file that is not named test; without `cut`, for a folder that has no test split too.
+    sample_seed: the `count` examples are not the first ones, but drawn by this seed.
     used: the splits that the caller uses; `train` is cut for these only, and its images are compared with these only.
     reading: what the columns of local data are called, and where its images are.
 
@@ -145,7 +149,7 @@ def load_split(
     the split, and if a package is missing that its format or its solutions need.
     """
     if str(source) in TASKS and split in (None, *SPLITS):
-        return _embedded(str(source), split or "test", count)
+        return _embedded(str(source), split or "test", count, sample_seed)
     if split not in (None, *SPLITS, "all") or str(source) in TASKS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = Path(source)
@@ -155,14 +159,22 @@ def load_split(
     tables = read_tables(path, reading)
     check_columns(path, tables)
     if split is None:
-        split = "all" if path.is_file() and tables[0].split != "test" else "test"
-    return _local(path, split, tables, count, used)
+        has_test = any(table.split == "test" for table in tables)
+        split = "test" if has_test or (cut and path.is_dir()) else "all"
+    share = share_of(tables, split, used)
+    if sample_seed is not None:
+        random.Random(f"samples/{sample_seed}").shuffle(share.places)
+    return _local(path, split, tables, share, count)
 
 
-def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
+def _embedded(name: str, split: str, count: int | None, sample_seed: int | None) -> ImageTextDataset:
     task = TASKS[name]
-    length = min(task.splits[split] or ENDLESS, ENDLESS if count is None else count)
-    return ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
+    there = task.splits[split] or ENDLESS
+    length = there if count is None else min(there, count)
+    rows: Sequence[int] = range(length)
+    if sample_seed is not None:
+        rows = random.Random(f"samples/{sample_seed}").sample(range(there), length)
+    return ImageTextDataset(name, split, length, lambda index: (task.example(split, rows[index]), []))
 
 
 def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
@@ -189,10 +201,7 @@ def problem_at(dataset: Examples, index: int) -> Example | None:
 # ---- local data ----------------------------------------------------------------------------------------------------
 
 
-def _local(
-    path: Path, split: str, tables: Sequence[Table], count: int | None, used: Collection[str]
-) -> ImageTextDataset:
-    share = share_of(tables, split, used)
+def _local(path: Path, split: str, tables: Sequence[Table], share: Share, count: int | None) -> ImageTextDataset:
     checked = Checked.of(tables, share.places, count)
     skipped, records = checked.skipped, checked.records
     skipped.update(table.unreadable for table in share.tables if table.unreadable)
@@ -208,8 +217,7 @@ def _local(
         example = Example(images[0] if images else None, *cells, more_images=images[1:])
         return example, [note for _, notes in loaded for note in notes]
 
-    name = path.resolve().stem if path.is_file() else path.resolve().name
-    dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
+    dataset = ImageTextDataset(data_name(str(path)), split, len(records), load, share.cut_from)
     dataset.skipped.update(skipped)
     dataset.notes.update(checked.notes)
     dataset.notes.update(table.note for table in share.tables if table.note)

@@ -40,6 +40,8 @@ def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Shar
     others = [table for table in tables if table.split not in HELD_OUT]
     rest = _places_of(tables, None, "train")
     watched = {name: _places_of(tables, name) for name in named if split == "train" and name in used}
+    if split == "train" and not watched and all(name in named or name not in used for name in HELD_OUT):
+        return Share(rest, others)  # nothing is cut, and no image need be looked at
     keys = image_keys(tables, [*rest, *(place for places in watched.values() for place in places)])
     groups = connected({place: keys[place] for place in rest})
     cuts = _cut(list(dict.fromkeys(groups[place] for place in rest)), named)

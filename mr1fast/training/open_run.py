@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.checks import nearest
+from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig, canonical
 from mr1fast.options.fields import option_string
@@ -65,6 +67,9 @@ def _new_run(config: TrainConfig) -> OpenRun:
 
 def _check_paths(config: TrainConfig) -> None:
     check_data_paths(config.data, config.image_root)
+    for source in config.test_sources:
+        if source not in TASKS and not Path(source).exists():
+            raise UserError(f"--test-data {source} does not exist{nearest(source, TASKS)}")
     if config.model is not None and config.model.startswith((".", "/")) and not Path(config.model).is_dir():
         raise UserError(f"--model {config.model} is not a folder")  # else it may be a name on the hub
 
