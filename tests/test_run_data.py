@@ -76,6 +76,18 @@ def test_named_test_splits_and_names_that_are_taken(lists):
         load_data(config("--data", lists / "shapes", *same))
 
 
+def test_images_of_test_data_among_those_trained_on_are_counted(lists):
+    options = ["--data", lists / "shapes", "--eval-steps", 0, "--test-data", lists / "superclevr.jsonl"]
+    train = load_data(config(*options, "--test-data", lists / "geoqa")).train["shapes"]
+    assert train.shown_in == {"geoqa": 5}
+    assert train.summary() == "shapes/train: 20 examples; warning: 5 of them show an image of geoqa"
+    few = load_data(config(*options, "--test-data", lists / "geoqa", "--train-samples", 15)).train["shapes"]
+    assert 0 < few.shown_in["geoqa"] == len(shown(few) & set(range(5))) < 5
+    write_jsonl(lists / "shapes" / "test.jsonl", [row(n, image=f"../{n}.png") for n in range(10, 20)])
+    few = load_data(config("--data", lists / "shapes", "--train-samples", 8)).train["shapes"]
+    assert 0 < few.shown_in["test"] == len(shown(few) & set(range(10, 20)))
+
+
 def test_with_tasks_test_data_is_added(lists):
     data = load_data(config("--task", "vc", "--test-data", lists / "geoqa", "--eval-samples", 2))
     assert list(data.tests) == ["vc", "gr", "geoqa"]

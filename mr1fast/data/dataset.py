@@ -15,6 +15,7 @@ from pathlib import Path
 from mr1fast.checks import nearest
 from mr1fast.data.columns import Reading
 from mr1fast.data.example import Example, Examples
+from mr1fast.data.identity import Place, image_keys, shared
 from mr1fast.data.images import BadImage, load_image
 from mr1fast.data.records import Checked
 from mr1fast.data.sources import data_name
@@ -35,7 +36,9 @@ class ImageTextDataset:
     reason -> number of rows; both may grow while images are decoded. cut_from: the rows that the split was cut from, ""
     for a named split. shown_in, asked_in: for each held-out split, the number of train rows that show one of its
     images, and of text-only rows that ask one of its questions. columns: what was taken for what, where the names are
-    not ours. pixels: of each image.
+    not ours. tables, places: where the examples stand. pixels: of each image. rows, cut_from_rows: how many rows the
+    split has and how many those that it was cut from, with unreadable ones and those beyond `count`; rows is None where
+    the supply is endless.
     """
 
     def __init__(
@@ -44,10 +47,14 @@ class ImageTextDataset:
         self.name = name
         self.split = split
         self.cut_from = cut_from
+        self.rows: int | None = length
+        self.cut_from_rows = length
         self.shown_in: Counter[str] = Counter()
         self.asked_in: Counter[str] = Counter()
         self.columns = ""
         self.pixels: array[int] = array("q")
+        self.tables: Sequence[Table] = ()
+        self.places: list[Place] = []
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self._length = length
@@ -97,6 +104,11 @@ class ImageTextDataset:
 
         self._load = checked
 
+    def count_shared(self, name: str, images: Collection[Place], texts: Collection[Place]) -> None:
+        """Of these rows, which a held-out split or a data set to test on shares, count those that are examples here."""
+        self.shown_in += Counter({name: sum(place in images for place in self.places)})
+        self.asked_in += Counter({name: sum(place in texts for place in self.places)})
+
     @property
     def is_remarkable(self) -> bool:
         """Whether `summary` says more than the number of examples."""
@@ -112,8 +124,18 @@ class ImageTextDataset:
             parts.append(f"handled: {_listed(self.notes)}")
         parts += [f"columns: {self.columns}"] if self.columns else []
         for counts, what in ((self.shown_in, "show an image"), (self.asked_in, "ask a question")):
-            parts += [f"warning: {rows} of them {what} of the {name} split" for name, rows in counts.items()]
+            for name, rows in counts.items():
+                whose = f"the {name} split" if name in SPLITS else name
+                parts.append(f"warning: {rows} of them {what} of {whose}")
         return "; ".join(parts)
+
+
+def count_shared(train: ImageTextDataset, other: ImageTextDataset) -> None:
+    """Count the examples to train on that have an image, or in text alone a question, of data to test on."""
+    offset = len(train.tables)
+    theirs = [(table + offset, row) for table, row in other.places]
+    keys = image_keys([*train.tables, *other.tables], [*train.places, *theirs])
+    train.count_shared(other.name, *shared(keys, train.places, theirs))
 
 
 def split_sizes(splits: Sequence[ImageTextDataset]) -> str:
@@ -171,10 +193,12 @@ def _embedded(name: str, split: str, count: int | None, sample_seed: int | None)
     task = TASKS[name]
     there = task.splits[split] or ENDLESS
     length = there if count is None else min(there, count)
-    rows: Sequence[int] = range(length)
+    drawn: Sequence[int] = range(length)
     if sample_seed is not None:
-        rows = random.Random(f"samples/{sample_seed}").sample(range(there), length)
-    return ImageTextDataset(name, split, length, lambda index: (task.example(split, rows[index]), []))
+        drawn = random.Random(f"samples/{sample_seed}").sample(range(there), length)
+    dataset = ImageTextDataset(name, split, length, lambda index: (task.example(split, drawn[index]), []))
+    dataset.rows = task.splits[split]
+    return dataset
 
 
 def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
@@ -198,7 +222,7 @@ def problem_at(dataset: Examples, index: int) -> Example | None:
     return dataset.own(index) if isinstance(dataset, ImageTextDataset) else dataset[index]
 
 
-# ---- local data ----------------------------------------------------------------------------------------------------
+# ---- local data -----------------------------------------------------------------------------------------------------
 
 
 def _local(path: Path, split: str, tables: Sequence[Table], share: Share, count: int | None) -> ImageTextDataset:
@@ -218,11 +242,13 @@ def _local(path: Path, split: str, tables: Sequence[Table], share: Share, count:
         return example, [note for _, notes in loaded for note in notes]
 
     dataset = ImageTextDataset(data_name(str(path)), split, len(records), load, share.cut_from)
+    dataset.rows, dataset.cut_from_rows = len(share.places), sum(len(table.rows) for table in share.tables)
     dataset.skipped.update(skipped)
     dataset.notes.update(checked.notes)
     dataset.notes.update(table.note for table in share.tables if table.note)
-    dataset.shown_in.update(share.shown_in)
-    dataset.asked_in.update(share.asked_in)
+    dataset.tables, dataset.places = tables, checked.places
+    for held_out, (images, texts) in share.shared.items():
+        dataset.count_shared(held_out, images, texts)
     dataset.columns = tables[0].reading.described(columns_of(share.tables))
     dataset.pixels = checked.pixels
     return dataset

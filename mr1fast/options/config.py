@@ -24,6 +24,7 @@ from mr1fast.options.recipes import (
     RECIPES,
     TASK_NAMES,
     adapter_base,
+    default_eval_batch_size,
     default_pieces,
     lora_learning_rate,
     recipe_name,
@@ -220,6 +221,8 @@ class TrainConfig(TrainOptions):
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
         if values["gradient_accumulation_steps"] is None:
             values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
+        if values["eval_batch_size"] is None:
+            values["eval_batch_size"] = default_eval_batch_size(self.recipe(name) != R1_V)
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -247,6 +250,8 @@ class TaskConfig:
     num_iterations: int
     gradient_accumulation_steps: int
     max_grad_norm: float
+    eval_batch_size: int
+    eval_sampled: int
     eval_steps: int
     save_steps: int
     save_total_limit: int

@@ -49,6 +49,11 @@ def lora_learning_rate(full: float) -> float:
     return float(f"{10 * full:.12g}")
 
 
+def default_eval_batch_size(small: bool) -> int:
+    """`eval_batch_size`, the problems that are answered at once, by whether the model is small."""
+    return 64 if small else 8
+
+
 def is_small_folder(model: str | None) -> bool:
     """For an adapter's folder, whether its base is small."""
     if model is None:

@@ -12,7 +12,14 @@ from mr1fast.data.columns import EXAMPLE
 from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
-from mr1fast.options.recipes import DEFAULT_EVAL_SAMPLES, KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
+from mr1fast.options.recipes import (
+    DEFAULT_EVAL_SAMPLES,
+    KL_DEFAULTS,
+    R1_V,
+    RECIPES,
+    TASK_NAMES,
+    default_eval_batch_size,
+)
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
 from mr1fast.rewards.own import FORM
 
@@ -328,9 +335,10 @@ class TrainOptions:
 
     eval_samples: int | None = option(
         None,
-        f"largest number of test problems, of each data set, to answer before and after training{_at_most('test')}",
+        "largest number of test problems, of each data set, to answer before and after training; 0 turns this off"
+        f"{_at_most('test')}",
         group="evaluation",
-        at_least=1,
+        at_least=0,
         at_most=1_000_000,
         shown=f"{DEFAULT_EVAL_SAMPLES} of a task or of --data, all of --test-data",
     )
@@ -347,6 +355,24 @@ class TrainOptions:
         group="evaluation",
         at_least=1,
         at_most=1_000_000,
+    )
+
+    eval_sampled: int = option(
+        1,
+        "completions to sample for each problem in all of these evaluations, besides the greedy one; 0 for none",
+        group="evaluation",
+        at_least=0,
+        at_most=4096,
+    )
+    eval_batch_size: int | None = option(
+        None,
+        "problems answered at once; fewer take less memory (may be changed when a run is resumed)",
+        group="evaluation",
+        at_least=1,
+        at_most=4096,
+        why="they are held in memory together",
+        shown="{} for small models, {} for others".format(*map(default_eval_batch_size, (True, False))),
+        machine=True,
     )
 
     output_dir: str | None = option(

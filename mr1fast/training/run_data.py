@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
+from mr1fast.data.dataset import ImageTextDataset, count_shared, load_split, split_sizes
 from mr1fast.data.sources import data_name, source_of
 from mr1fast.data.tasks import SPLITS, TASKS
 from mr1fast.errors import UserError
@@ -22,7 +22,7 @@ class RunData:
     names: list[str]  # of the tasks, or of the data set; a model is trained on each
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
-    tests: dict[str, ImageTextDataset]  # whichever is trained on, all of them
+    tests: dict[str, ImageTextDataset]  # all of them, whichever is trained on; none with --eval-samples 0
 
     @property
     def splits(self) -> list[ImageTextDataset]:
@@ -44,7 +44,8 @@ def load_data(config: TrainConfig) -> RunData:
         used.remove("validation")
     names = [data_name(own)] if own else list(config.tasks)
     watched = names if config.eval_steps else []
-    tests = {source: _test_data(config, source, own, used) for source in sources}
+    tested = [] if config.eval_samples == 0 else sources
+    tests = {source: _test_data(config, source, own, used) for source in tested}
 
     def split(name: str, which: str, count: int | None, sample_seed: int | None = None) -> ImageTextDataset:
         return load_split(own or name, which, count=count, sample_seed=sample_seed, used=used, reading=config.reading)
@@ -59,6 +60,9 @@ def load_data(config: TrainConfig) -> RunData:
         if config.train_samples is not None and len(dataset) < config.train_samples:
             there = f"{dataset.name} has only {len(dataset)} examples to train on"
             raise UserError(f"--train-samples {config.train_samples}: {there}")
+        for test in data.tests.values():
+            if test.places and test.name != dataset.name:  # a split of its own has been compared
+                count_shared(dataset, test)
     return data
 
 

@@ -59,17 +59,18 @@ class Setup(RunData):
         )
         return Policy(model, policy.processor).freeze_parts(config.frozen_parts)
 
-    def evaluate(
-        self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
+        """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
         config = self.config.for_task(name if name in (*self.names, *TASK_NAMES) else self.names[0])
         result = evaluate(
             policy,
             dataset,
             max_completion_length=config.max_completion_length,
+            sampled=config.eval_sampled,
             temperature=config.temperature,
-            progress=progress,
+            batch_size=config.eval_batch_size,
             seed=config.seed,
+            **keywords,
         )
         return result.figures()
 
