@@ -94,7 +94,7 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
         policy = policy.merge()
     save_model(policy, folder.model(name))
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
-    own = figures.get(name, {})  # none with --eval-samples 0
+    own = figures.get(name, {})  # none where it is not tested on
     result["after"] |= {name: own, **figures} if len(setup.names) == 1 else {name: own}
     result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
     result["steps"][name] = setup.config.for_task(name).max_steps
@@ -207,9 +207,11 @@ def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
 
     folder, shown, titles = setup.folder, [], []
     for name in setup.names:
+        tests = [setup.tests[name]] if name in setup.tests else list(setup.tests.values())
         trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
-        if trained and name in setup.tests:
-            examples = [example for _, example in islice(problems(setup.tests[name]), PICTURED)]
+        if trained and tests:
+            each = -(-PICTURED // len(tests))
+            examples = [example for test in tests for _, example in islice(problems(test), each)][:PICTURED]
             longest = setup.config.for_task(name).max_completion_length
             after = setup.load(trained[-1])
             shown += before_and_after(setup.base, after, examples, max_completion_length=longest)

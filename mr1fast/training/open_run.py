@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.checks import nearest
+from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig, canonical
 from mr1fast.options.fields import option_string
@@ -68,6 +70,9 @@ def _check_paths(config: TrainConfig) -> None:
     for option, model in (("--model", config.model), ("--reference-model", config.reference_model)):
         if model is not None and model.startswith((".", "/")) and not Path(model).is_dir():
             raise UserError(f"{option} {model} is not a folder")  # else it may be a name on the hub
+    for source in config.test_sources:
+        if source not in TASKS and not Path(source).exists():
+            raise UserError(f"--test-data {source} does not exist{nearest(source, TASKS)}")
 
 
 def check_data_paths(data: str | None, image_root: str | None) -> None:
