@@ -106,3 +106,14 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode != "F" and low >= 0 and high < 2**16:
         low, high = 0.0, next(2.0**bits - 1 for bits in (8, 10, 12, 16) if high < 2**bits)
     return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
+
+
+def thumbnail(image: Image.Image | None, side: int) -> Image.Image | None:
+    """A copy in RGB of at most `side` x `side` pixels; None if there is no image, or none that can be shown."""
+    try:
+        copy = image and image.convert("RGB")
+        if copy is not None:
+            copy.thumbnail((side, side))
+        return copy
+    except Exception:  # whatever is wrong with an image costs no more than the image
+        return None

@@ -25,7 +25,7 @@ from mr1fast.options.recipes import (
     recipe_name,
 )
 from mr1fast.options.reward_weights import parse_reward_weights
-from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
+from mr1fast.options.train_options import BY_TASK, LOGGERS, PARTS, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class TrainConfig(TrainOptions):
             check_choice("--freeze: a part", part, PARTS)
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
+        for name in self.loggers:
+            check_choice("--report-to: a logger", name, (*LOGGERS, "none"))
+        if len(set(self.loggers)) < len(self.loggers):
+            raise UserError(f"--report-to {self.report_to} names a logger twice")
+        if "none" in self.loggers:
+            raise UserError(f"--report-to {self.report_to}: none is given with something else")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
@@ -101,6 +107,11 @@ class TrainConfig(TrainOptions):
     @property
     def frozen_parts(self) -> tuple[str, ...]:
         return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in self.report_to.split(","))
+        return () if names == ("none",) else names
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -201,4 +212,4 @@ def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
     if name == "data" or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value
+    return "".join(value.split()) if name in ("freeze", "task", "reward_weights", "report_to") else value
