@@ -19,10 +19,12 @@ from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
+from mr1fast.options.config import read_as
 from mr1fast.options.fields import check_choice, check_value, option_string
 from mr1fast.options.parse import FIELDS
 from mr1fast.options.program import Parser, at_least, exit_code, prog
 from mr1fast.options.recipes import RECIPES, TASK_NAMES, default_eval_batch_size, recipe_name
+from mr1fast.training.open_run import check_data_paths
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm
 
@@ -36,7 +38,7 @@ DEFAULT_SAMPLES = 400  # problems of a task, whose drawings never end
 def build_parser() -> Parser:
     parser = Parser(
         prog=prog("evaluate"),
-        description="Count how many questions about images a Qwen2-VL answers correctly. Prints a table, and writes "
+        description="Count how many questions about images a model answers correctly. Prints a table, and writes "
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
     )
@@ -50,7 +52,8 @@ def _add_problems(add: Callable[..., Any]) -> None:
     add(
         "--model",
         metavar="DIR",
-        help="Qwen2-VL to evaluate: a folder, or a name on the Hugging Face hub [default: the embedded model]",
+        help="Qwen2-VL or Qwen2.5-VL to evaluate: a folder, or a name on the Hugging Face hub "
+        "[default: the embedded model]",
     )
     add(
         "--task",
@@ -60,8 +63,13 @@ def _add_problems(add: Callable[..., Any]) -> None:
     add(
         "--data",
         metavar="PATH",
-        help="your own data instead of a task: a folder or a file with the columns image, problem and solution",
+        help="your own data instead of a task: a folder or a file with the columns image, problem and solution, or "
+        "others that docs/data.md names",
     )
+    for name in ("columns", "image_root"):
+        field = FIELDS[name].metadata
+        shown = f"{field['help']} [default: {field['shown']}]"
+        add(option_string(name), metavar=field["metavar"], help=shown)
     add(
         "--split",
         metavar="TEXT",
@@ -163,10 +171,11 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
         if (value := getattr(options, name)) is not None:
             check_value(FIELDS[name], value, option_string(name))
-    if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
-        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
-    if options.data is not None and not Path(options.data).exists():
-        raise UserError(f"--data {options.data} does not exist")
+    if options.model is not None and (models := sorted(Path(options.model).glob("*/model"))):
+        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
+    if options.data is None and (options.columns or options.image_root):
+        raise UserError("--columns and --image-root are about your own data, and there is no --data")
+    check_data_paths(options.data, options.image_root)
 
 
 def run(arguments: Sequence[str] | None) -> None:
@@ -218,7 +227,8 @@ def _load_data(options: argparse.Namespace) -> ImageTextDataset:
 
     count = options.samples or (DEFAULT_SAMPLES if options.task else None)
     used = () if options.split is None else (options.split,)
-    return load_split(options.data or options.task, options.split, count=count, used=used)
+    reading = read_as(options.columns, options.image_root)
+    return load_split(options.data or options.task, options.split, count=count, used=used, reading=reading)
 
 
 def _load_policy(options: argparse.Namespace) -> Policy:
@@ -266,7 +276,7 @@ def _report(folder: Path, result: EvalResult, settings: dict[str, Any], dataset:
     write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
     page = write_report(folder / "report.html", result, settings, dataset)
     print(f"{evaluation_table(result, settings)}\n\n{asked_of(dataset, result.n)}")
-    if dataset.skipped or dataset.notes:
+    if dataset.is_remarkable:
         print(dataset.summary())
     if unanswered():
         print(f"\n{unanswered_summary()}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.data.columns import Reading, parse_columns
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
@@ -20,8 +21,10 @@ from mr1fast.options.recipes import (
     R1_V,
     RECIPES,
     TASK_NAMES,
+    adapter_base,
     default_eval_batch_size,
     default_pieces,
+    lora_learning_rate,
     recipe_name,
 )
 from mr1fast.options.reward_weights import parse_reward_weights
@@ -47,12 +50,11 @@ class TrainConfig(TrainOptions):
             check_choice("--freeze: a part", part, PARTS)
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
-        for name in self.loggers:
-            check_choice("--report-to: a logger", name, (*LOGGERS, "none"))
-        if len(set(self.loggers)) < len(self.loggers):
-            raise UserError(f"--report-to {self.report_to} names a logger twice")
-        if "none" in self.loggers:
-            raise UserError(f"--report-to {self.report_to}: none is given with something else")
+        self._check_loggers()
+        if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
+            raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
+        if self.merge and not self.trains_adapter and (self.model is None or Path(self.model).is_dir()):
+            raise UserError("--merge needs --lora-rank, or the folder of an adapter as --model")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
@@ -64,6 +66,10 @@ class TrainConfig(TrainOptions):
                 )
 
     def _check_tasks(self) -> None:
+        for name in ("columns", "image_root"):
+            if getattr(self, name) is not None and self.data is None:
+                raise UserError(f"{option_string(name)} is about your own data, and there is no --data")
+        read_as(self.columns, self.image_root)
         if self.data is not None and self.task is not None:
             raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
         for name in self.tasks:
@@ -77,6 +83,14 @@ class TrainConfig(TrainOptions):
                     raise UserError(f"{option_string(name)} must be one value with --data, got {value}")
                 for task in value:
                     check_choice(f"{option_string(name)}: a task", task, TASK_NAMES)
+
+    def _check_loggers(self) -> None:
+        for name in self.loggers:
+            check_choice("--report-to: a logger", name, (*LOGGERS, "none"))
+        if len(set(self.loggers)) < len(self.loggers):
+            raise UserError(f"--report-to {self.report_to} names a logger twice")
+        if "none" in self.loggers:
+            raise UserError(f"--report-to {self.report_to}: none is given with something else")
 
     def _check_kl(self) -> None:
         for method, names in KL_DEFAULTS.items():
@@ -114,9 +128,22 @@ class TrainConfig(TrainOptions):
         return () if names == ("none",) else names
 
     @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained: a new one, or the one that --model is."""
+        return self.lora_rank is not None or (self.model is not None and adapter_base(self.model) is not None)
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        return () if self.lora_targets is None else tuple(name.strip() for name in self.lora_targets.split(","))
+
+    @property
     def rewards(self) -> dict[str, float]:
         """Name -> weight, without those of weight 0."""
         return parse_reward_weights(self.reward_weights, "--reward-weights")
+
+    @property
+    def reading(self) -> Reading:
+        return read_as(self.columns, self.image_root)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,6 +189,8 @@ class TrainConfig(TrainOptions):
     def _filled_in(self, name: str) -> dict[str, Any]:
         """The options in use for a task, with the defaults of its recipe and of the method."""
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
+        if self.trains_adapter:
+            defaults["learning_rate"] = lora_learning_rate(defaults["learning_rate"])
         if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
         values: dict[str, Any] = {}
@@ -208,8 +237,15 @@ class TaskConfig:
     save_total_limit: int
 
 
+def read_as(columns: str | None, image_root: str | None) -> Reading:
+    """What --columns and --image-root say. Raises UserError."""
+    named = {} if columns is None else parse_columns(columns, "--columns")
+    return Reading(named, None if image_root is None else Path(os.path.abspath(image_root)))
+
+
 def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
-    if name == "data" or (name == "model" and Path(value).is_dir()):
+    if name in ("data", "image_root") or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "task", "reward_weights", "report_to") else value
+    lists = ("columns", "freeze", "lora_targets", "report_to", "reward_weights", "task")
+    return "".join(value.split()) if name in lists else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mr1fast.data.columns import EXAMPLE
 from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
@@ -72,7 +73,7 @@ class TrainOptions:
     )
     model: str | None = option(
         None,
-        "Qwen2-VL to start from: a folder, or a name on the Hugging Face hub",
+        "Qwen2-VL or Qwen2.5-VL to start from: a folder, or a name on the Hugging Face hub",
         group="model",
         metavar="DIR",
         shown="the embedded model",
@@ -85,6 +86,34 @@ class TrainOptions:
         metavar="LIST",
         shown="none",
     )
+    lora_rank: int | None = option(
+        None,
+        "train a LoRA adapter of this rank, and none of the model's own weights",
+        group="model",
+        at_least=1,
+        at_most=4096,
+        shown="none",
+    )
+    lora_alpha: float | None = option(
+        None,
+        "the adapter is scaled by --lora-alpha / --lora-rank",
+        group="model",
+        at_least=1e-3,
+        at_most=1e6,
+        shown="2 x --lora-rank",
+    )
+    lora_targets: str | None = option(
+        None,
+        "linear layers on which the adapter is, separated by commas, such as q_proj,v_proj",
+        group="model",
+        metavar="LIST",
+        shown="all those of the language model",
+    )
+    merge: bool = option(
+        False,
+        "after LoRA, save the model with the adapter merged into its weights as model/, and the adapter as adapter/",
+        group="model",
+    )
     task: str | None = option(
         None,
         f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
@@ -96,10 +125,24 @@ class TrainOptions:
     data: str | None = option(
         None,
         "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
-        "image, problem and solution",
+        "image, problem and solution, or others that docs/data.md names",
         group="data",
         metavar="PATH",
         shown="none",
+    )
+    columns: str | None = option(
+        None,
+        f"what the columns of your data are called, such as {EXAMPLE}",
+        group="data",
+        metavar="LIST",
+        shown="the names in docs/data.md",
+    )
+    image_root: str | None = option(
+        None,
+        "folder at which relative paths of images start",
+        group="data",
+        metavar="DIR",
+        shown="that of the file which names them",
     )
     max_pixels: int | None = option(
         None,
@@ -222,7 +265,7 @@ class TrainOptions:
         at_least=1e-12,
         at_most=1.0,
         why="AdamW moves each weight by about that much in a step",
-        shown=_by_recipe("learning_rate"),
+        shown=f"{_by_recipe('learning_rate')}; ten times that for LoRA",
     )
     warmup_steps: int = option(
         10,
