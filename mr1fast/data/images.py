@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,3 +118,14 @@ def thumbnail(image: Image.Image | None, side: int) -> Image.Image | None:
         return copy
     except Exception:  # whatever is wrong with an image costs no more than the image
         return None
+
+
+def side_by_side(images: Sequence[Image.Image], side: int) -> Image.Image | None:
+    """Those that can be shown, each of at most `side` x `side` pixels, in a row on white; None if there is none."""
+    shown = [small for image in images if (small := thumbnail(image, side)) is not None]
+    if len(shown) < 2:
+        return shown[0] if shown else None
+    row = Image.new("RGB", (sum(image.width for image in shown), max(image.height for image in shown)), "white")
+    for number, image in enumerate(shown):
+        row.paste(image, (sum(before.width for before in shown[:number]), 0))
+    return row

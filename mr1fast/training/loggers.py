@@ -96,7 +96,7 @@ class TensorBoard:
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored]) -> None:
         import numpy as np
 
-        from mr1fast.data.images import thumbnail
+        from mr1fast.data.images import side_by_side
 
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
@@ -105,7 +105,7 @@ class TensorBoard:
             prompts.setdefault(id(one.example), []).append(one)
         for number, group in enumerate(prompts.values(), start=1):
             self.writer.add_text(f"completions/{number}", _markdown(group), step)
-            if (image := thumbnail(group[0].example.image, MAX_SIDE)) is not None:
+            if (image := side_by_side(group[0].example.images, MAX_SIDE)) is not None:
                 self.writer.add_image(f"completions/{number}", np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -156,13 +156,13 @@ class Tracker:
         self.run.log({**row, "train/global_step": step})
 
     def _table(self, step: int, completions: Sequence[Scored]) -> Any:
-        from mr1fast.data.images import thumbnail
+        from mr1fast.data.images import side_by_side
 
         rewards = list(completions[0].rewards)
         columns = ["step", "image", "prompt", "solution", "completion", *rewards, "advantage"]
         rows = []
         for one in completions:
-            example, image = one.example, thumbnail(one.example.image, MAX_SIDE)
+            example, image = one.example, side_by_side(one.example.images, MAX_SIDE)
             shown = None if image is None else self.module.Image(image)
             values = [None if math.isnan(value) else value for value in one.rewards.values()]
             rows.append([step, shown, example.problem, example.solution, one.completion, *values, one.advantage])

@@ -22,6 +22,7 @@ from mr1fast.rewards import unanswered, unanswered_summary
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
 from mr1fast.training.loggers import open_loggers
 from mr1fast.training.metrics import MetricsLog
+from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versions, write_config, write_json
 from mr1fast.training.scoring import absent_summary
@@ -94,11 +95,13 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
         save_model(policy, folder.adapter(name))
         policy = policy.merge()
     save_model(policy, folder.model(name))
+    write_card(folder.model(name), setup, name, result)
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
     own = figures.get(name, {})  # none with --eval-samples 0
     result["after"] |= {name: own, **figures} if len(setup.names) == 1 else {name: own}
     result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
     result["steps"][name] = setup.config.for_task(name).max_steps
+    write_card(folder.model(name), setup, name, result)
     folder.write_result(result)
 
 
