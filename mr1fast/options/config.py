@@ -30,7 +30,7 @@ from mr1fast.options.recipes import (
     recipe_name,
 )
 from mr1fast.options.reward_weights import parse_reward_weights
-from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
+from mr1fast.options.train_options import BY_TASK, LOGGERS, PARTS, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class TrainConfig(TrainOptions):
             check_choice("--freeze: a part", part, PARTS)
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
+        self._check_loggers()
         if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
             raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
         if self.merge and not self.trains_adapter and (self.model is None or Path(self.model).is_dir()):
@@ -93,6 +94,14 @@ class TrainConfig(TrainOptions):
                 for task in value:
                     check_choice(f"{option_string(name)}: a task", task, TASK_NAMES)
 
+    def _check_loggers(self) -> None:
+        for name in self.loggers:
+            check_choice("--report-to: a logger", name, (*LOGGERS, "none"))
+        if len(set(self.loggers)) < len(self.loggers):
+            raise UserError(f"--report-to {self.report_to} names a logger twice")
+        if "none" in self.loggers:
+            raise UserError(f"--report-to {self.report_to}: none is given with something else")
+
     def _check_kl(self) -> None:
         for method, names in KL_DEFAULTS.items():
             for name in names:
@@ -124,6 +133,11 @@ class TrainConfig(TrainOptions):
     @property
     def frozen_parts(self) -> tuple[str, ...]:
         return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in self.report_to.split(","))
+        return () if names == ("none",) else names
 
     @property
     def trains_adapter(self) -> bool:
@@ -285,4 +299,5 @@ def canonical(name: str, value: Any) -> Any:
         return ",".join(sources_of(value))
     if name == "image_root" or (name in ("model", "reference_model") and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("columns", "freeze", "lora_targets", "task", "reward_weights") else value
+    lists = ("columns", "freeze", "lora_targets", "report_to", "reward_weights", "task")
+    return "".join(value.split()) if name in lists else value

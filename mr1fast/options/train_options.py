@@ -29,6 +29,8 @@ BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
 # What --freeze knows; `Policy.freeze_parts` says which weights they are.
 PARTS = ("vision", "merger", "language")
+# What --report-to knows.
+LOGGERS = ("tensorboard", "wandb", "trackio")
 # The headings of --help, in this order.
 GROUPS = {
     "model": "model and method",
@@ -39,6 +41,7 @@ GROUPS = {
     "optimizer": "optimizer",
     "evaluation": "evaluation",
     "files": "files and checkpoints",
+    "logging": "logging (may be changed when a run is resumed)",
     "device": "device (may be changed when a run is resumed)",
 }
 
@@ -399,6 +402,15 @@ class TrainOptions:
     )
     save_total_limit: int = option(
         2, "number of checkpoints to keep; older ones are deleted", group="files", at_least=1, at_most=MANY
+    )
+
+    report_to: str = option(
+        "tensorboard",
+        f"where metrics and samples of the completions are shown, separated by commas: {', '.join(LOGGERS)}, or none; "
+        "metrics.jsonl has the metrics in any case",
+        group="logging",
+        metavar="LIST",
+        machine=True,
     )
 
     device: str = option(

@@ -22,6 +22,7 @@ from mr1fast.options.config import TrainConfig, canonical
 from mr1fast.options.fields import option_string
 from mr1fast.options.parse import FIELDS, Request, read_options, say_unknown
 from mr1fast.options.reward_weights import load_rewards
+from mr1fast.training.loggers import check_installed
 from mr1fast.training.run_folder import RUNS, ResumeError, RunFolder, is_checkpoint, new_folder
 
 
@@ -44,6 +45,7 @@ def open_run(request: Request) -> Iterator[OpenRun]:
         folder, checkpoint = _find_run(request)
         opened = OpenRun(folder, _recorded_config(request, folder), checkpoint)
         load_rewards(opened.config.rewards)
+        check_installed(opened.config.loggers)
     with _locked(opened.folder.path):
         yield opened
 
@@ -59,6 +61,7 @@ def requested_config(request: Request) -> TrainConfig:
 def _new_run(config: TrainConfig) -> OpenRun:
     _check_paths(config)
     load_rewards(config.rewards)
+    check_installed(config.loggers)
     default = RUNS / time.strftime("%Y-%m-%d-%H-%M-%S")
     return OpenRun(
         RunFolder(new_folder(config.output_dir, default=default, advice=", or continue with --resume")), config
