@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mr1fast.data.dataset import ImageTextDataset, data_name, load_split, split_sizes
+from mr1fast.data.dataset import ImageTextDataset
 from mr1fast.data.example import Example
-from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
@@ -28,24 +26,18 @@ from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
-from mr1fast.training.run_folder import ResumeError, RunFolder
-
-# Embedded tasks are endless; after this many drawings they repeat in another order. A run rarely gets that far.
-MAX_DRAWINGS = 1_000_000
+from mr1fast.training.run_data import RunData, check_same_data, load_data
+from mr1fast.training.run_folder import RunFolder
 
 
 @dataclass
-class Setup:
+class Setup(RunData):
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
     loaded_base: Policy | None  # see `base`
     given_reference: Policy | None  # --reference-model
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
-    names: list[str]  # of the tasks, or of the data set
-    train: dict[str, ImageTextDataset]
-    validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
-    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on; none with --eval-samples 0
     offloads_reference: bool = False  # keep it in the CPU's memory but for its log-probabilities
 
     @property
@@ -82,18 +74,9 @@ class Setup:
         reference = self.given_reference or self.base
         return reference.offload() if self.offloads_reference else reference
 
-    @property
-    def data_content(self) -> dict[str, str]:
-        """Of local data, what is in each split; see `ImageTextDataset.content`."""
-        return {f"{split.name}/{split.split}": split.content for split in self.splits if split.content}
-
-    @property
-    def splits(self) -> list[ImageTextDataset]:
-        return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
-
     def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
         """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
-        config = self.config.for_task(name)
+        config = self.config.for_task(name if name in (*self.names, *TASK_NAMES) else self.names[0])
         result = evaluate(
             policy,
             dataset,
@@ -122,8 +105,10 @@ class Setup:
         if self.config.reference_model is not None:
             lines += [f"the KL term measures from {self.config.reference_model}"]
         lines += [f"files go to {self.folder.path}"]
-        if self.config.data is not None:
-            lines += [split_sizes(self.splits), *summaries(self.splits)]
+        lines += self.sizes(own=self.config.data is not None)
+        lines += summaries(self.splits)
+        if scaled := scaled_down(self.splits, self.base.processor):
+            lines.append(scaled)
         steps, warmup = [self.config.for_task(name).max_steps for name in self.names], self.config.warmup_steps
         if warmup >= min(steps):
             what = f"--warmup-steps {warmup} is not below --max-steps {min(steps)}"
@@ -147,6 +132,13 @@ def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
     return [split.summary() for split in splits if split.is_remarkable]
 
 
+def scaled_down(splits: Iterable[ImageTextDataset], processor: Qwen2VLTextImageProcessor) -> str:
+    """How many images the model is shown smaller than they are; "" if none."""
+    most = processor.image_processor.size["longest_edge"]
+    larger = sum(pixels > most for split in splits for pixels in split.pixels)
+    return f"{larger} images have more than {most} pixels (--max-pixels), and are scaled down to that" if larger else ""
+
+
 def prepare(opened: OpenRun) -> Setup:
     """Load model and data. Raises ValueError, whose message is one sentence."""
     config = opened.config
@@ -166,41 +158,26 @@ def prepare(opened: OpenRun) -> Setup:
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
-    # An absolute path, so that a folder with the name of a task is not mistaken for the task.
-    data = None if config.data is None else os.path.abspath(config.data)
-    used = SPLITS if config.eval_steps else ("train", "test")
     recorded = opened.folder.read_result().get("data", {})
-    names = [recorded.get("name") or data_name(Path(data))] if data else list(config.tasks)
-    tested = (names if data else TASK_NAMES) if config.eval_samples else ()
-
-    def load_data(name: str, split: str, count: int | None) -> ImageTextDataset:
-        dataset = load_split(data or name, split, count=count, used=used, reading=config.reading)
-        dataset.name = name  # of data that has moved, what it was called
-        return dataset
-
-    def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {name: load_data(name, split, count(config.for_task(name))) for name in names}
-
+    data = load_data(config, recorded.get("name"))
+    check_same_data(data, recorded.get("content", {}), moved_to=config.data if opened.data_moved else None)
+    config = config.with_steps({name: len(dataset) for name, dataset in data.train.items()})
     setup = Setup(
+        **vars(data),
         config=config,
         folder=opened.folder,
         base_path=base_path,
         loaded_base=base.freeze(),
         given_reference=_given_reference(config, base, load_model),
         load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
-        names=names,
-        train=splits("train", lambda task: None if data else _drawings(task)),
-        validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
-        tests={name: load_data(name, "test", config.eval_samples) for name in tested},
     )
-    _check_same_data(setup, recorded.get("content", {}), opened.data_moved)
     longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
         split[0]  # where no row can be used, it is said now
     if config.method != "sft":
         rewards = load_rewards(config.rewards)
-        for name in names:
+        for name in setup.names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
 
@@ -213,22 +190,6 @@ def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[st
     model = load_model(path)
     check_same_kind(path, model.config, base.model.config, models.load_processor(path), base.processor)
     return Policy(model, base.processor).freeze()
-
-
-def _check_same_data(setup: Setup, recorded: dict[str, str], moved: bool) -> None:
-    """Say that the data of a resumed run has changed; raises ResumeError if it has moved as well."""
-    now = setup.data_content
-    changed = [split for split, content in recorded.items() if now.get(split, content) != content]
-    if changed and moved:
-        what = f"its questions, answers or images are not those that the run began with ({', '.join(changed)})"
-        raise ResumeError(f"--data {setup.config.data} is not the data of this run: {what}")
-    if changed:
-        print(f"warning: the data is not what the run began with ({', '.join(changed)})", file=sys.stderr)
-
-
-def _drawings(config: TaskConfig) -> int:
-    """As many examples of an embedded task as the run can use."""
-    return min(-(-config.max_steps // config.num_iterations) * config.prompts_per_step, MAX_DRAWINGS)
 
 
 # ---- what fits -------------------------------------------------------------------------------------------------------
