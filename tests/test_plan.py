@@ -1,39 +1,42 @@
 """The planner: against the allocator's own account of true steps, and against numbers worked out by hand."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
-from tiny import tiny_model
+import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2VLConfig
 
-from benchmarks.plan_check import QWEN_2B, QWEN_7B, random_advantages, true_trainer
+from benchmarks.models import QWEN_2B, QWEN_7B, config
+from benchmarks.plan_check import random_advantages, true_trainer
+from mr1fast import train
+from mr1fast.errors import UserError
 from mr1fast.kernels import dispatch, linear
 from mr1fast.model.load import EMBEDDED
 from mr1fast.options.config import TrainConfig
-from mr1fast.training import device_memory, plan_step
+from mr1fast.training import device_memory, plan_run, plan_step
 from mr1fast.training import trainer as trainer_module
-from mr1fast.training.plan import StepShape, cheapest_remedy, plan, report, report_of_run
+from mr1fast.training.plan import GIB, Plan, StepShape, plan, plan_for, remedy
 
 P, G, L = 4, 2, 6
-TOKENS = 40  # of a prompt's text
+TEXT, IMAGE = 100, 16  # tokens of a prompt
+PIXELS = IMAGE * 14**2
 
 
-def shape(**changes) -> StepShape:
-    """Steps of the embedded model on the CPU; what is no field of StepShape is an option of the trainer's."""
-    fields = {field.name for field in dataclasses.fields(StepShape)}
-    options = {"prompts_per_step": P, "num_generations": G, "max_completion_length": L}
-    options |= {name: value for name, value in changes.items() if name not in fields}
-    settings = {
-        "model": Qwen2VLConfig.from_pretrained(EMBEDDED),
-        "config": dataclasses.replace(TrainConfig(task="vc", method=options.pop("method", "grpo-d")), **options),
-        "dtype": "float32",
-        "device": "cpu",
-        "text_tokens": TOKENS,
-        "image_pixels": 4096,
-    }
-    settings["config"] = settings["config"].for_task("vc")
-    return StepShape(**settings | {name: value for name, value in changes.items() if name in fields})
+def shape(*, dtype="float32", device="cpu", text_tokens=TEXT, **options) -> StepShape:
+    """Steps of the embedded model: 3 layers of 2 key-value heads of width 32, and 2 layers of vision."""
+    given = {"prompts_per_step": P, "num_generations": G, "max_completion_length": L, "max_pixels": PIXELS, **options}
+    model = Qwen2VLConfig.from_pretrained(EMBEDDED)
+    return StepShape(model, TrainConfig(data="none", **given), dtype=dtype, device=device, text_tokens=text_tokens)
+
+
+@pytest.fixture(scope="module")
+def planned() -> Plan:
+    return plan(shape(dtype="bfloat16", gradient_accumulation_steps=2))
+
+
+# ---- true steps -----------------------------------------------------------------------------------------------------
 
 
 def allocated(step) -> int:
@@ -51,138 +54,203 @@ def allocated(step) -> int:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"gradient_accumulation_steps": 4, "max_completion_length": 40},
-        {"dtype": "bfloat16", "freeze": ("vision", "merger")},
-        {"method": "sft", "max_completion_length": 21, "reference": "none"},
-        {"lora_rank": 4, "reference": "shared"},
-        {"image_pixels": None, "reference": "none", "method": "grpo", "beta": 0.0},
+        {"max_completion_length": 20},
+        {"gradient_accumulation_steps": 4, "max_completion_length": 20},
+        {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "freeze": "vision,merger"},
+        {"method": "sft"},
+        {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
     ],
-    ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()) or "defaults",
+    ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),
 )
 def test_plan_is_what_a_true_step_allocates(changes, one_thread, monkeypatch):
-    planned = shape(**changes)
+    chosen = shape(**changes)
     monkeypatch.setattr(trainer_module, "group_advantages", random_advantages)
-    trainer = true_trainer(planned)
+    trainer = true_trainer(chosen)
     trainer.step()  # makes the moments
-    models = [trainer.policy.model, *([trainer.reference.model] if trainer.reference else [])]
+    models = {id(policy.model): policy.model for policy in (trainer.policy, trainer.reference) if policy}.values()
     held = [t for model in models for t in (*model.parameters(), *model.buffers())]
     held += [*trainer.optimizer.masters, *(t for s in trainer.optimizer.adamw.state.values() for t in s.values())]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
-    assert plan(planned).peak == pytest.approx(before + allocated(trainer.step), rel=0.05)
+    assert plan(chosen).peak == pytest.approx(before + allocated(trainer.step), rel=0.05)
 
 
-def test_parameters_of_the_papers_models():
-    shapes = [shape(model=model, reference="none") for model in (QWEN_2B, QWEN_7B)]
-    models = [plan_step.build_models(one, "meta")[0] for one in shapes]
-    assert [sum(weight.numel() for weight in model.parameters()) for model in models] == [2_208_985_600, 8_291_375_616]
+# ---- what is held ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny() -> Qwen2VLConfig:
-    """2 layers of 2 key-value heads of width 8; images of 16 tokens; 1 layer of vision."""
-    return tiny_model().config
+@pytest.mark.parametrize(("model", "parameters"), [(QWEN_2B, 2_208_985_600), (QWEN_7B, 8_291_375_616)])
+def test_parameters_of_the_papers_models(model, parameters):
+    built, _ = plan_step.build_models(dataclasses.replace(shape(method="sft"), model=model), "meta")
+    assert sum(weight.numel() for weight in built.parameters()) == parameters
 
 
-def test_bytes_of_each_category(tiny):
-    one = shape(model=tiny, dtype="bfloat16", image_pixels=1024, gradient_accumulation_steps=2)
-    model, buffers = tiny_model(), 4 * sum(buffer.numel() for buffer in tiny_model().buffers())
+def test_bytes_of_each_category(planned):
+    model, _ = plan_step.build_models(shape(method="sft"), "cpu")
     N, tensors = sum(weight.numel() for weight in model.parameters()), len(list(model.parameters()))
-    planned = plan(one)
+    buffers = 4 * sum(buffer.numel() for buffer in model.buffers())
     assert (planned.parameters, planned.trainable) == (N, N)
     for held in planned.phases.values():
         assert held["weights"] == held["reference"] == 2 * N + buffers
         assert held["masters"] == 4 * N
         assert held["moments"] == 8 * N + 4 * tensors  # each with the number of its step
-    # The gradients and their float32 copies; whatever is in the memory of clipping is of one tensor at a time.
-    assert 6 * N <= planned.phases["optimizer"]["gradients"] < 6.5 * N
+    # Each is freed as soon as there is its float32 copy.
+    assert 4 * N <= planned.phases["optimizer"]["gradients"] < 5 * N
     assert planned.phases["rollout"]["gradients"] == 0
+    assert planned.phases["policy"]["gradients"] == 2 * N
+    assert 20 * N <= planned.least < 21.5 * N
+    assert planned.least < planned.peak
 
 
-def test_bytes_of_the_key_value_cache(tiny):
-    planned = plan(shape(model=tiny, dtype="bfloat16", image_pixels=1024, num_generations=32))
-    token = 2 * 2 * 2 * 8 * 2  # bytes: layers, keys and values, heads, width, bfloat16
-    prompts = P * (TOKENS + 16)
+def test_bytes_of_the_key_value_cache(planned):
+    token = 3 * 2 * 2 * 32 * 2  # bytes: layers, keys and values, heads, width, bfloat16
+    prompts = P * (TEXT + IMAGE)
     # Of the prompts, of the prompt of every completion, and that once more with room for the completion.
-    expected = token * (prompts + 32 * prompts + 32 * (prompts + P * L))
-    assert planned.phases["rollout"]["key-value cache"] == expected
+    assert planned.phases["rollout"]["key-value cache"] == token * (prompts + G * prompts + G * (prompts + P * L))
 
 
-def test_logits_are_one_block(tiny):
-    tiny.text_config.vocab_size = 20_000
-    rows = P * G * 20
-    planned = plan(shape(model=tiny, image_pixels=1024, max_completion_length=20))
-    assert planned.phases["policy"]["logits"] == rows * 20_000 * 4
-    limited = plan(shape(model=tiny, image_pixels=1024, max_completion_length=20, device="cuda"))
-    assert limited.phases["policy"]["logits"] == rows * 20_000 * 4  # still below a GPU's block
+@pytest.mark.parametrize(("device", "rows"), [("cpu", P * G * 20 // 2), ("cuda", P * G * 20)])
+def test_logits_are_a_block_as_large_as_on_the_device(device, rows):
+    chosen = shape(device=device, max_completion_length=20)
+    chosen.model.text_config.vocab_size = 300_000  # 183 MiB of logits: more than a block of a CPU's
+    assert plan(chosen).phases["reference"]["logits"] == rows * 300_000 * 4
 
 
-def test_trainable_parameters(tiny):
-    model = tiny_model()
-    vision = sum(weight.numel() for weight in model.model.visual.parameters())
+def test_parts_that_are_frozen():
+    model, _ = plan_step.build_models(shape(method="sft"), "cpu")
     merger = sum(weight.numel() for weight in model.model.visual.merger.parameters())
-    N = sum(weight.numel() for weight in model.parameters())
-    changes = {"model": tiny, "image_pixels": 1024}
-    assert plan(shape(**changes, freeze=("vision",))).trainable == N - vision + merger
-    assert plan(shape(**changes, freeze=("vision", "merger"))).trainable == N - vision
-    adapter = plan(shape(**changes, lora_rank=2, lora_targets=("q_proj",), reference="shared"))
-    assert adapter.trainable == 2 * 2 * (32 + 32)  # layers, rank, in and out
-    assert adapter.phases["policy"]["reference"] == 0
+    vision = sum(weight.numel() for weight in model.model.visual.parameters()) - merger
+    whole = plan(shape())
+    assert whole.trainable == whole.parameters
+    assert plan(shape(freeze="vision")).trainable == whole.parameters - vision
+    assert plan(shape(freeze="vision,merger")).trainable == whole.parameters - vision - merger
 
 
-def test_reference_that_is_offloaded(tiny):
-    changes = {"model": tiny, "image_pixels": 1024}
-    loaded, offloaded = plan(shape(**changes)), plan(shape(**changes, reference="offloaded"))
-    assert offloaded.phases["reference"] == loaded.phases["reference"]
-    for phase in ("rollout", "policy", "optimizer"):
-        assert offloaded.phases[phase] == loaded.phases[phase] | {"reference": 0}
+def test_the_largest_image():
+    def image_tokens(**changes):
+        return shape(**{"max_pixels": None} | changes).image_tokens
 
-
-def test_what_would_make_it_fit(tiny):
-    one = shape(model=tiny, image_pixels=1024, max_completion_length=30)
-    peaks = [
-        plan(shape(model=tiny, image_pixels=1024, max_completion_length=30, gradient_accumulation_steps=n)).peak
-        for n in (1, 2, 4)
-    ]
-    assert peaks[0] > peaks[1] > peaks[2]
-    said, fits = report(one, peaks[0])
-    assert fits
-    assert f"{plan(one).parameters:,} parameters" in said
-    assert "key-value cache" in said
-    said, fits = report(one, peaks[0] - 1)
-    assert not fits
-    assert said.endswith("it fits with --gradient-accumulation-steps 2")
-    assert cheapest_remedy(one, peaks[1] - 1) == "--gradient-accumulation-steps 4"
-    assert cheapest_remedy(one, peaks[2] - 1).startswith("--gradient-accumulation-steps 4 --")
-    assert cheapest_remedy(one, 1) is None
-    assert "no option of this program makes it fit" in report(one, 1)[0]
-
-
-@pytest.mark.parametrize(
-    ("method", "last"), [("grpo-d", "8 completions of 32 tokens"), ("sft", "a target of 32 tokens")]
-)
-def test_report_of_a_run(method, last):
-    """The embedded model, of whose folder no weight is read, in memory that is enough for it anywhere."""
-    said, fits = report_of_run(TrainConfig(method=method, task="vc", device="cpu").for_task("vc"), EMBEDDED)
-    lines = said.splitlines()
-    assert lines[0] == "704,128 parameters, 704,128 of them trained, in float32"
-    assert lines[1] == f"16 prompts in 1 piece, each of 128 tokens of text and an image of 16 tokens, with {last}"
-    assert fits
-    assert "MiB and fits" in lines[-1]
-
-
-def test_largest_image():
+    assert image_tokens(max_pixels=16 * 14**2) == 16
+    assert image_tokens() == 2048 - L - TEXT  # the model takes no more, and a token has 14 x 14 pixels
+    assert image_tokens(max_prompt_length=130) == 130 - TEXT
+    assert image_tokens(max_prompt_length=10) == 1
     for pixels, tokens in ((401_408, 512), (3136, 4), (784, 1), (100 * 784 + 5, 100)):
         width, height = plan_step._largest(pixels, 28)
         assert (width % 28, height % 28, width * height // 784) == (0, 0, tokens)
         assert height <= width <= 3 * height
 
 
-def test_a_plan_leaves_the_trainer_as_it_was(tiny):
-    before = dispatch.BACKENDS, dict(linear.CHUNK_BYTES), dict(linear.MIN_ROWS), trainer_module.batch_logps
-    plan(shape(model=tiny, image_pixels=1024, device="cuda"))
-    assert before == (dispatch.BACKENDS, linear.CHUNK_BYTES, linear.MIN_ROWS, trainer_module.batch_logps)
+def test_a_plan_leaves_the_trainer_as_it_was():
+    def patched():
+        functions = trainer_module.batch_logps, trainer_module.split_batch
+        return dispatch.BACKENDS, dict(linear.CHUNK_BYTES), dict(linear.MIN_ROWS), functions
+
+    before = patched()
+    plan(shape(device="cuda"))
+    assert patched() == before
+
+
+# ---- what fits ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_offloaded_where_that_makes_it_fit(planned):
+    waiting = planned.with_reference_offloaded()
+    assert waiting.phases["reference"] == planned.phases["reference"]
+    for phase in ("rollout", "policy", "optimizer"):
+        assert waiting.phases[phase] == planned.phases[phase] | {"reference": 0}
+    assert waiting.peak < planned.peak
+    chosen = shape(dtype="bfloat16", gradient_accumulation_steps=2, device="cuda")
+    assert not plan_for(chosen, planned.peak).offload_reference
+    assert plan_for(chosen, planned.peak - 1).offload_reference
+    assert not plan_for(chosen, waiting.peak - 1).offload_reference
+    assert not plan_for(dataclasses.replace(chosen, device="cpu"), planned.peak - 1).offload_reference
+
+
+def test_what_makes_it_fit():
+    chosen = shape(max_completion_length=30)
+    one, two, four = (plan(shape(max_completion_length=30, gradient_accumulation_steps=n)) for n in (1, 2, 4))
+    assert one.peak > two.peak > four.peak
+    assert remedy(chosen, one, one.peak - 1) == "--gradient-accumulation-steps 2"
+    assert remedy(chosen, one, two.peak - 1) == "--gradient-accumulation-steps 4"
+    assert remedy(chosen, one, four.peak - 1).startswith("--gradient-accumulation-steps 4 --")
+    assert remedy(chosen, one, 1) is None
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """A folder with no file but config.json, of a model as wide as 2B with two layers."""
+    config({"num_hidden_layers": 2}, {"depth": 2}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def said(capsys, *arguments) -> tuple[int, list[str], str]:
+    """(exit code, lines of stdout, stderr) of a program's run."""
+    code = train.main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_plan_of_the_embedded_model(capsys):
+    code, lines, _ = said(capsys, "--plan", "--device", "cpu", "--task", "vc")
+    assert code == 0
+    assert lines[0] == f"{EMBEDDED} on vc: 704,128 parameters, 704,128 of them trained, in float32"
+    assert lines[1] == (
+        "16 prompts, 16 at a time, each of 16 tokens of an image and 128 of text, with 8 completions of 32 tokens"
+    )
+    assert lines[3].split() == ["MiB", "rollout", "reference", "policy", "optimizer"]
+    assert lines[-1].startswith("a step needs up to ")
+    assert " and fits cpu, where " in lines[-1]
+
+
+def test_plan_for_a_card(large, capsys):
+    options = ("--model", large, "--data", large, "--max-pixels", 100_000)
+    code, lines, _ = said(capsys, "--plan", 24, *options)
+    assert code == 0
+    assert "in bfloat16" in lines[0]
+    assert lines[-1].endswith("and fits a GPU with 24 GB, where 21.6 GiB can be used")
+    code, lines, _ = said(capsys, "--plan", 7, *options)
+    assert code == 1
+    assert "does not fit a GPU with 7 GB, where 6.0 GiB can be used; it fits with --" in lines[-1]
+
+
+def test_plan_of_a_model_on_the_hub(capsys, monkeypatch):
+    def offline(*_):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(Qwen2VLConfig, "from_pretrained", offline)
+    code, _, err = said(capsys, "--plan", "--model", "nobody/nothing", "--data", Path(__file__).parent)
+    assert code == 2
+    assert "error: model 'nobody/nothing' cannot be loaded: We couldn't connect to the hub" in err
+    assert err.rstrip().endswith("; for --plan, a folder with its config.json is enough")
+
+
+def test_plan_takes_a_number_of_gigabytes(capsys):
+    for wrong in ("0", "24GB", "1.5"):
+        code, _, err = said(capsys, "--plan", wrong)
+        assert code == 2
+        assert f"got {wrong}" in err.replace("'", "")
+
+
+def test_a_run_that_cannot_fit(large, monkeypatch, capsys):
+    options = TrainConfig(model=str(large), data=str(large), max_pixels=100_000, device="cpu")
+
+    def with_free(gib):
+        monkeypatch.setattr(plan_run, "free_memory", lambda _: int(gib * GIB))
+        return plan_run.check_memory(options, "data")
+
+    assert with_free(1000).peak < 1000 * GIB
+    assert capsys.readouterr().err == ""
+    least, peak = with_free(1000).least / GIB, with_free(1000).peak / GIB
+    assert with_free((least + peak) / 2) is not None
+    assert "warning: a step needs up to" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"take .* GiB, and cpu has .* GiB free; .* --"):
+        with_free(least * 0.99)
+
+
+def test_a_small_model_is_not_planned_for(monkeypatch):
+    monkeypatch.setattr(plan_run, "plan_for", None)
+    assert plan_run.check_memory(TrainConfig(), "vc") is None
 
 
 # ---- the device -----------------------------------------------------------------------------------------------------
@@ -212,5 +280,6 @@ def test_limits_of_control_groups(tmp_path, member, top, names):
 
 
 def test_memory_of_this_machine():
-    assert 0 < device_memory.usable_memory("cpu") < 2**50
-    assert device_memory.usable_of_gpu(80 * 2**30) == int(79.5 * 0.92 * 2**30)
+    assert 0 < device_memory.free_memory(torch.device("cpu")) < 2**50
+    assert device_memory.usable_memory("cpu", 100) == 100
+    assert device_memory.usable_memory("cuda", 80 * GIB) == int(79.5 * 0.92 * GIB)

@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
 from mr1fast.data.example import Example
@@ -103,8 +104,7 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:  # what transformers meets in other people's folders can be of any type
-        nowhere = "" if Path(path).exists() else ", and there is no such folder"
-        raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error
+        raise _cannot_be_loaded(path, error) from error
     model, found = loaded
     check_not_quantised(path, model.config.to_dict())
     check_weights(path, model, found)
@@ -112,6 +112,29 @@ def load_model(
     model.to(device).train()
     check_finite(path, model)
     return model
+
+
+def load_config(path: str | Path) -> Qwen2VLConfig:
+    """The configuration alone, without weights. Raises UserError as `load_model` does."""
+    check_folder(path)
+    try:
+        return Qwen2VLConfig.from_pretrained(path)
+    except Exception as error:  # as above
+        raise _cannot_be_loaded(path, error) from error
+
+
+def most_pixels(path: str | Path) -> int:
+    """Of an image after resizing, by the image processor's settings; transformers' default where there are none."""
+    try:
+        size = Qwen2VLImageProcessorPil.from_pretrained(path).size
+    except (OSError, ValueError):
+        size = Qwen2VLImageProcessorPil().size
+    return size.get("longest_edge") or size.get("max_pixels") or Qwen2VLImageProcessorPil().size["longest_edge"]
+
+
+def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
+    nowhere = "" if Path(path).exists() else ", and there is no such folder"
+    return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
 
 
 @contextmanager

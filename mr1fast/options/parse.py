@@ -18,7 +18,7 @@ from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import check_value, option_string
-from mr1fast.options.program import Parser, prog
+from mr1fast.options.program import Parser, at_least, prog
 from mr1fast.options.recipes import SMALL_MODEL
 from mr1fast.options.reward_weights import DEFAULT_REWARDS, add_rewards
 from mr1fast.options.train_options import BY_TASK, GROUPS
@@ -28,6 +28,7 @@ _HINTS = typing.get_type_hints(TrainConfig)
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 # The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
+THIS_DEVICE = 0  # what --plan is without a number
 
 
 def field_type(name: str) -> type:
@@ -82,6 +83,16 @@ def build_parser() -> Parser:
         help="print such a file with the value that every option would have, defaults included, and exit",
     )
     run.add_argument(
+        "--plan",
+        action=_Once,
+        metavar="GB",
+        nargs="?",
+        const=THIS_DEVICE,
+        type=at_least(1),
+        help="say what a step will hold in memory, whether that fits this device (or a GPU with so many GB), and if not, "
+        "which options make it fit; then exit, with 1 if it does not fit. Nothing is loaded but config.json",
+    )
+    run.add_argument(
         "--resume",
         action=_Once,
         metavar="DIR",
@@ -123,18 +134,19 @@ class Request:
     config: TrainConfig | None  # of a new run; a resumed one has its own
     resume: str | None = None  # None: a new run; "": the newest checkpoint; else a run or a checkpoint
     print_config: bool = False
+    plan: int | None = None  # gigabytes of a GPU, or THIS_DEVICE
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """The command line, and the YAML file it may name. Raises UserError; --help prints and exits as argparse does."""
     flags = vars(build_parser().parse(arguments))
     resume, config_file = flags.pop("resume", None), flags.pop("config", None)
-    print_config, rewards = flags.pop("print_config", False), flags.pop("reward", [])
+    print_config, plan, rewards = flags.pop("print_config", False), flags.pop("plan", None), flags.pop("reward", [])
     given = {} if config_file is None else read_yaml(config_file)
     given |= {name: convert(name, value, option_string(name)) for name, value in flags.items()}
     if rewards:
         given["reward_weights"] = add_rewards(given.get("reward_weights", DEFAULT_REWARDS), rewards)
-    return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config)
+    return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config, plan)
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a step will hold in memory, said from options and config.json alone, before anything is loaded.
 
-The figures come from the trainer's own step (plan_step.py), run on tensors that have a shape and no numbers
-(sized.py). See docs/memory.md for what they include. Nothing here imports torch before it is needed.
+The figures come from the trainer's own step (plan_step.py), run on tensors that have a shape and no numbers (sized.py);
+docs/memory.md says what they include. Nothing here imports torch before it is needed.
 """
 
 from __future__ import annotations
@@ -9,175 +9,145 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-MIB, GIB = 2**20, 2**30
-CATEGORIES = ("weights", "reference", "masters", "moments", "gradients", "key-value cache", "logits", "activations")
-SFT_TOKENS = 64
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from mr1fast.errors import UserError
+from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.fields import option_string
+
+GIB = 2**30
+# Held whatever the data are.
+FIXED = ("weights", "reference", "masters", "moments", "gradients")
+CATEGORIES = (*FIXED, "key-value cache", "logits", "activations")
+# What the data decide, and the options do not: how long prompts are beside their image, and targets of fine-tuning.
+TEXT_TOKENS, SFT_TOKENS = 128, 64
+R1_V_PIXELS = 401_408
 
 
 @dataclass(frozen=True)
 class StepShape:
     """All that decides how much memory a step takes.
 
-    model: the Qwen2VLConfig. config: the trainer's configuration, of one task. dtype: of the weights, "bfloat16" or
-    "float32". device: its type, "cuda" or "cpu", by which the loss head takes larger or smaller blocks. text_tokens: of
-    a prompt, its image not counted. image_pixels: of its image after resizing, None for prompts without. freeze:
-    "vision", "merger" or both. lora_rank: None trains the weights themselves. reference: "loaded", "offloaded" (on the
-    device while its log-probabilities are computed), "shared" (the same weights, without the adapter) or "none".
+    model: the Qwen2VLConfig. options: of the run; name: of the task in it. dtype: of the weights, "bfloat16" or
+    "float32". device: "cuda" or "cpu", by which the loss head takes larger or smaller blocks. most_pixels: to which
+    the processor resizes an image. text_tokens: of a prompt, its image not counted.
     """
 
     model: Any
-    config: Any
+    options: TrainConfig
+    name: str = "data"
     dtype: str = "bfloat16"
     device: str = "cuda"
-    text_tokens: int = 128
-    image_pixels: int | None = None
-    freeze: tuple[str, ...] = ()
-    lora_rank: int | None = None
-    lora_targets: tuple[str, ...] = LORA_TARGETS
-    reference: str = "loaded"
+    most_pixels: int = 28 * 28 * 1280
+    text_tokens: int = TEXT_TOKENS
+
+    @property
+    def task(self) -> TaskConfig:
+        task = self.options.for_task(self.name)
+        if task.method == "sft":
+            return dataclasses.replace(task, max_completion_length=min(task.max_completion_length, SFT_TOKENS))
+        return task
+
+    @property
+    def image_pixels(self) -> int:
+        """Of the largest image, after resizing, that leaves room for the text in the longest prompt."""
+        vision, text = self.model.vision_config, self.model.get_text_config()
+        longest = self.options.max_prompt_length or text.max_position_embeddings - self.task.max_completion_length
+        token = (vision.patch_size * vision.spatial_merge_size) ** 2
+        most = self.options.max_pixels or self.most_pixels
+        return max(min(most, (longest - self.text_tokens) * token), token)
+
+    @property
+    def image_tokens(self) -> int:
+        vision = self.model.vision_config
+        return self.image_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+
+    @property
+    def reference(self) -> str:
+        """ "own" weights, or "none": the KL term has no weight."""
+        return "own" if self.task.method != "sft" and self.task.beta_max > 0 else "none"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step holds: in each phase, the bytes of each category at the moment when the phase holds most."""
+    """What a step holds: in each phase, the bytes of each category at the moment when the phase holds most.
+
+    offload_reference: whether the reference is to wait on the CPU while its log-probabilities are not computed.
+    """
 
     parameters: int
     trainable: int
     phases: dict[str, dict[str, int]]
+    offload_reference: bool = False
 
     @property
     def peak(self) -> int:
-        """Bytes."""
+        """Bytes, at most: prompts and completions need not be as long as they may be."""
         return max(sum(held.values()) for held in self.phases.values())
 
-    def fits(self, device_bytes: int) -> bool:
-        return self.peak <= device_bytes
+    @property
+    def least(self) -> int:
+        """Bytes that are held however short prompts and completions are."""
+        return max(sum(held[name] for name in FIXED) for held in self.phases.values())
 
-    def table(self) -> str:
-        """A line for each category and a column for each phase."""
-        unit, divisor = ("MiB", MIB) if self.peak < GIB else ("GiB", GIB)
-        lines = [f"{unit:<16}" + "".join(f"{phase:>12}" for phase in self.phases)]
-        for name in CATEGORIES:
-            lines.append(f"{name:<16}" + "".join(f"{held[name] / divisor:>12.2f}" for held in self.phases.values()))
-        lines.append(f"{'together':<16}" + "".join(f"{sum(h.values()) / divisor:>12.2f}" for h in self.phases.values()))
-        return "\n".join(lines)
+    def with_reference_offloaded(self) -> Plan:
+        phases = {
+            phase: held if phase == "reference" else held | {"reference": 0} for phase, held in self.phases.items()
+        }
+        return dataclasses.replace(self, phases=phases, offload_reference=True)
 
 
 def plan(shape: StepShape) -> Plan:
-    """What a step holds once the first has made the optimizer's moments. Takes seconds and about 0.1 GiB, anywhere."""
+    """What a step holds after the first, which makes the optimizer's moments; with the reference on the device.
+
+    Takes seconds and about 0.1 GiB, anywhere.
+    """
     from mr1fast.training.plan_step import measure
 
-    trainer, held = measure(shape)
-    phases = {phase: {name: found.get(name, 0) for name in CATEGORIES} for phase, found in held.items()}
-    if shape.reference == "offloaded":
-        phases = {phase: found if phase == "reference" else found | {"reference": 0} for phase, found in phases.items()}
+    trainer, found = measure(shape)
+    phases = {phase: {name: held.get(name, 0) for name in CATEGORIES} for phase, held in found.items()}
     parameters = sum(parameter.numel() for parameter in trainer.policy.model.parameters())
     trainable = sum(parameter.numel() for parameter in trainer.policy.trainable_parameters())
     return Plan(parameters, trainable, phases)
 
 
-def report_of_run(config: Any, path: str | Path) -> tuple[str, bool]:
-    """(what `--plan` prints, whether a step fits), of a run of one task from the model in a folder.
-
-    Of the folder, config.json and the image processor's settings are read. Raises UserError if they cannot be used.
-    """
-    from mr1fast.model.load import choose_device, choose_dtype
-    from mr1fast.training.device_memory import usable_memory
-
-    device = choose_device(config.device)
-    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    return report(shape_of_run(config, path, device=device.type, dtype=dtype), usable_memory(str(device)))
-
-
-def shape_of_run(config: Any, path: str | Path, *, device: str, dtype: str) -> StepShape:
-    """The largest step there may be: images have all the pixels that --max-pixels, or the processor, lets them have.
-
-    Targets of supervised fine-tuning are short, whatever the longest completion.
-    """
-    from transformers import Qwen2VLConfig
-
-    from mr1fast.model.checks import check_folder
-    from mr1fast.model.load import load_processor
-
-    check_folder(path)
-    pixels = load_processor(path, max_pixels=config.max_pixels).image_processor.size["longest_edge"]
-    if config.method == "sft":
-        config = dataclasses.replace(config, max_completion_length=min(config.max_completion_length, SFT_TOKENS))
-    return StepShape(Qwen2VLConfig.from_pretrained(path), config, dtype=dtype, device=device, image_pixels=pixels)
-
-
-def report(shape: StepShape, device_bytes: int) -> tuple[str, bool]:
-    """(what `--plan` prints, whether the step fits into so many bytes)."""
+def plan_for(shape: StepShape, usable: int) -> Plan:
+    """The plan for a device with so many bytes: the reference is offloaded where that makes the difference."""
     planned = plan(shape)
-    need, have = _in_words(planned.peak), _in_words(device_bytes)
-    lines = [
-        f"{planned.parameters:,} parameters, {planned.trainable:,} of them trained, in {shape.dtype}",
-        _assumed(shape),
-        "",
-        planned.table(),
-        "",
-    ]
-    if planned.fits(device_bytes):
-        return "\n".join([*lines, f"a step needs {need} and fits: {have} can be used"]), True
-    remedy = cheapest_remedy(shape, device_bytes)
-    advice = "no option of this program makes it fit" if remedy is None else f"it fits with {remedy}"
-    return "\n".join([*lines, f"a step needs {need}, and {have} can be used: {advice}"]), False
+    if planned.peak > usable and shape.reference == "own" and shape.device != "cpu":
+        offloaded = planned.with_reference_offloaded()
+        return offloaded if offloaded.peak <= usable else planned
+    return planned
 
 
-def _in_words(size: int) -> str:
-    return f"{size / MIB:.0f} MiB" if size < GIB else f"{size / GIB:.1f} GiB"
-
-
-def _assumed(shape: StepShape) -> str:
-    config, vision = shape.config, shape.model.vision_config
-    tokens = (shape.image_pixels or 0) // (vision.patch_size * vision.spatial_merge_size) ** 2
-    image = f" and an image of {tokens} tokens" if tokens else ""
-    completions = f"{config.num_generations} completions" if config.method != "sft" else "a target"
-    number, pieces = config.prompts_per_step, config.gradient_accumulation_steps
-    prompts = f"{number} prompt{'s' * (number > 1)} in {pieces} piece{'s' * (pieces > 1)}"
-    return (
-        f"{prompts}, each of {shape.text_tokens} tokens of text{image}, "
-        f"with {completions} of {config.max_completion_length} tokens"
-    )
-
-
-def cheapest_remedy(shape: StepShape, device_bytes: int) -> str | None:
-    """The options, as they are written, with which a step fits that does not fit as it is; None if none do.
-
-    Tried in this order: pieces, which only cost time, then what changes the training, the least first.
-    """
-    for flags, changed in _remedies(shape):
-        if plan(changed).fits(device_bytes):
-            return flags
+def remedy(shape: StepShape, planned: Plan, usable: int) -> str | None:
+    """Options, as they are written, with which a step fits that does not fit as `planned`; None if none do."""
+    for options in _remedies(shape, more_is_trained=planned.with_reference_offloaded().least <= usable):
+        changed = dataclasses.replace(shape, options=dataclasses.replace(shape.options, **options))
+        if plan_for(changed, usable).peak <= usable:
+            return " ".join(f"{option_string(name)} {value}" for name, value in options.items())
     return None
 
 
-def _remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
-    """(flags, the shape with them), of options that this version of the trainer has."""
-    config = shape.config
-    known = {field.name for field in dataclasses.fields(config)}
-    prompts = config.prompts_per_step
-    pieces = [n for n in range(config.gradient_accumulation_steps + 1, prompts + 1) if prompts % n == 0]
+def _remedies(shape: StepShape, more_is_trained: bool) -> Iterator[dict[str, Any]]:
+    """Options to try, in this order: pieces, which only cost time; one change of the training; several.
 
-    def changed(**values: Any) -> StepShape:
-        return dataclasses.replace(shape, config=dataclasses.replace(config, **values))
+    more_is_trained: whether what is trained now may fit at all.
+    """
+    task, options = shape.task, shape.options
+    prompts, pieces = task.prompts_per_step, task.gradient_accumulation_steps
+    finer = [{"gradient_accumulation_steps": n} for n in range(pieces + 1, prompts + 1) if prompts % n == 0]
+    finest: dict[str, Any] = finer[-1] if finer else {}
+    pixels = {"max_pixels": R1_V_PIXELS} if shape.image_pixels > R1_V_PIXELS else {}
+    length = {"max_completion_length": -(-task.max_completion_length // 2)} if task.method != "sft" else {}
+    group = {"num_generations": task.num_generations // 2} if task.method != "sft" and task.num_generations > 3 else {}
+    lora = {"lora_rank": 16} if getattr(options, "lora_rank", 16) is None else {}
+    freeze = {} if "vision" in options.frozen_parts or not lora else {"freeze": _joined(options.freeze, "vision")}
+    if more_is_trained:
+        yield from finer
+        yield from (finest | one for one in (pixels, freeze, length, group) if one)
+    yield from (finest | one for one in (lora, lora | pixels, lora | pixels | length) if one and one != pixels)
 
-    for number in pieces:
-        yield f"--gradient-accumulation-steps {number}", changed(gradient_accumulation_steps=number)
-    most = f"--gradient-accumulation-steps {pieces[-1]} " if pieces else ""
-    shape = changed(gradient_accumulation_steps=pieces[-1]) if pieces else shape
-    config = shape.config
-    if "freeze" in known and "vision" not in shape.freeze and shape.image_pixels is not None:
-        yield f"{most}--freeze vision", dataclasses.replace(shape, freeze=("vision", *shape.freeze))
-    if shape.image_pixels is not None:
-        fewer = shape.image_pixels // 2
-        yield f"{most}--max-pixels {fewer}", dataclasses.replace(shape, image_pixels=fewer)
-    if config.method != "sft" and config.max_completion_length > 1:
-        shorter = config.max_completion_length // 2
-        yield f"{most}--max-completion-length {shorter}", changed(max_completion_length=shorter)
-    if "lora_rank" in known and shape.lora_rank is None:
-        yield f"{most}--lora-rank 16", dataclasses.replace(shape, lora_rank=16, reference="shared")
+
+def _joined(*parts: str | None) -> str:
+    return ",".join(part for part in parts if part)

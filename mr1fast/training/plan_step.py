@@ -1,134 +1,119 @@
 """The trainer's own step, run on tensors without numbers, so that plan.py can say what it holds in memory.
 
-Stand-ins are only: prompts as long as they may be, of words without meaning; a sampler that goes through the last token
-of its completions; the kernels of the loss head; and, from the third piece of a step on, the results of the second.
+Five things stand in for others: prompts of one length, of meaningless words; patches for images; a sampler that runs only
+the last token of its completions; the kernels of the loss head; and the first piece of a step for all of its pieces.
+`benchmarks/plan_check.py` runs the same step with true weights to compare.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from transformers import BatchFeature, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mr1fast.data.example import Example
 from mr1fast.kernels import dispatch, linear, linear_op
 from mr1fast.model.checks import VISION_TOKENS
-from mr1fast.model.load import PROMPT_SUFFIX
+from mr1fast.model.load import EMBEDDED, load_processor, prompt_length
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.rollout import Rollout, Sampler
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.plan import StepShape
-from mr1fast.training.sized import MemoryTracker, without_numbers
-from mr1fast.training.trainer import Trainer, needs_reference
-
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|> <|image_pad|> <|vision_end|> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-)
+from mr1fast.training.sized import MemoryTracker
+from mr1fast.training.trainer import Trainer, sft_target
 
 
 def measure(shape: StepShape) -> tuple[Trainer, dict[str, dict[str, int]]]:
-    """(trainer without numbers, bytes of each phase by category when they are most)."""
-    vocabulary = shape.model.get_text_config().vocab_size
-    tracker = MemoryTracker(opened=_OPENED, skipped="mr1fast_native", vocabulary=vocabulary)
+    """(trainer without numbers, phase -> category -> bytes at the moment when the phase holds most)."""
+    tracker = MemoryTracker(
+        opened=_OPENED, skipped="mr1fast_native", vocabulary=shape.model.get_text_config().vocab_size
+    )
     model, reference = build_models(shape, "meta")
-    for category, built in {"weights": model, "reference": None if reference is model else reference}.items():
-        if built is not None:
-            without_numbers(built)
-            tracker.label([*built.parameters(), *built.buffers()], category)
-    with _loss_head_of(shape.device), _pieces_alike(), tracker:
-        trainer = build_trainer(shape, model, reference)
-        _label_training(trainer, tracker, has_images=shape.image_pixels is not None)
-        _follow(trainer, tracker)
-        tracker.begin("prompts" if shape.config.method == "sft" else "rollout")
-        trainer.step()
+    tracker.take_numbers(model, "weights")
+    if reference is not None:
+        tracker.take_numbers(reference, "reference")
+    with loss_head_of(shape.device), replaced(trainer_module, split_batch=_first_piece), tracker:
+        trainer = build_trainer(shape, model, reference, _Patches)
+        _label_training(trainer, tracker)
+        length = shape.task.max_completion_length
+        trainer.sampler = _LastTokenSampler(trainer.policy, max_completion_length=length, generator=trainer.generator)
+        trainer.sampler.tracker = tracker
+
+        def begin(phase: str) -> None:
+            tracker.begin(phase, "gradients" if phase == "optimizer" else "activations")
+            if phase == "policy" and shape.task.gradient_accumulation_steps > 1:  # those of the pieces before
+                for weight in trainer.policy.trainable_parameters():
+                    weight.grad = torch.empty_like(weight)
+                    tracker.label([weight.grad], "gradients")
+
+        with phases_of(trainer, begin):
+            trainer.step()
     return trainer, {phase: dict(held) for phase, held in tracker.peaks.items()}
 
 
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
 def build_models(shape: StepShape, device: str) -> tuple[Any, Any]:
-    """(model, reference) with random weights; the reference may be the model itself, or None."""
+    """(model, reference) with random weights; no reference if it is not needed, or has the weights of the model."""
+    config, own = copy.deepcopy(shape.model), load_processor(EMBEDDED).tokenizer
+    for field, token in VISION_TOKENS.items():  # the tokenizer is that of the embedded model
+        setattr(config, field, own.convert_tokens_to_ids(token))
+    config.get_text_config().eos_token_id = own.eos_token_id
 
     def build() -> Any:
         with torch.device(device):
             return Qwen2VLForConditionalGeneration._from_config(
-                shape.model, dtype=getattr(torch, shape.dtype), attn_implementation="sdpa"
+                config, dtype=getattr(torch, shape.dtype), attn_implementation="sdpa"
             )
 
-    model = build()
-    for name, weight in model.named_parameters():
-        if ".visual." in name and ("merger" if ".visual.merger." in name else "vision") in shape.freeze:
-            weight.requires_grad_(False)
-    if shape.lora_rank is not None:
-        from peft import LoraConfig, get_peft_model
-
-        with torch.device(device):
-            model = get_peft_model(model, LoraConfig(r=shape.lora_rank, target_modules=list(shape.lora_targets)))
-    if shape.reference == "shared":
-        return model, model
-    return model, None if shape.reference == "none" else build()
+    return build(), build() if shape.reference == "own" else None
 
 
-def build_trainer(shape: StepShape, model: Any, reference: Any) -> Trainer:
-    processor = build_processor(shape)
-    with_reference = reference is not None and shape.config.method != "sft" and needs_reference(shape.config)
-    return Trainer(
-        shape.config, Policy(model, processor), Policy(reference, processor) if with_reference else None, Prompts(shape)
-    )
-
-
-def build_processor(shape: StepShape) -> Qwen2VLTextImageProcessor:
-    """A tokenizer of words and the image processor that fits the model."""
-    config, vision = shape.model, shape.model.vision_config
-    ids = {token: getattr(config, field) for field, token in VISION_TOKENS.items()}
-    free = (i for i in range(config.get_text_config().vocab_size) if i not in set(ids.values()))
-    ids |= {token: next(free) for token in ("<|im_end|>", "<|endoftext|>", "w")}
-    backend = Tokenizer(WordLevel(ids, unk_token="w"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    backend.add_tokens([AddedToken(token, special=True) for token in ids if token != "w"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
-    )
-    images = Qwen2VLImageProcessorPil(
+def build_trainer(
+    shape: StepShape, model: Any, reference: Any, images: type[Qwen2VLImageProcessorPil] = Qwen2VLImageProcessorPil
+) -> Trainer:
+    vision, processor = shape.model.vision_config, load_processor(EMBEDDED)
+    processor.image_processor = images(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
-        size={"shortest_edge": 1, "longest_edge": shape.image_pixels or 2**24},
+        size={"shortest_edge": 1, "longest_edge": shape.image_pixels},
     )
-    return Qwen2VLTextImageProcessor(images, tokenizer, chat_template=_CHAT_TEMPLATE)
+    policy = Policy(model, processor).freeze_parts(shape.options.frozen_parts)
+    other = None if reference is None else Policy(reference, processor).freeze()
+    return Trainer(shape.task, policy, other, _Prompts(shape, processor))
 
 
-class Prompts:
-    """A data set in which every prompt is as long as it may be."""
+class _Prompts:
+    """A data set in which every prompt is as long as it may be. A digit is a token."""
 
     name = "prompts"
 
-    def __init__(self, shape: StepShape):
+    def __init__(self, shape: StepShape, processor: Qwen2VLTextImageProcessor):
         vision = shape.model.vision_config
-        side = vision.patch_size * vision.spatial_merge_size
-        self.image = None if shape.image_pixels is None else Image.new("RGB", _largest(shape.image_pixels, side))
-        words = shape.text_tokens - len(PROMPT_SUFFIX.split()) - (2 if self.image else 0)  # an image has two markers
-        self.problem = " ".join("w" * max(words, 1))
-        # A target of supervised fine-tuning has the solution twice, between tags of a word each, and its end.
-        self.solution = " ".join("w" * max((shape.config.max_completion_length - 1) // 2, 1))
+        image = Image.new("RGB", _largest(shape.image_pixels, vision.patch_size * vision.spatial_merge_size))
+        without = prompt_length(processor, Example(image, "", "", "")) - shape.image_tokens
+        tags = len(processor.tokenizer(sft_target(""))["input_ids"]) + 1  # the end of the turn
+        problem = "1" * max(shape.text_tokens - without, 1)
+        solution = "1" * max((shape.task.max_completion_length - tags) // 2, 1)
+        self.example = Example(image, problem, solution, "an example")
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self.image, self.problem, self.solution, str(index))
+        return self.example
 
 
 def _largest(pixels: int, side: int) -> tuple[int, int]:
@@ -139,81 +124,104 @@ def _largest(pixels: int, side: int) -> tuple[int, int]:
     return tokens // height * side, height * side
 
 
-# ---- what memory is for ---------------------------------------------------------------------------------------------
+@contextmanager
+def phases_of(trainer: Trainer, begin: Callable[[str], None]) -> Iterator[None]:
+    """Call `begin` where the phases of the next step begin: rollout (or prompts), reference, policy, optimizer."""
+
+    def after(phase: str, function: Callable) -> Callable:
+        begun: list[str] = []
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            if not begun:
+                begun.append(phase)
+                begin(phase)
+            return function(*args, **kwargs)
+
+        return call
+
+    with (
+        replaced(trainer_module, batch_logps=after("reference", trainer_module.batch_logps)),
+        replaced(trainer, update=after("policy", trainer.update)),
+        replaced(trainer.optimizer, step=after("optimizer", trainer.optimizer.step)),
+    ):
+        begin("prompts" if trainer.config.method == "sft" else "rollout")
+        yield
 
 
-def _label_training(trainer: Trainer, tracker: MemoryTracker, has_images: bool) -> None:
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes with other values for a while."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+# ---- stand-ins ------------------------------------------------------------------------------------------------------
+
+
+def _label_training(trainer: Trainer, tracker: MemoryTracker) -> None:
     """Masters, moments and gradients. AdamW makes its moments in its first step; the step that is measured is later."""
     optimizer = trainer.optimizer
     tracker.label((m for w, m in zip(optimizer.weights, optimizer.masters) if m is not w), "masters")
-    for name, weight in trainer.policy.model.named_parameters():
-        if weight.requires_grad and (has_images or ".visual." not in name):
-            weight.register_post_accumulate_grad_hook(lambda weight: tracker.label([weight.grad], "gradients"))
-            weight.grad = torch.empty_like(weight)
+    for weight in optimizer.weights:
+        weight.register_post_accumulate_grad_hook(lambda weight: tracker.label([weight.grad], "gradients"))
+        weight.grad = torch.empty_like(weight)
     optimizer.step(0.0)
     tracker.label((t for state in optimizer.adamw.state.values() for t in state.values()), "moments")
 
 
-def _follow(trainer: Trainer, tracker: MemoryTracker) -> None:
-    """Tell the tracker where the phases of a step begin."""
-    length = trainer.config.max_completion_length
-    sampler = _LastTokenSampler(trainer.policy, max_completion_length=length, generator=trainer.generator)
-    sampler.tracker = tracker
-    trainer.sampler = sampler
-    at_phases(trainer, lambda phase: tracker.begin(phase, "gradients" if phase == "optimizer" else "activations"))
+_split_batch = trainer_module.split_batch
 
 
-def at_phases(trainer: Trainer, begin: Callable[[str], None]) -> None:
-    """Call `begin` where the phases of the next step begin but for the first, in which prompts are completed."""
+def _first_piece(batch: Any, pieces: int) -> list[Any]:
+    """In the place of `split_batch`: the pieces are equally large, and all but their gradients is freed after each."""
+    return _split_batch(batch, pieces)[:1]
 
-    def before(owner: Any, method: str, phase: str) -> None:
-        original = getattr(owner, method)
 
-        @wraps(original)
-        def wrapped(*args, **kwargs):
-            setattr(owner, method, original)
-            begin(phase)
-            return original(*args, **kwargs)
+class _Patches(Qwen2VLImageProcessorPil):
+    """Images of one size as patches without numbers."""
 
-        setattr(owner, method, wrapped)
-
-    if trainer.reference is not None:
-        before(trainer.reference, "encode_prefix", "reference")
-    before(trainer, "update", "policy")
-    before(trainer.optimizer, "step", "optimizer")
+    def preprocess(self, images: Any, *_: Any, **__: Any) -> BatchFeature:
+        (width, height), side = images[0].size, self.patch_size
+        grid = [1, height // side, width // side]
+        patches = torch.empty(len(images) * math.prod(grid), 3 * self.temporal_patch_size * side**2)
+        return BatchFeature({"pixel_values": patches, "image_grid_thw": torch.tensor([grid] * len(images))})
 
 
 class _LastTokenSampler(Sampler):
-    """Gives completions that all differ and are as long as they may be, of whose tokens it only runs the last."""
+    """Returns completions that all differ and are as long as they may be, of whose tokens it only runs the last."""
 
     tracker: MemoryTracker
 
     @torch.no_grad()
-    def generate(self, examples, *, num_generations=1, temperature=1.0, prefix=None) -> Rollout:
+    def generate(self, examples, *, num_generations=1, temperature=1.0, top_k=0, top_p=1.0, prefix=None) -> Rollout:
         policy, L = self.policy, self.max_completion_length
-        prefix = prefix or policy.encode_prefix(policy.encode(examples))
         self._label(tensor for pair in prefix.key_values for tensor in pair)
         prefix = prefix.take(prefix.prompts_of(len(prefix.last_hidden) * num_generations))
         self._label(tensor for pair in prefix.key_values for tensor in pair)
         cache: Any = prefix.cache(room=L)
         self._label(buffer for layer in cache.layers for buffer in layer.buffers)
         hidden, B = prefix.last_hidden, len(prefix.last_hidden)
-        base = min(policy.head_weight.shape[0], 100)
-        digits = torch.tensor([base**t for t in range(min(L, 4))])
-        ids = torch.nn.functional.pad(torch.arange(B)[:, None] // digits % base, (0, L - len(digits)))
+        digits = torch.tensor([300**t for t in range(min(L, 4))])
+        ids = torch.nn.functional.pad(torch.arange(B)[:, None] // digits % 300, (0, L - len(digits)))
         if L > 1:
             for layer in cache.layers:
                 layer.length += L - 2
             hidden = policy.extend(prefix, cache, ids[:, -1:], L - 2)[:, 0]
         all_logps = (policy.logits(hidden).float() / temperature).log_softmax(-1)
-        self._choose(all_logps, temperature)
-        return Rollout(ids, torch.ones(B, L, dtype=torch.bool), torch.zeros(B, L), [""] * B)
+        self._choose(all_logps, temperature, top_k, top_p)
+        # Without log-probabilities, which would have to fit those of a single piece.
+        return Rollout(ids, torch.ones(B, L, dtype=torch.bool), None, [""] * B)  # type: ignore[arg-type]
 
-    def _label(self, tensors: Iterator[Tensor]) -> None:
+    def _label(self, tensors: Iterable[Tensor]) -> None:
         self.tracker.label(tensors, "key-value cache")
 
-
-# ---- the loss head --------------------------------------------------------------------------------------------------
 
 # The registered ops of the loss head hide what they allocate.
 _OPENED: dict[Any, Callable] = {
@@ -238,52 +246,11 @@ _NO_KERNELS = dispatch.Backend("plan", lambda _: None, _grpo_forward, _score_for
 
 
 @contextmanager
-def _loss_head_of(device: str) -> Iterator[None]:
+def loss_head_of(device: str) -> Iterator[None]:
     """The loss head without kernels, in blocks of the size that they have on this device."""
     kind = "cpu" if device == "cpu" else "gpu"
-    backends, chunk_bytes, min_rows = dispatch.BACKENDS, linear.CHUNK_BYTES["cpu"], linear.MIN_ROWS["cpu"]
-    dispatch.BACKENDS = (_NO_KERNELS,)
-    linear.CHUNK_BYTES["cpu"], linear.MIN_ROWS["cpu"] = linear.CHUNK_BYTES[kind], linear.MIN_ROWS[kind]
-    try:
+    blocks = {"CHUNK_BYTES": {"cpu": linear.CHUNK_BYTES[kind]}, "MIN_ROWS": {"cpu": linear.MIN_ROWS[kind]}}
+    with ExitStack() as stack:
+        stack.enter_context(replaced(dispatch, BACKENDS=(_NO_KERNELS,)))
+        stack.enter_context(replaced(linear, **blocks))
         yield
-    finally:
-        dispatch.BACKENDS = backends
-        linear.CHUNK_BYTES["cpu"], linear.MIN_ROWS["cpu"] = chunk_bytes, min_rows
-
-
-# ---- pieces ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _pieces_alike() -> Iterator[None]:
-    """The pieces of a step are equally large: the first has no gradients before it, and the second is as all others."""
-    names = ("batch_logps", "grpo_batch_loss", "sft_batch_loss")
-    functions = {name: getattr(trainer_module, name) for name in names}
-    for name, function in functions.items():
-        setattr(trainer_module, name, _first_two(function))
-    try:
-        yield
-    finally:
-        for name, function in functions.items():
-            setattr(trainer_module, name, function)
-
-
-def _first_two(function: Callable) -> Callable:
-    results: list[Any] = []
-
-    @wraps(function)
-    def call(*args, **kwargs):
-        if len(results) < 2:
-            result = function(*args, **kwargs)
-            results.append(_cut_off(result))
-            return result
-        return _cut_off(results[-1])
-
-    return call
-
-
-def _cut_off(result: Any) -> Any:
-    """A loss, or log-probabilities, of which there is nothing to differentiate."""
-    if isinstance(result, Tensor):
-        return result.detach().requires_grad_(torch.is_grad_enabled())
-    return dataclasses.replace(result, loss=_cut_off(result.loss))

@@ -1,9 +1,9 @@
 """Tensors that have a shape and no numbers, and a count of the bytes that they would take.
 
 torch's FakeTensorMode and MemTracker do this for any program, but take about half a millisecond for each operation,
-which makes a minute of one step of Qwen2-VL-2B. Here, what an operation gives is remembered by the shapes of its
-arguments, because the layers of a model are alike. And ids, masks and positions keep their numbers, so that what
-depends on these (`unique`, `nonzero`, `tolist`) runs as it is.
+which makes a minute of one step of Qwen2-VL-2B, and have no numbers at all. Here, what an operation returns is looked
+up by the shapes of its arguments, because the layers of a model are alike; and ids, masks and positions keep their
+numbers, so that whatever depends on these (`unique`, `nonzero`, `tolist`) runs as usual.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,58 +20,70 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
-# More numbers than these are not computed, unless they are ids: attention masks and pixels would take their time.
+# A tensor with more numbers than these loses them, unless they are ids: attention masks would take their time.
 _MOST_NUMBERS = 2**20
 _FACTORIES = {aten.empty.memory_format, aten.zeros.default, aten.ones.default}
-# What `item()` answers where there is no number: finite, and true.
+# What `item()` returns where there is no number: finite, and true.
 _ANSWERS = {torch.bool: True, torch.int64: 1, torch.int32: 1}
 
 
-class Sized(torch.Tensor):
-    """A tensor on the CPU without numbers. `meta` is one on torch's meta device, whose storage knows its size."""
+class Memory:
+    """Bytes that are counted under a category for as long as a tensor refers to them."""
 
-    meta: Tensor
+    def __init__(self, held: Counter[str], category: str, size: int):
+        self.held, self.category, self.size = held, category, size
+        held[category] += size
+
+    def label(self, category: str) -> None:
+        self.held[self.category] -= self.size
+        self.held[category] += self.size
+        self.category = category
+
+    def __del__(self) -> None:
+        self.held[self.category] -= self.size
+
+
+class Sized(torch.Tensor):
+    """A tensor on the CPU without numbers; tensors that share memory have the same `memory`."""
+
+    memory: Memory
 
     @staticmethod
-    def __new__(cls, meta: Tensor) -> Sized:
-        sized = torch.Tensor._make_wrapper_subclass(
-            cls, meta.size(), strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype
-        )
-        sized.meta = meta
+    def __new__(cls, like: _Shape, memory: Memory) -> Sized:
+        sized = torch.Tensor._make_wrapper_subclass(cls, like.size, strides=like.strides, dtype=like.dtype)
+        sized.memory = memory
         return sized
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        if func is aten.detach.default:  # nn.Parameter asks for it
-            return cls(args[0].meta.detach())
         raise NotImplementedError(f"{func} on a tensor without numbers, outside of a MemoryTracker")
 
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"Sized({list(self.shape)}, dtype={self.dtype})"
 
 
-def without_numbers(model: nn.Module) -> None:
-    """Make the weights and buffers of a model, which are on the meta device, `Sized`."""
-    made: dict[int, nn.Parameter] = {}  # tied weights stay one
-    for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                if id(weight) not in made:
-                    made[id(weight)] = nn.Parameter(Sized(weight.detach()), weight.requires_grad)
-                module._parameters[name] = made[id(weight)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = Sized(buffer)
+class _Shape(NamedTuple):
+    """Of a tensor that an operation returns."""
+
+    size: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    source: int | None  # the place among its tensors of the one whose memory this is; None for new memory
+    is_source: bool  # whether it is the very tensor, which the operation has changed in place
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While it is active, operations on `Sized` tensors give `Sized` ones; all bytes are counted until they are freed.
+    """While it is active, operations on `Sized` tensors return `Sized` ones; all bytes are counted until they are freed.
 
-    opened: operations in whose place a function is called, the allocations of which are seen as well. skipped: the
-    namespace of operations that return nothing. vocabulary: tensors [..., vocabulary] are logits.
+    opened: operations in whose place a function is called, so that what it allocates is seen. skipped: the namespace
+    of operations that return nothing. vocabulary: tensors [..., vocabulary] are logits.
     """
+
+    # What operations return, by the shapes of their arguments; plans of one model have most of them in common.
+    _found: dict[Any, Any] = {}
 
     def __init__(self, *, opened: dict[Any, Callable], skipped: str, vocabulary: int):
         super().__init__()
@@ -79,8 +91,7 @@ class MemoryTracker(TorchDispatchMode):
         self.held: Counter[str] = Counter()  # bytes by category, at this moment
         self.peaks: dict[str, Counter[str]] = {}  # of each phase: what was held when it was most
         self._phase, self._rest = "", "activations"
-        self._category: dict[int, str] = {}  # by storage
-        self._alive: dict[int, weakref.ref] = {}
+        self._real: dict[int, tuple[weakref.ref, Memory]] = {}  # of tensors with numbers, by the key of their storage
 
     def begin(self, phase: str, rest: str = "activations") -> None:
         """From now on it is this phase, in which memory that is not labelled is of the category `rest`."""
@@ -91,10 +102,24 @@ class MemoryTracker(TorchDispatchMode):
         """Say what the memory of these tensors is for."""
         for tensor in tensors:
             if tensor is not None:
-                storage, size = self._count(tensor)
-                self.held[self._category[storage]] -= size
-                self.held[category] += size
-                self._category[storage] = category
+                self._memory_of(tensor).label(category)
+
+    def take_numbers(self, model: nn.Module, category: str) -> None:
+        """Make the weights and buffers of a model, which are on the meta device, `Sized`."""
+        made: dict[int, Tensor] = {}  # tied weights stay one
+
+        def sized(tensor: Tensor) -> Tensor:
+            if id(tensor) not in made:
+                found = Sized(_shape_of(tensor.detach(), ()), self._new(tensor.nbytes, category))
+                made[id(tensor)] = (
+                    nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
+                )
+            return made[id(tensor)]
+
+        with self:
+            for module in model.modules():
+                for tensors in (module._parameters, module._buffers):
+                    tensors.update({name: sized(tensor) for name, tensor in tensors.items() if tensor is not None})
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -103,42 +128,92 @@ class MemoryTracker(TorchDispatchMode):
                 return self.opened[func](*args, **kwargs)
         if func.namespace == self.skipped:
             return None
-        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
-        real = [tensor for tensor in tensors if not isinstance(tensor, Sized)]
-        if func is aten._local_scalar_dense.default and not real:
-            return _ANSWERS.get(tensors[0].dtype, 1.0)
-        for tensor in real:
-            self._count(tensor)
-        large = any(map(_is_large, real)) and not func.is_view  # a view takes no memory of its own
-        large |= func in _FACTORIES and math.prod(args[0]) > _MOST_NUMBERS
-        if large or len(real) < len(tensors):
-            found = _run_on_shapes(func, args, kwargs, tensors)
-        else:
-            found = func(*args, **kwargs)
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if any(isinstance(tensor, Sized) for tensor in tensors):
+            if func is aten._local_scalar_dense.default:
+                return _ANSWERS.get(tensors[0].dtype, 1.0)
+            return self._run_on_shapes(func, args, kwargs, tensors)
+        if _is_large(func, args, tensors):
+            return self._run_on_shapes(func, args, kwargs, tensors)
+        found = func(*args, **kwargs)
         for tensor in _tensors((found,)):
-            self._count(tensor)
+            self._memory_of(tensor)
         return found
 
-    def _count(self, tensor: Tensor) -> tuple[int, int]:
-        """Count the tensor's storage, if it is new, until it is freed. Returns its key and its bytes."""
-        storage = (tensor.meta if isinstance(tensor, Sized) else tensor).untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
-            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary and self._rest == "activations"
+    def _run_on_shapes(self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """What the operation returns, `Sized`; an argument that it changes in place comes back as the object it is."""
+        key = (func, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
+        if key not in self._found:
+            self._found[key] = _shapes_of(func, args, kwargs, tensors)
 
-            def freed(_: weakref.ref, key: int = key, size: int = size) -> None:
-                del self._alive[key]
-                self.held[self._category.pop(key)] -= size
+        def sized(shape: Any) -> Any:
+            if not isinstance(shape, _Shape):
+                return shape
+            if shape.source is None:
+                logits = len(shape.size) > 1 and shape.size[-1] == self.vocabulary and self._rest == "activations"
+                return Sized(shape, self._new(shape.nbytes, "logits" if logits else self._rest))
+            source = tensors[shape.source]
+            return source if shape.is_source else Sized(shape, self._memory_of(source))
 
-            self._alive[key] = weakref.ref(storage, freed)
-            self._category[key] = "logits" if is_logits else self._rest
-            self.held[self._category[key]] += size
-            if self._phase and self.held.total() > self.peaks[self._phase].total():
-                self.peaks[self._phase] = self.held.copy()
-        return key, size
+        return _map(sized, self._found[key], _Shape)
+
+    def _new(self, size: int, category: str) -> Memory:
+        memory = Memory(self.held, category, size)
+        if self._phase and self.held.total() > self.peaks[self._phase].total():
+            self.peaks[self._phase] = self.held.copy()
+        return memory
+
+    def _memory_of(self, tensor: Tensor) -> Memory:
+        """One with numbers is counted from now on."""
+        if isinstance(tensor, Sized):
+            return tensor.memory
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._real:
+            freed = weakref.ref(storage, lambda _: self._real.pop(key))
+            self._real[key] = freed, self._new(storage.nbytes(), self._rest)
+        return self._real[key][1]
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+def _is_large(func: Any, args: tuple, tensors: list[Tensor]) -> bool:
+    """Whether numbers are given up from here on. Not for a view, which takes no memory of its own."""
+    if func in _FACTORIES:
+        return math.prod(args[0]) > _MOST_NUMBERS
+    return not func.is_view and any(t.dtype != torch.int64 and t.numel() > _MOST_NUMBERS for t in tensors)
+
+
+def _shapes_of(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """What the operation returns, with a _Shape in the place of each tensor."""
+    metas = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+    rest = iter(metas)
+
+    def on_meta(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return next(rest)
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        return None if isinstance(value, torch.Generator) else value
+
+    inner, keywords = _map(on_meta, args), {name: _map(on_meta, value) for name, value in kwargs.items()}
+    if func in _FACTORIES:
+        keywords["device"] = torch.device("meta")
+    found = func(*inner, **keywords)
+    return _map(lambda value: _shape_of(value, metas) if isinstance(value, Tensor) else value, found)
+
+
+def _shape_of(found: Tensor, metas: Iterable[Tensor]) -> _Shape:
+    storage = found.untyped_storage()
+    same = [i for i, meta in enumerate(metas) if meta is found]
+    source = same or [i for i, meta in enumerate(metas) if meta.untyped_storage()._cdata == storage._cdata]
+    return _Shape(
+        found.size(), found.stride(), found.dtype, storage.nbytes(), source[0] if source else None, bool(same)
+    )
+
+
+# ---- nested arguments -----------------------------------------------------------------------------------------------
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -146,46 +221,10 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _is_large(tensor: Tensor) -> bool:
-    return tensor.dtype != torch.int64 and tensor.numel() > _MOST_NUMBERS
-
-
-# ---- operations on shapes -------------------------------------------------------------------------------------------
-
-# By operation and shapes: (number of the argument that comes back, or None; size, strides and dtype of what does).
-_RESULTS: dict[Any, tuple[int | None, torch.Size, tuple[int, ...], torch.dtype]] = {}
-
-
-def _run_on_shapes(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-    """What the operation gives, `Sized`; an argument that it changes in place comes back as the object that it is."""
-    key = (func, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
-    if key in _RESULTS:
-        source, size, strides, dtype = _RESULTS[key]
-        if source is not None:
-            return tensors[source]
-        return Sized(torch.empty_strided(size, strides, dtype=dtype, device="meta"))
-
-    metas = [tensor.meta if isinstance(tensor, Sized) else tensor.to("meta") for tensor in tensors]
-    rest = iter(metas)
-    inner, keywords = _on_meta(args, rest), {name: _on_meta((value,), rest)[0] for name, value in kwargs.items()}
-    if func in _FACTORIES:
-        keywords["device"] = torch.device("meta")
-    found = func(*inner, **keywords)
-
-    def wrapped(result: Any) -> Any:
-        if not isinstance(result, Tensor):
-            return result
-        source = next((i for i, meta in enumerate(metas) if meta is result), None)
-        return Sized(result) if source is None else tensors[source]
-
-    if isinstance(found, list | tuple):
-        return type(found)(map(wrapped, found))
-    if isinstance(found, Tensor):
-        source = next((i for i, meta in enumerate(metas) if meta is found), None)
-        is_view = any(found.untyped_storage()._cdata == meta.untyped_storage()._cdata for meta in metas)
-        if source is not None or not is_view:
-            _RESULTS[key] = (source, found.size(), found.stride(), found.dtype)
-    return wrapped(found)
+def _map(function: Callable, value: Any, leaf: type | tuple[type, ...] = ()) -> Any:
+    if isinstance(value, list | tuple) and not isinstance(value, leaf):
+        return type(value)([_map(function, one, leaf) for one in value])
+    return function(value)
 
 
 def _key(value: Any) -> Any:
@@ -194,18 +233,3 @@ def _key(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
     return type(value), value  # 1, 1.0 and True are equal, and give other dtypes
-
-
-def _on_meta(values: Sequence[Any], metas: Iterator[Tensor]) -> list[Any]:
-    """Arguments of an operation with these tensors in the place of theirs."""
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(next(metas))
-        elif isinstance(value, list | tuple):
-            found.append(_on_meta(value, metas))
-        elif isinstance(value, torch.device):
-            found.append(torch.device("meta"))
-        else:
-            found.append(None if isinstance(value, torch.Generator) else value)
-    return found
