@@ -50,7 +50,7 @@ SETTINGS = {
     "GRPO-D in bfloat16, short": setting(
         {"max_completion_length": 16, "num_generations": 2, "max_pixels": 32 * IMAGE_TOKEN}, dtype="bfloat16"
     ),
-    # LORA "GRPO with LoRA, a large image": setting({"method": "grpo", "max_pixels": PIXELS, "lora_rank": 16}),
+    "GRPO with LoRA, a large image": setting({"method": "grpo", "max_pixels": PIXELS, "lora_rank": 16}),
     "SFT, vision tower frozen": setting({"method": "sft", "prompts_per_step": 8, "freeze": "vision"}),
 }
 

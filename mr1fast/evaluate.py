@@ -161,8 +161,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
         if (value := getattr(options, name)) is not None:
             check_value(FIELDS[name], value, option_string(name))
-    if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
-        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
+    if options.model is not None and (models := sorted(Path(options.model).glob("*/model"))):
+        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
     if options.data is not None and not Path(options.data).exists():
         raise UserError(f"--data {options.data} does not exist")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mr1fast.errors import UserError
+from mr1fast.options.recipes import adapter_base
 
 # Fields of config.json, each with the token of Qwen2-VL's tokenizer whose id it must hold.
 VISION_TOKENS = {
@@ -40,7 +41,6 @@ def check_folder(path: str | Path) -> None:
             why = f"it is not looked up on the hub, because there is a folder {str(folder.parent)!r}"
             raise UserError(f"model folder {path!r} does not exist; {why}")
         return
-    _check_adapter(folder)
     config = _read_json(folder, "config.json")
     if config is None:
         raise UserError(f"{str(path)!r} holds no model: it has no config.json in Hugging Face format")
@@ -127,17 +127,22 @@ def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
         raise UserError(f"{what}: check image_token_id in config.json, the chat template and the questions")
 
 
-def _check_adapter(folder: Path) -> None:
-    adapter = _read_json(folder, "adapter_config.json")
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter. Raises UserError if it holds a model as well, or does not name the base."""
+    folder = Path(path)
+    adapter = _read_json(folder, "adapter_config.json") if folder.is_dir() else None
     if adapter is None:
-        return
+        return False
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    merge = "merge it into its base (PEFT's merge_and_unload) and give that"
     if any(not file.name.startswith("adapter_") for file in files):
-        which = f"if the adapter is in the weights already, move adapter_config.json away, else {merge}"
+        which = "move adapter_config.json away if the adapter is in the weights already, else the weights"
         raise UserError(f"{str(folder)!r} holds both a model and an adapter, and it is not clear what to load: {which}")
-    base = adapter.get("base_model_name_or_path")
-    raise UserError(f"{str(folder)!r} holds only an adapter of {base!r}, which cannot be loaded here yet: {merge}")
+    if not files:
+        raise UserError(f"{str(folder)!r} holds an adapter without weights: adapter_model.safetensors is missing")
+    if adapter_base(folder) is None:
+        what = "base_model_name_or_path in adapter_config.json must be the folder, or the hub name, of its base"
+        raise UserError(f"{str(folder)!r} holds an adapter that names no base: {what}")
+    return True
 
 
 def _check_ids(folder: Path, config: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
-from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights
+from mr1fast.model.adapter import load_adapter
+from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights, is_adapter
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options import recipes
 
@@ -87,11 +88,17 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-) -> Qwen2VLForConditionalGeneration:
+) -> Any:
     """A Qwen2-VL, in training mode, from a folder (or a hub name) in Hugging Face format.
 
-    Raises UserError (a ValueError) if there is no model, or if some of its weights are missing.
+    From an adapter's folder, a PeftModel on its base. Raises UserError (a ValueError) if there is no model, or if some
+    of its weights are missing.
     """
+    if is_adapter(path):
+        adapted = load_adapter(_load_base(path, device=device, dtype=dtype, attention=attention), Path(path))
+        check_finite(path, adapted)
+        adapted.name_or_path = str(path)  # type: ignore[assignment]  # else it would be the base's
+        return adapted.train()
     check_folder(path)
     try:
         with _without_loading_report():
@@ -106,6 +113,9 @@ def load_model(
     except Exception as error:  # what transformers meets in other people's folders can be of any type
         raise _cannot_be_loaded(path, error) from error
     model, found = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has found an adapter on the hub
+        advice = f"download it (hf download {path} --local-dir DIR) and give its folder"
+        raise UserError(f"model {str(path)!r} is an adapter: {advice}")
     check_not_quantised(path, model.config.to_dict())
     check_weights(path, model, found)
     model._weight_conversions = None  # with them, transformers would save the weights under the wrappers' names
@@ -115,7 +125,8 @@ def load_model(
 
 
 def load_config(path: str | Path) -> Qwen2VLConfig:
-    """The configuration alone, without weights. Raises UserError as `load_model` does."""
+    """A model's configuration, or that of an adapter's base. Raises UserError as `load_model` does."""
+    path = recipes.adapter_base(path) or path
     check_folder(path)
     try:
         return Qwen2VLConfig.from_pretrained(path)
@@ -126,7 +137,7 @@ def load_config(path: str | Path) -> Qwen2VLConfig:
 def most_pixels(path: str | Path) -> int:
     """Of an image after resizing, by the image processor's settings; transformers' default where there are none."""
     try:
-        size = Qwen2VLImageProcessorPil.from_pretrained(path).size
+        size = Qwen2VLImageProcessorPil.from_pretrained(recipes.adapter_base(path) or path).size
     except (OSError, ValueError):
         size = Qwen2VLImageProcessorPil().size
     return size.get("longest_edge") or size.get("max_pixels") or Qwen2VLImageProcessorPil().size["longest_edge"]
@@ -135,6 +146,18 @@ def most_pixels(path: str | Path) -> int:
 def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
     nowhere = "" if Path(path).exists() else ", and there is no such folder"
     return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
+
+
+def _load_base(folder: str | Path, **keywords: Any) -> Any:
+    base = recipes.adapter_base(folder)
+    assert base is not None
+    try:
+        if is_adapter(base):
+            raise UserError("it is an adapter itself")
+        return load_model(base, **keywords)
+    except UserError as error:
+        where = "see base_model_name_or_path in its adapter_config.json"
+        raise UserError(f"the base of the adapter {str(folder)!r} cannot be loaded ({where}): {error}") from error
 
 
 @contextmanager
@@ -155,11 +178,13 @@ def _without_loading_report() -> Iterator[None]:
 def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None) -> Qwen2VLTextImageProcessor:
     """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
 
-    Raises UserError (a ValueError) if one of them is missing or cannot be used, or if `max_pixels` is less than one
-    image token.
+    Where an adapter's folder has neither, they are those of its base. Raises UserError (a ValueError) if one of them is
+    missing or cannot be used, or if `max_pixels` is less than one image token.
     """
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        if base := recipes.adapter_base(folder):
+            return load_processor(base, max_pixels=max_pixels)
         # transformers would make an empty tokenizer.
         raise UserError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
     try:

@@ -15,7 +15,16 @@ from typing import Any
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_pieces, recipe_name
+from mr1fast.options.recipes import (
+    KL_DEFAULTS,
+    R1_V,
+    RECIPES,
+    TASK_NAMES,
+    adapter_base,
+    default_pieces,
+    lora_learning_rate,
+    recipe_name,
+)
 from mr1fast.options.reward_weights import parse_reward_weights
 from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
 
@@ -39,6 +48,10 @@ class TrainConfig(TrainOptions):
             check_choice("--freeze: a part", part, PARTS)
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
+        if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
+            raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
+        if self.merge and not self.trains_adapter and (self.model is None or Path(self.model).is_dir()):
+            raise UserError("--merge needs --lora-rank, or the folder of an adapter as --model")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
@@ -95,6 +108,15 @@ class TrainConfig(TrainOptions):
         return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
 
     @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained: a new one, or the one that --model is."""
+        return self.lora_rank is not None or (self.model is not None and adapter_base(self.model) is not None)
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        return () if self.lora_targets is None else tuple(name.strip() for name in self.lora_targets.split(","))
+
+    @property
     def rewards(self) -> dict[str, float]:
         """Name -> weight, without those of weight 0."""
         return parse_reward_weights(self.reward_weights, "--reward-weights")
@@ -143,6 +165,8 @@ class TrainConfig(TrainOptions):
     def _filled_in(self, name: str) -> dict[str, Any]:
         """The options in use for a task, with the defaults of its recipe and of the method."""
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
+        if self.trains_adapter:
+            defaults["learning_rate"] = lora_learning_rate(defaults["learning_rate"])
         if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
         values: dict[str, Any] = {}
@@ -189,4 +213,4 @@ def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
     if name == "data" or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value
+    return "".join(value.split()) if name in ("freeze", "lora_targets", "task", "reward_weights") else value

@@ -25,14 +25,14 @@ from mr1fast.options.train_options import BY_TASK, GROUPS
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
 THIS_DEVICE = 0  # what --plan is without a number
 
 
 def field_type(name: str) -> type:
-    """int, float or str, also where None or a value for each task is allowed."""
+    """bool, int, float or str, also where None or a value for each task is allowed."""
     hint = _HINTS[name]
     return next(kind for kind in _TYPE_NAMES if kind is hint or kind in typing.get_args(hint))
 
@@ -42,8 +42,10 @@ def convert(name: str, value: Any, source: str) -> Any:
     if isinstance(value, dict) and name in BY_TASK:
         return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
     wanted = field_type(name)
+    if wanted is bool and isinstance(value, bool):
+        return value
     try:
-        if isinstance(value, bool | list | dict):
+        if wanted is bool or isinstance(value, bool | list | dict):
             raise ValueError
         converted = wanted(str(value))
     except ValueError:
@@ -89,8 +91,8 @@ def build_parser() -> Parser:
         nargs="?",
         const=THIS_DEVICE,
         type=at_least(1),
-        help="say what a step will hold in memory, whether that fits this device (or a GPU with so many GB), and if not, "
-        "which options make it fit; then exit, with 1 if it does not fit. Nothing is loaded but config.json",
+        help="say what a step will hold in memory and whether that fits this device, or a GPU with so many GB; if not, "
+        "say which options make it fit, and exit with 1. No weights are read",
     )
     run.add_argument(
         "--resume",
@@ -110,11 +112,11 @@ def build_parser() -> Parser:
         f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
     )
     for name, field in FIELDS.items():
-        groups[field.metadata["group"]].add_argument(
-            option_string(name),
-            metavar=field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}[field_type(name)],
-            help=_help(field).replace("%", "%%"),
-        )
+        kind = field_type(name)
+        metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
+        value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
+        text = _help(field).replace("%", "%%")
+        groups[field.metadata["group"]].add_argument(option_string(name), help=text, **value)
     return parser
 
 

@@ -82,6 +82,34 @@ class TrainOptions:
         metavar="LIST",
         shown="none",
     )
+    lora_rank: int | None = option(
+        None,
+        "train a LoRA adapter of this rank, and none of the model's own weights",
+        group="model",
+        at_least=1,
+        at_most=4096,
+        shown="none",
+    )
+    lora_alpha: float | None = option(
+        None,
+        "the adapter is scaled by --lora-alpha / --lora-rank",
+        group="model",
+        at_least=1e-3,
+        at_most=1e6,
+        shown="2 x --lora-rank",
+    )
+    lora_targets: str | None = option(
+        None,
+        "linear layers on which the adapter is, separated by commas, such as q_proj,v_proj",
+        group="model",
+        metavar="LIST",
+        shown="all those of the language model",
+    )
+    merge: bool = option(
+        False,
+        "after LoRA, save the model with the adapter merged into its weights as model/, and the adapter as adapter/",
+        group="model",
+    )
     task: str | None = option(
         None,
         f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
@@ -219,7 +247,7 @@ class TrainOptions:
         at_least=1e-12,
         at_most=1.0,
         why="AdamW moves each weight by about that much in a step",
-        shown=_by_recipe("learning_rate"),
+        shown=f"{_by_recipe('learning_rate')}; ten times that for LoRA",
     )
     warmup_steps: int = option(
         10,

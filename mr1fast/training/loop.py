@@ -89,6 +89,9 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
     result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
     folder.write_result(result)
     policy = train_task(setup, name, checkpoint)
+    if setup.config.merge:
+        save_model(policy, folder.adapter(name))
+        policy = policy.merge()
     save_model(policy, folder.model(name))
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
     result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
@@ -112,10 +115,13 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
-    policy, state = (
-        (setup.load(setup.base_path), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
-    )
-    trainer = Trainer(config, policy, setup.base if needs_reference(config) else None, dataset)
+    if setup.config.trains_adapter or not needs_reference(config):
+        setup.loaded_base = None  # it is no reference; the pictures load it again
+    policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
+    reference = None
+    if needs_reference(config):
+        reference = policy if setup.config.trains_adapter else setup.base
+    trainer = Trainer(config, policy, reference, dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
     _remove_after(folder, trainer.finished_steps)
@@ -232,7 +238,8 @@ def _remove_after(task_folder: Path, step: int) -> None:
     for sample in task_folder.glob("skipped/step-*.json"):
         if step_of(sample) > step:
             sample.unlink()
-    shutil.rmtree(task_folder / "model", ignore_errors=True)
+    for name in ("model", "adapter"):
+        shutil.rmtree(task_folder / name, ignore_errors=True)
 
 
 def _gave_up(reason: str, folder: Path) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mr1fast.errors import UserError
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.fields import option_string
 
@@ -64,8 +63,10 @@ class StepShape:
 
     @property
     def reference(self) -> str:
-        """ "own" weights, or "none": the KL term has no weight."""
-        return "own" if self.task.method != "sft" and self.task.beta_max > 0 else "none"
+        """ "own" weights; "shared": the model without its adapter; or "none": the KL term has no weight."""
+        if self.task.beta_max == 0:  # as it is for supervised fine-tuning
+            return "none"
+        return "shared" if self.options.trains_adapter else "own"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _remedies(shape: StepShape, more_is_trained: bool) -> Iterator[dict[str, Any
     pixels = {"max_pixels": R1_V_PIXELS} if shape.image_pixels > R1_V_PIXELS else {}
     length = {"max_completion_length": -(-task.max_completion_length // 2)} if task.method != "sft" else {}
     group = {"num_generations": task.num_generations // 2} if task.method != "sft" and task.num_generations > 3 else {}
-    lora = {"lora_rank": 16} if getattr(options, "lora_rank", 16) is None else {}
+    lora = {"lora_rank": 16} if not options.trains_adapter else {}
     freeze = {} if "vision" in options.frozen_parts or not lora else {"freeze": _joined(options.freeze, "vision")}
     if more_is_trained:
         yield from finer

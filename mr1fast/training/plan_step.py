@@ -1,8 +1,8 @@
 """The trainer's own step, run on tensors without numbers, so that plan.py can say what it holds in memory.
 
-Five things stand in for others: prompts of one length, of meaningless words; patches for images; a sampler that runs only
-the last token of its completions; the kernels of the loss head; and the first piece of a step for all of its pieces.
-`benchmarks/plan_check.py` runs the same step with true weights to compare.
+There are stand-ins for five things: for data, prompts of one length; for images, patches; for sampling, the last token
+of each completion; for the kernels of the loss head, nothing; and for all pieces of a step, the first.
+benchmarks/plan_check.py runs the same step with true weights to compare.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mr1fast.data.example import Example
 from mr1fast.kernels import dispatch, linear, linear_op
+from mr1fast.model.adapter import add_adapter
 from mr1fast.model.checks import VISION_TOKENS
 from mr1fast.model.load import EMBEDDED, load_processor, prompt_length
 from mr1fast.model.policy import Policy
@@ -77,7 +78,12 @@ def build_models(shape: StepShape, device: str) -> tuple[Any, Any]:
                 config, dtype=getattr(torch, shape.dtype), attn_implementation="sdpa"
             )
 
-    return build(), build() if shape.reference == "own" else None
+    model, options = build(), shape.options
+    reference = build() if shape.reference == "own" else None
+    if options.lora_rank is not None:
+        with torch.device(device):
+            model = add_adapter(model, rank=options.lora_rank, targets=options.lora_target_names)
+    return model, reference
 
 
 def build_trainer(
@@ -91,8 +97,8 @@ def build_trainer(
         size={"shortest_edge": 1, "longest_edge": shape.image_pixels},
     )
     policy = Policy(model, processor).freeze_parts(shape.options.frozen_parts)
-    other = None if reference is None else Policy(reference, processor).freeze()
-    return Trainer(shape.task, policy, other, _Prompts(shape, processor))
+    others = {"none": None, "shared": policy, "own": reference and Policy(reference, processor).freeze()}
+    return Trainer(shape.task, policy, others[shape.reference], _Prompts(shape, processor))
 
 
 class _Prompts:

@@ -7,7 +7,8 @@
         curves.png, samples.png
         tensorboard/vc/
         vc/checkpoint-000050/  model, processor, trainer_state.pt
-        vc/model/              the trained model
+        vc/model/              the trained model; with LoRA, its adapter
+        vc/adapter/            with LoRA and --merge, the adapter; vc/model is the whole model
         vc/skipped/            samples of steps with NaN or inf
 
 Imports no torch, so that an unusable folder is reported at once.
@@ -50,6 +51,9 @@ class RunFolder:
 
     def model(self, name: str) -> Path:
         return self.task(name) / "model"
+
+    def adapter(self, name: str) -> Path:
+        return self.task(name) / "adapter"
 
     def tensorboard(self, name: str) -> Path:
         return self.path / "tensorboard" / name

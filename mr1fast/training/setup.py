@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,11 @@ from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
+from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
@@ -31,17 +33,38 @@ from mr1fast.training.run_folder import RunFolder
 MAX_DRAWINGS = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
-    base: Policy  # frozen: what training starts from, and its reference
+    loaded_base: Policy | None  # see `base`
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
     tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
+
+    @property
+    def base(self) -> Policy:
+        """What training starts from, frozen. Loaded where it has been released."""
+        if self.loaded_base is None:
+            self.loaded_base = self.load(self.base_path).freeze()
+        return self.loaded_base
+
+    def new_policy(self) -> Policy:
+        """What training starts from, ready to be trained: the base, with a new adapter if the options ask for one."""
+        policy, config = self.load(self.base_path), self.config
+        if config.lora_rank is None or policy.has_adapter:
+            return policy
+        model = add_adapter(
+            policy.model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_target_names,
+            seed=config.seed,
+        )
+        return Policy(model, policy.processor).freeze_parts(config.frozen_parts)
 
     @property
     def splits(self) -> list[ImageTextDataset]:
@@ -89,7 +112,8 @@ def _settings(config: TrainConfig, name: str) -> str:
     task = config.for_task(name)
     completions = f" x {task.num_generations} completions of up to {task.max_completion_length} tokens"
     batch = f"{task.prompts_per_step} prompts{completions if task.method != 'sft' else ''}"
-    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}"
+    lora = "" if config.lora_rank is None else f", LoRA of rank {config.lora_rank}"
+    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}{lora}"
     defaults = config.defaults_from(name)
     return f"{line} ({defaults})" if defaults else line
 
@@ -112,7 +136,8 @@ def prepare(opened: OpenRun) -> Setup:
     )
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
-    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    base = Policy(model, models.load_processor(base_path, max_pixels=config.max_pixels))
+    _check_adapter(config, base)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
@@ -130,8 +155,8 @@ def prepare(opened: OpenRun) -> Setup:
         config=config,
         folder=opened.folder,
         base_path=base_path,
-        base=Policy(model, processor).freeze(),
-        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
+        loaded_base=base.freeze(),
+        load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
@@ -139,13 +164,34 @@ def prepare(opened: OpenRun) -> Setup:
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
-        split.leave_out(too_long(processor, longest))
+        split.leave_out(too_long(base.processor, longest))
         split[0]  # where no row can be used, it is said now
     if config.method != "sft":
         rewards = load_rewards(config.rewards)
         for name in names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
+
+
+def _check_adapter(config: TrainConfig, base: Policy) -> None:
+    """Raises UserError if the options of LoRA do not fit the base, or the adapter that it has."""
+    if not config.trains_adapter:
+        return
+    if base.has_adapter:
+        there = lora_settings(base.model)
+        targets = ",".join(sorted(config.lora_target_names)) or None
+        given = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": targets}
+        for name, wanted in given.items():
+            if wanted is not None and wanted != there.get(name):
+                raise UserError(
+                    f"--model {config.model} is an adapter, which is trained further as it is: its {name} is "
+                    f"{there.get(name)}; leave out {option_string(name)} {wanted}"
+                )
+        trained: Sequence[torch.Tensor] = base.trainable_parameters()
+    else:
+        trained = target_weights(base.model, config.lora_target_names)
+    if base.weights_of(config.frozen_parts).issuperset(trained):
+        raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
 
 
 def _drawings(config: TaskConfig) -> int:

@@ -12,7 +12,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +76,14 @@ class _Shape(NamedTuple):
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While it is active, operations on `Sized` tensors return `Sized` ones; all bytes are counted until they are freed.
+    """While it is active, operations on `Sized` tensors return `Sized` ones, and all bytes are counted.
 
     opened: operations in whose place a function is called, so that what it allocates is seen. skipped: the namespace
     of operations that return nothing. vocabulary: tensors [..., vocabulary] are logits.
     """
 
     # What operations return, by the shapes of their arguments; plans of one model have most of them in common.
-    _found: dict[Any, Any] = {}
+    _found: ClassVar[dict[Any, Any]] = {}
 
     def __init__(self, *, opened: dict[Any, Callable], skipped: str, vocabulary: int):
         super().__init__()
