@@ -30,6 +30,7 @@ ON_CPU: dict[str, Any] = {"model": in_proportion(layers=10, vocabulary=32_768), 
 IMAGE_TOKEN = 28**2  # pixels
 GRPO = {
     "prompts_per_step": 2,
+    "num_generations": 4,
     "gradient_accumulation_steps": 2,
     "max_completion_length": 64,
     "max_pixels": 128 * IMAGE_TOKEN,
@@ -44,11 +45,11 @@ SETTINGS = {
     "GRPO-D, all prompts at once": setting({"gradient_accumulation_steps": 1}),
     "GRPO-D, a prompt at a time": setting({"prompts_per_step": 4, "gradient_accumulation_steps": 4}),
     "GRPO without a reference, long completions": setting(
-        {"method": "grpo", "beta": 0.0, "max_completion_length": 256, "num_generations": 4}
+        {"method": "grpo", "beta": 0.0, "max_completion_length": 256}
     ),
     # Of few tokens: this multiplies very slowly in bfloat16 where the processor has no instructions for it.
     "GRPO-D in bfloat16, short": setting(
-        {"max_completion_length": 16, "num_generations": 2, "max_pixels": 32 * IMAGE_TOKEN}, dtype="bfloat16"
+        {"max_completion_length": 16, "max_pixels": 32 * IMAGE_TOKEN}, dtype="bfloat16"
     ),
     "GRPO with LoRA, a large image": setting({"method": "grpo", "max_pixels": PIXELS, "lora_rank": 16}),
     "SFT, vision tower frozen": setting({"method": "sft", "prompts_per_step": 8, "freeze": "vision"}),

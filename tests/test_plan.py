@@ -1,6 +1,7 @@
 """The planner: against the allocator's own account of true steps, and against numbers worked out by hand."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,10 @@ def allocated(step) -> int:
     [
         {"max_completion_length": 20},
         {"gradient_accumulation_steps": 4, "max_completion_length": 20},
-        {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "freeze": "vision,merger"},
+        {"gradient_accumulation_steps": 2, "freeze": "vision,merger"},
         {"method": "sft"},
         {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
+        {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},
     ],
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -165,13 +167,14 @@ def test_the_reference_is_offloaded_where_that_makes_it_fit(planned):
 
 
 def test_what_makes_it_fit():
-    chosen = shape(max_completion_length=30)
-    one, two, four = (plan(shape(max_completion_length=30, gradient_accumulation_steps=n)) for n in (1, 2, 4))
-    assert one.peak > two.peak > four.peak
-    assert remedy(chosen, one, one.peak - 1) == "--gradient-accumulation-steps 2"
-    assert remedy(chosen, one, two.peak - 1) == "--gradient-accumulation-steps 4"
-    assert remedy(chosen, one, four.peak - 1).startswith("--gradient-accumulation-steps 4 --")
-    assert remedy(chosen, one, 1) is None
+    two = {"prompts_per_step": 2, "num_generations": 3, "max_completion_length": 30}
+    whole, pieces = plan(shape(**two)), plan(shape(**two, gradient_accumulation_steps=2))
+    assert whole.peak > pieces.peak
+    assert remedy(shape(**two), whole, whole.peak - 1) == "--gradient-accumulation-steps 2"
+    assert remedy(shape(**two), whole, pieces.peak - 1) == "--gradient-accumulation-steps 2 --freeze vision"
+    adapter = plan(shape(**two, gradient_accumulation_steps=2, lora_rank=16))
+    assert remedy(shape(**two), whole, adapter.peak) == "--gradient-accumulation-steps 2 --lora-rank 16"
+    assert remedy(shape(**two), whole, 1) is None
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
@@ -232,25 +235,29 @@ def test_plan_takes_a_number_of_gigabytes(capsys):
         assert f"got {wrong}" in err.replace("'", "")
 
 
-def test_a_run_that_cannot_fit(large, monkeypatch, capsys):
-    options = TrainConfig(model=str(large), data=str(large), max_pixels=100_000, device="cpu")
+def test_a_run_that_cannot_fit(large, planned, monkeypatch, capsys):
+    options = TrainConfig(model=str(large), data=str(large), device="cpu")
+    monkeypatch.setattr(plan_run, "plan_for", lambda *_: planned)
+    monkeypatch.setattr(plan_run, "remedy", lambda *_: "--lora-rank 16")
 
-    def with_free(gib):
-        monkeypatch.setattr(plan_run, "free_memory", lambda _: int(gib * GIB))
-        return plan_run.check_memory(options, "data")
+    def with_free(free):
+        monkeypatch.setattr(plan_run, "free_memory", lambda _: free)
+        return plan_run.plan_before(options, "data")
 
-    assert with_free(1000).peak < 1000 * GIB
+    assert with_free(planned.peak) is planned
     assert capsys.readouterr().err == ""
-    least, peak = with_free(1000).least / GIB, with_free(1000).peak / GIB
-    assert with_free((least + peak) / 2) is not None
-    assert "warning: a step needs up to" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"take .* GiB, and cpu has .* GiB free; .* --"):
-        with_free(least * 0.99)
+    assert with_free(planned.least) is planned  # it may be enough for short completions
+    warning = (
+        r"warning: a step needs up to .* and does not fit cpu, where .* can be used; it fits with --lora-rank 16\n"
+    )
+    assert re.fullmatch(warning, capsys.readouterr().err)
+    with pytest.raises(UserError, match=r"take .* MiB, and cpu has .* MiB free; it fits with --lora-rank 16"):
+        with_free(planned.least - 1)
 
 
 def test_a_small_model_is_not_planned_for(monkeypatch):
     monkeypatch.setattr(plan_run, "plan_for", None)
-    assert plan_run.check_memory(TrainConfig(), "vc") is None
+    assert plan_run.plan_before(TrainConfig(), "vc") is None
 
 
 # ---- the device -----------------------------------------------------------------------------------------------------

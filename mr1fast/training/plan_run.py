@@ -116,7 +116,7 @@ def _gib(size: int) -> str:
 # ---- before a run ---------------------------------------------------------------------------------------------------
 
 
-def check_memory(options: TrainConfig, name: str) -> Plan | None:
+def plan_before(options: TrainConfig, name: str) -> Plan | None:
     """The plan of a run that is about to begin; None for a small model, which fits anywhere.
 
     Raises UserError where a step cannot fit however short prompts and completions are; where only the longest do not

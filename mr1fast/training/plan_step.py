@@ -79,6 +79,7 @@ def build_models(shape: StepShape, device: str) -> tuple[Any, Any]:
             )
 
     model, options = build(), shape.options
+    model.name_or_path = "model"  # PEFT wants one
     reference = build() if shape.reference == "own" else None
     if options.lora_rank is not None:
         with torch.device(device):
@@ -237,7 +238,7 @@ _OPENED: dict[Any, Callable] = {
 }
 
 
-def _grpo_forward(logits, batch, spec, grad) -> tuple[Tensor | None, ...]:
+def _grpo_forward(logits, batch, spec, grad) -> Any:
     """See `dispatch.Backend`; every row has a gradient."""
     flags = [torch.ones(batch.ids.shape, dtype=torch.bool) for _ in range(2)]
     loss, logps, entropies, kl, coef = (torch.ones(batch.ids.shape) for _ in range(5))

@@ -106,9 +106,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def take_numbers(self, model: nn.Module, category: str) -> None:
         """Make the weights and buffers of a model, which are on the meta device, `Sized`."""
-        made: dict[int, Tensor] = {}  # tied weights stay one
+        made: dict[int, Any] = {}  # tied weights stay one
 
-        def sized(tensor: Tensor) -> Tensor:
+        def sized(tensor: Tensor) -> Any:
             if id(tensor) not in made:
                 found = Sized(_shape_of(tensor.detach(), ()), self._new(tensor.nbytes, category))
                 made[id(tensor)] = (
