@@ -55,6 +55,9 @@ def test_the_size_of_the_model_picks_the_recipe_and_no_name_does(tmp_path):
     assert [is_small(each) for each in (EMBEDDED, TWO_BILLION, {}, {"text_config": {"hidden_size": "x"}})] == [
         True, False, False, False,
     ]  # fmt: skip
+    tower = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128}  # Qwen2.5-VL's
+    assert is_small(EMBEDDED | {"vision_config": tower})
+    assert not is_small(EMBEDDED | {"vision_config": tower | {"depth": 32, "hidden_size": 1280}})
     for data in ("x/gr", "x/vc", "x/model", "x/r1-v"):
         for name in ("gr", "model", Path(data).name):
             assert config("--data", data).for_task(name).learning_rate == RECIPES["vc"]["learning_rate"]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mr1fast.errors import UserError
+from mr1fast.model.family import FAMILIES, Model, family
 from mr1fast.options.recipes import adapter_base
 
-# Fields of config.json, each with the token of Qwen2-VL's tokenizer whose id it must hold.
+# Fields of config.json, each with the token of the tokenizer whose id it must hold.
 VISION_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -32,7 +33,7 @@ FOREIGN_WEIGHTS = {
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise UserError unless the folder (or the hub name, which is not looked at) may hold a Qwen2-VL."""
+    """Raise UserError unless the folder (or the hub name, which is not looked at) may hold a model of FAMILIES."""
     folder = Path(path)
     if not folder.exists():
         if isinstance(path, Path) or path.startswith((".", "/")) or path.count("/") != 1:
@@ -44,9 +45,7 @@ def check_folder(path: str | Path) -> None:
     config = _read_json(folder, "config.json")
     if config is None:
         raise UserError(f"{str(path)!r} holds no model: it has no config.json in Hugging Face format")
-    model_type = config.get("model_type")
-    if model_type != "qwen2_vl":
-        raise UserError(f"{str(path)!r} holds a model of type {model_type!r}; it must be 'qwen2_vl'")
+    family(path, config.get("model_type"))
     check_not_quantised(path, config)
     _check_ids(folder, config)
 
@@ -59,13 +58,14 @@ def check_not_quantised(path: str | Path, config: dict[str, Any]) -> None:
         raise UserError(f"model {str(path)!r} is quantised{f' ({method})' if method else ''}: {what}")
 
 
-def check_weights(path: str | Path, model: nn.Module, found: dict[str, Any]) -> None:
+def check_weights(path: str | Path, model: Model, found: dict[str, Any]) -> None:
     """Raise UserError for weights that are missing or have the wrong shape; transformers would use random ones instead.
 
     `found`: what transformers reports about loading. Weights that the model has no place for only cause a warning.
     """
+    known = FAMILIES[model.config.model_type].name
     missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    stranger = f"{_count(unknown, 'weight')} that Qwen2-VL does not know ({_some(unknown)})"
+    stranger = f"{_count(unknown, 'weight')} that {known} does not know ({_some(unknown)})"
     for part, meaning in FOREIGN_WEIGHTS.items():
         if any(part in name for name in unknown):
             raise UserError(f"model {str(path)!r} has {stranger}: it holds {meaning}")
@@ -90,7 +90,7 @@ def check_finite(path: str | Path, model: nn.Module) -> None:
 
 
 def check_fit(config: Any, processor: Any) -> None:
-    """Raise UserError unless the model with this Qwen2VLConfig and the processor agree on tokens and patches."""
+    """Raise UserError unless the model with this config and the processor agree on tokens and patches."""
     tokenizer, vocabulary = processor.tokenizer, config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {vocabulary}"
@@ -118,13 +118,17 @@ def check_fit(config: Any, processor: Any) -> None:
 def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
     """Raise UserError unless each image has as many tokens, in one piece, as the vision tower will make of it."""
     is_image = inputs["input_ids"] == config.image_token_id
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
-    have = starts.flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
+    have = image_starts(is_image).flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
     grids = inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
     wanted = (grids.prod(1) // config.vision_config.spatial_merge_size**2).tolist()
     if have != wanted or not torch.equal(is_image, inputs["mm_token_type_ids"] == 1):
         what = f"images of {_some(wanted) or 'no'} tokens came with {_some(have) or 'no'} image tokens in the prompts"
         raise UserError(f"{what}: check image_token_id in config.json, the chat template and the questions")
+
+
+def image_starts(is_image: Tensor) -> Tensor:
+    """Where an image begins: [P, T] bool, of whether a token is an image's. Between two images are other tokens."""
+    return is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
 
 
 def is_adapter(path: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""Loading Qwen2-VL from any folder in Hugging Face format, and turning examples into its inputs."""
+"""Loading a model from any folder in Hugging Face format, and turning examples into its inputs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
-from mr1fast.data.example import Example
+from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
 from mr1fast.model.adapter import load_adapter
 from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights, is_adapter
+from mr1fast.model.family import Model, family
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options import recipes
 
@@ -65,7 +66,7 @@ def choose_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
+def choose_threads(model: Model) -> int:
     """CPU threads for a model of this size: for a small one, a second thread costs more than it gains.
 
     For other models it is OMP_NUM_THREADS if that is set, else the number of processors that this process may use.
@@ -77,7 +78,7 @@ def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
     return (int(wanted) if wanted.isdecimal() else 0) or usable or 1
 
 
-def is_small(model: Qwen2VLForConditionalGeneration) -> bool:
+def is_small(model: Model) -> bool:
     """The embedded model, one trained from it, or one of its size."""
     return recipes.is_small(model.config.to_dict())
 
@@ -89,7 +90,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> Any:
-    """A Qwen2-VL, in training mode, from a folder (or a hub name) in Hugging Face format.
+    """A model of FAMILIES, in training mode, from a folder (or a hub name) in Hugging Face format.
 
     From an adapter's folder, a PeftModel on its base. Raises UserError (a ValueError) if there is no model, or if some
     of its weights are missing.
@@ -101,8 +102,9 @@ def load_model(
         return adapted.train()
     check_folder(path)
     try:
+        kind = family(path, AutoConfig.from_pretrained(path).model_type)
         with _without_loading_report():
-            loaded: Any = Qwen2VLForConditionalGeneration.from_pretrained(
+            loaded: Any = kind.model_class.from_pretrained(
                 path,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -110,6 +112,8 @@ def load_model(
                 ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
             )
+    except UserError:
+        raise
     except Exception as error:  # what transformers meets in other people's folders can be of any type
         raise _cannot_be_loaded(path, error) from error
     model, found = loaded
@@ -124,14 +128,16 @@ def load_model(
     return model
 
 
-def load_config(path: str | Path) -> Qwen2VLConfig:
+def load_config(path: str | Path) -> Any:
     """A model's configuration, or that of an adapter's base. Raises UserError as `load_model` does."""
     path = recipes.adapter_base(path) or path
     check_folder(path)
     try:
-        return Qwen2VLConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except Exception as error:  # as above
         raise _cannot_be_loaded(path, error) from error
+    family(path, config.model_type)
+    return config
 
 
 def most_pixels(path: str | Path) -> int:
@@ -210,7 +216,7 @@ def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor)
         where = "neither chat_template.jinja nor tokenizer_config.json has one"
         raise UserError(f"model {str(path)!r} has no chat template: {where}")
     try:
-        texts = [prompt_text(processor, "a question", has_image) for has_image in (True, False)]
+        texts = [prompt_text(processor, "a question", images) for images in (1, 0)]
     except Exception as error:  # a template is a program
         raise UserError(f"model {str(path)!r} has a chat template that cannot be used: {_reason(error)}") from error
     if [text.count(processor.image_token) for text in texts] != [1, 0] or not all(
@@ -246,10 +252,19 @@ def _reason(error: Exception) -> str:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, has_image: bool = True) -> str:
-    """The chat the model sees: one user turn with the image, the question and the suffix, and an open answer."""
-    content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
-    content.append({"type": "text", "text": f"{problem} {PROMPT_SUFFIX}"})
+def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
+    """The chat the model sees: one user turn with the images, the question and the suffix, and an open answer.
+
+    `images`: their number; `Example.problem` says where they stand.
+    """
+    texts = problem.split(IMAGE_MARKER)
+    if len(texts) - 1 != images:
+        texts = [""] * images + [problem]
+    texts[-1] += f" {PROMPT_SUFFIX}"
+    content: list[dict[str, str]] = []
+    for number, text in enumerate(texts):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": text}] if text else []
     messages: list[Any] = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -261,19 +276,18 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
     [patches, C * 2 * patch * patch] float32 and image_grid_thw [images, 3] int64. Raises UserError for a question that
     cannot be encoded.
     """
-    images = [example.image for example in examples if example.image is not None]
+    images = [image for example in examples for image in example.images]
     texts = [_prompt_of(processor, example) for example in examples]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return {name: inputs[name] for name in inputs}
 
 
 def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
-    """Number of tokens that `encode_prompts` makes of this example, found without looking at the image's pixels."""
+    """Number of tokens that `encode_prompts` makes of this example, found without looking at the images' pixels."""
     tokens = len(processor.tokenizer(_prompt_of(processor, example), verbose=False)["input_ids"])
-    if example.image is None:
-        return tokens
-    images, (width, height) = processor.image_processor, example.image.size
-    return tokens - 1 + images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
+    images = processor.image_processor
+    patches = sum(images.get_number_of_image_patches(image.height, image.width, {}) for image in example.images)
+    return tokens - len(example.images) + patches // images.merge_size**2
 
 
 def longest_prompt(model: Any, max_completion_length: int) -> int:
@@ -306,10 +320,10 @@ def end_of_turn(processor: Qwen2VLTextImageProcessor) -> int | None:
 
 
 def _prompt_of(processor: Qwen2VLTextImageProcessor, example: Example) -> str:
-    """The example's prompt as text, with one image token for its image."""
-    text = prompt_text(processor, example.problem, example.image is not None)
+    """The example's prompt as text, with one image token for each image."""
+    text = prompt_text(processor, example.problem, len(example.images))
     name = example.name or "an example"
-    if (text.count(processor.image_token), text.count(processor.video_token)) != (int(example.image is not None), 0):
+    if (text.count(processor.image_token), text.count(processor.video_token)) != (len(example.images), 0):
         markers = f"{processor.image_token} or {processor.video_token}"
         raise UserError(f"the question of {name} contains {markers}, which stand for pixels; remove them")
     try:

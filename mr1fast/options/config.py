@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.data.columns import Reading, parse_columns
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
@@ -21,6 +22,7 @@ from mr1fast.options.recipes import (
     RECIPES,
     TASK_NAMES,
     adapter_base,
+    default_eval_batch_size,
     default_pieces,
     lora_learning_rate,
     recipe_name,
@@ -63,6 +65,10 @@ class TrainConfig(TrainOptions):
                 )
 
     def _check_tasks(self) -> None:
+        for name in ("columns", "image_root"):
+            if getattr(self, name) is not None and self.data is None:
+                raise UserError(f"{option_string(name)} is about your own data, and there is no --data")
+        read_as(self.columns, self.image_root)
         if self.data is not None and self.task is not None:
             raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
         for name in self.tasks:
@@ -122,6 +128,10 @@ class TrainConfig(TrainOptions):
         return parse_reward_weights(self.reward_weights, "--reward-weights")
 
     @property
+    def reading(self) -> Reading:
+        return read_as(self.columns, self.image_root)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The tasks, or the one name "data"."""
         return self.tasks or ("data",)
@@ -177,6 +187,8 @@ class TrainConfig(TrainOptions):
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
         if values["gradient_accumulation_steps"] is None:
             values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
+        if values["eval_batch_size"] is None:
+            values["eval_batch_size"] = default_eval_batch_size(self.recipe(name) != R1_V)
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -204,13 +216,21 @@ class TaskConfig:
     num_iterations: int
     gradient_accumulation_steps: int
     max_grad_norm: float
+    eval_batch_size: int
+    eval_sampled: int
     eval_steps: int
     save_steps: int
     save_total_limit: int
 
 
+def read_as(columns: str | None, image_root: str | None) -> Reading:
+    """What --columns and --image-root say. Raises UserError."""
+    named = {} if columns is None else parse_columns(columns, "--columns")
+    return Reading(named, None if image_root is None else Path(os.path.abspath(image_root)))
+
+
 def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
-    if name == "data" or (name == "model" and Path(value).is_dir()):
+    if name in ("data", "image_root") or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "lora_targets", "task", "reward_weights") else value
+    return "".join(value.split()) if name in ("columns", "freeze", "lora_targets", "task", "reward_weights") else value

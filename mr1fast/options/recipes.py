@@ -47,6 +47,11 @@ def lora_learning_rate(full: float) -> float:
     return float(f"{10 * full:.12g}")
 
 
+def default_eval_batch_size(small: bool) -> int:
+    """`eval_batch_size`, the problems that are answered at once, by whether the model is small."""
+    return 64 if small else 8
+
+
 def is_small_folder(model: str | None) -> bool:
     """For an adapter's folder, whether its base is small."""
     if model is None:
@@ -76,12 +81,12 @@ def adapter_base(folder: str | Path) -> str | None:
 
 
 def is_small(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json of a Qwen2-VL describes a model with fewer than SMALL_MODEL parameters."""
+    """Whether this config.json describes a model with fewer than SMALL_MODEL parameters."""
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     try:
         vocabulary, hidden = int(text["vocab_size"]), int(text["hidden_size"])
         layers, intermediate = int(text["num_hidden_layers"]), int(text["intermediate_size"])
-        blocks, width = int(vision["depth"]), int(vision["embed_dim"])
+        blocks, width = int(vision["depth"]), int(vision.get("embed_dim") or vision["hidden_size"])  # or Qwen2.5-VL's
     except (KeyError, TypeError, ValueError):
         return False
     # Counts the matrices; norms and biases are negligible. A head that is not tied counts as a second embedding.

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mr1fast.data.columns import EXAMPLE
 from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
+from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_eval_batch_size
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
 from mr1fast.rewards.own import FORM
 
@@ -69,7 +70,7 @@ class TrainOptions:
     )
     model: str | None = option(
         None,
-        "Qwen2-VL to start from: a folder, or a name on the Hugging Face hub",
+        "Qwen2-VL or Qwen2.5-VL to start from: a folder, or a name on the Hugging Face hub",
         group="model",
         metavar="DIR",
         shown="the embedded model",
@@ -121,10 +122,24 @@ class TrainOptions:
     data: str | None = option(
         None,
         "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
-        "image, problem and solution",
+        "image, problem and solution, or others that docs/data.md names",
         group="data",
         metavar="PATH",
         shown="none",
+    )
+    columns: str | None = option(
+        None,
+        f"what the columns of your data are called, such as {EXAMPLE}",
+        group="data",
+        metavar="LIST",
+        shown="the names in docs/data.md",
+    )
+    image_root: str | None = option(
+        None,
+        "folder at which relative paths of images start",
+        group="data",
+        metavar="DIR",
+        shown="that of the file which names them",
     )
     max_pixels: int | None = option(
         None,
@@ -288,9 +303,9 @@ class TrainOptions:
 
     eval_samples: int = option(
         400,
-        f"number of test problems to answer before and after training{_at_most('test')}",
+        f"number of test problems to answer before and after training; 0 turns this off{_at_most('test')}",
         group="evaluation",
-        at_least=1,
+        at_least=0,
         at_most=1_000_000,
     )
     eval_steps: int = option(
@@ -306,6 +321,24 @@ class TrainOptions:
         group="evaluation",
         at_least=1,
         at_most=1_000_000,
+    )
+
+    eval_sampled: int = option(
+        1,
+        "completions to sample for each problem in all of these evaluations, besides the greedy one; 0 for none",
+        group="evaluation",
+        at_least=0,
+        at_most=4096,
+    )
+    eval_batch_size: int | None = option(
+        None,
+        "problems answered at once; fewer take less memory (may be changed when a run is resumed)",
+        group="evaluation",
+        at_least=1,
+        at_most=4096,
+        why="they are held in memory together",
+        shown="{} for small models, {} for others".format(*map(default_eval_batch_size, (True, False))),
+        machine=True,
     )
 
     output_dir: str | None = option(

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, Qwen2VLForConditionalGeneration
+from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mr1fast.data.example import Example
 from mr1fast.kernels import dispatch, linear, linear_op
 from mr1fast.model.adapter import add_adapter
 from mr1fast.model.checks import VISION_TOKENS
+from mr1fast.model.family import family
 from mr1fast.model.load import EMBEDDED, load_processor, prompt_length
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
@@ -71,12 +72,11 @@ def build_models(shape: StepShape, device: str) -> tuple[Any, Any]:
     for field, token in VISION_TOKENS.items():  # the tokenizer is that of the embedded model
         setattr(config, field, own.convert_tokens_to_ids(token))
     config.get_text_config().eos_token_id = own.eos_token_id
+    kind: Any = family("", config.model_type).model_class
 
     def build() -> Any:
         with torch.device(device):
-            return Qwen2VLForConditionalGeneration._from_config(
-                config, dtype=getattr(torch, shape.dtype), attn_implementation="sdpa"
-            )
+            return kind._from_config(config, dtype=getattr(torch, shape.dtype), attn_implementation="sdpa")
 
     model, options = build(), shape.options
     model.name_or_path = "model"  # PEFT wants one

@@ -5,6 +5,8 @@
         metrics.jsonl          one line per step and task; step 0 is before training
         result.json            accuracies before and after
         curves.png, samples.png
+        answers/before-training/vc.jsonl
+        answers/trained-on-vc/vc.jsonl
         tensorboard/vc/
         vc/checkpoint-000050/  model, processor, trainer_state.pt
         vc/model/              the trained model; with LoRA, its adapter
@@ -57,6 +59,10 @@ class RunFolder:
 
     def tensorboard(self, name: str) -> Path:
         return self.path / "tensorboard" / name
+
+    def answers(self, when: str) -> Path:
+        """The folder of the answers to test problems, `when` being "before training" or "trained on vc"."""
+        return self.path / "answers" / when.replace(" ", "-")
 
     def read_result(self) -> dict[str, Any]:
         """The content of result.json, or {} if there is none yet. Raises ResumeError."""

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
+from mr1fast.data.dataset import ImageTextDataset, data_name, load_split, split_sizes
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
@@ -45,7 +45,7 @@ class Setup:
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
-    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
+    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on; none with --eval-samples 0
 
     @property
     def base(self) -> Policy:
@@ -72,17 +72,18 @@ class Setup:
     def splits(self) -> list[ImageTextDataset]:
         return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
 
-    def evaluate(
-        self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
+        """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
         config = self.config.for_task(name)
         result = evaluate(
             policy,
             dataset,
             max_completion_length=config.max_completion_length,
+            sampled=config.eval_sampled,
             temperature=config.temperature,
-            progress=progress,
+            batch_size=config.eval_batch_size,
             seed=config.seed,
+            **keywords,
         )
         return result.figures()
 
@@ -122,7 +123,7 @@ def _settings(config: TrainConfig, name: str) -> str:
 
 def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
     """What was left out of the splits, what was repaired, and what is doubtful about them."""
-    return [split.summary() for split in splits if split.skipped or split.notes or split.shown_in]
+    return [split.summary() for split in splits if split.is_remarkable]
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -148,12 +149,17 @@ def prepare(opened: OpenRun) -> Setup:
     # An absolute path, so that a folder with the name of a task is not mistaken for the task.
     data = None if config.data is None else os.path.abspath(config.data)
     used = SPLITS if config.eval_steps else ("train", "test")
-    sources = [data] if data else TASK_NAMES
-    tests = [load_split(source, "test", count=config.eval_samples, used=used) for source in sources]
-    names = list(config.tasks) or [tests[0].name]
+    names = [data_name(Path(data))] if data else list(config.tasks)
+    sources = ([data] if data else TASK_NAMES) if config.eval_samples else ()
+    tests = [
+        load_split(source, "test", count=config.eval_samples, used=used, reading=config.reading) for source in sources
+    ]
 
     def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {name: load_split(data or name, split, count=count(config.for_task(name)), used=used) for name in names}
+        return {
+            name: load_split(data or name, split, count=count(config.for_task(name)), used=used, reading=config.reading)
+            for name in names
+        }
 
     setup = Setup(
         config=config,
@@ -222,7 +228,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
     lengths: dict[Any, int] = {}  # most examples of an embedded task have the same length, which is counted only once
 
     def reason(example: Example) -> str | None:
-        kind = (example.problem, example.image and example.image.size)
+        kind = (example.problem, *(image.size for image in example.images))
         if kind not in lengths:
             if len(lengths) == 1000:
                 lengths.clear()

@@ -218,7 +218,7 @@ class Trainer:
         self.skipped_sample = {
             "step": self.finished_steps + 1,
             "reason": reason,
-            "examples": [dataclasses.asdict(dataclasses.replace(e, image=None, columns={})) for e in self.examples()],
+            "examples": [_without_images(e) for e in self.examples()],
             "completions": self.step_data.completions,
             "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
         }
@@ -255,6 +255,11 @@ class Trainer:
 def sft_target(solution: str) -> str:
     """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
     return f"<think>{solution}</think><answer>{solution}</answer>"
+
+
+def _without_images(example: Example) -> dict[str, Any]:
+    """The example for a JSON file."""
+    return dataclasses.asdict(dataclasses.replace(example, image=None, more_images=(), columns={}))
 
 
 def _useless(rewards: Sequence[float]) -> str:
