@@ -101,6 +101,8 @@ class TrainConfig(TrainOptions):
             low, high = (self._filled_in(self.names[0])[name] for name in ("beta_min", "beta_max"))
             if low > high:
                 raise UserError(f"--beta-min must not be above --beta-max, got {low} and {high}")
+        if self.reference_model is not None and not self.for_task(self.names[0]).needs_reference:
+            raise UserError("--reference-model is of no use: the KL weight is 0 throughout; leave it out")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -222,6 +224,11 @@ class TaskConfig:
     save_steps: int
     save_total_limit: int
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the KL term ever has weight."""
+        return self.beta_max > 0
+
 
 def read_as(columns: str | None, image_root: str | None) -> Reading:
     """What --columns and --image-root say. Raises UserError."""
@@ -231,6 +238,6 @@ def read_as(columns: str | None, image_root: str | None) -> Reading:
 
 def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
-    if name in ("data", "image_root") or (name == "model" and Path(value).is_dir()):
+    if name in ("data", "image_root") or (name in ("model", "reference_model") and Path(value).is_dir()):
         return os.path.abspath(value)
     return "".join(value.split()) if name in ("columns", "freeze", "lora_targets", "task", "reward_weights") else value

@@ -254,6 +254,14 @@ class TrainOptions:
         why="a lower target is lost in rounding, and a higher one is never reached",
         shown="none; --kl-schedule adaptive only, which requires it",
     )
+    reference_model: str | None = option(
+        None,
+        "model from which the KL term measures, a folder or a name on the hub; to train a model further, give the one "
+        "that its training began with",
+        group="kl",
+        metavar="DIR",
+        shown="--model; with LoRA, without its adapter",
+    )
 
     learning_rate: float | Mapping[str, float] | None = option(
         None,

@@ -26,7 +26,7 @@ from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versi
 from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.stop import Stopped, finishing_steps
-from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
+from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError
 
 if TYPE_CHECKING:
     from mr1fast.evaluation.samples import BeforeAfter
@@ -118,13 +118,10 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
-    if setup.config.trains_adapter or not needs_reference(config):
-        setup.loaded_base = None  # it is no reference; the pictures load it again
+    if not setup.base_is_reference(config):
+        setup.loaded_base = None  # the pictures load it again
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
-    reference = None
-    if needs_reference(config):
-        reference = policy if setup.config.trains_adapter else setup.base
-    trainer = Trainer(config, policy, reference, dataset)
+    trainer = Trainer(config, policy, setup.reference_for(policy, config), dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
     _remove_after(folder, trainer.finished_steps)

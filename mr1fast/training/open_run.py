@@ -65,8 +65,9 @@ def _new_run(config: TrainConfig) -> OpenRun:
 
 def _check_paths(config: TrainConfig) -> None:
     check_data_paths(config.data, config.image_root)
-    if config.model is not None and config.model.startswith((".", "/")) and not Path(config.model).is_dir():
-        raise UserError(f"--model {config.model} is not a folder")  # else it may be a name on the hub
+    for option, model in (("--model", config.model), ("--reference-model", config.reference_model)):
+        if model is not None and model.startswith((".", "/")) and not Path(model).is_dir():
+            raise UserError(f"{option} {model} is not a folder")  # else it may be a name on the hub
 
 
 def check_data_paths(data: str | None, image_root: str | None) -> None:

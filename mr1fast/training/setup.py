@@ -20,6 +20,7 @@ from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
+from mr1fast.model.checks import check_same_kind
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
@@ -41,11 +42,13 @@ class Setup:
     folder: RunFolder
     base_path: str | Path
     loaded_base: Policy | None  # see `base`
+    given_reference: Policy | None  # --reference-model
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
     tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on; none with --eval-samples 0
+    offloads_reference: bool = False  # keep it in the CPU's memory but for its log-probabilities
 
     @property
     def base(self) -> Policy:
@@ -67,6 +70,19 @@ class Setup:
             seed=config.seed,
         )
         return Policy(model, policy.processor).freeze_parts(config.frozen_parts)
+
+    def base_is_reference(self, config: TaskConfig) -> bool:
+        """Whether the base itself is needed while a model is trained. Of an adapted policy it is a part."""
+        return config.needs_reference and self.given_reference is None and not self.config.trains_adapter
+
+    def reference_for(self, policy: Policy, config: TaskConfig) -> Policy | None:
+        """The frozen model of the KL term, None if there is no such term. The policy itself if it has an adapter."""
+        if not config.needs_reference:
+            return None
+        if self.given_reference is None and self.config.trains_adapter:
+            return policy
+        reference = self.given_reference or self.base
+        return reference.offload() if self.offloads_reference else reference
 
     @property
     def splits(self) -> list[ImageTextDataset]:
@@ -100,6 +116,8 @@ class Setup:
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
+        if self.config.reference_model is not None:
+            lines += [f"the KL term measures from {self.config.reference_model}"]
         lines += [f"files go to {self.folder.path}"]
         if self.config.data is not None:
             lines += [split_sizes(self.splits), *summaries(self.splits)]
@@ -141,7 +159,8 @@ def prepare(opened: OpenRun) -> Setup:
         plan_before(config, name)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
-    base = Policy(model, models.load_processor(base_path, max_pixels=config.max_pixels))
+    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    base = Policy(model, processor)
     _check_adapter(config, base)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
@@ -166,7 +185,8 @@ def prepare(opened: OpenRun) -> Setup:
         folder=opened.folder,
         base_path=base_path,
         loaded_base=base.freeze(),
-        load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
+        given_reference=_given_reference(config, base, load_model),
+        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
@@ -174,7 +194,7 @@ def prepare(opened: OpenRun) -> Setup:
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
-        split.leave_out(too_long(base.processor, longest))
+        split.leave_out(too_long(processor, longest))
         split[0]  # where no row can be used, it is said now
     if config.method != "sft":
         rewards = load_rewards(config.rewards)
@@ -202,6 +222,16 @@ def _check_adapter(config: TrainConfig, base: Policy) -> None:
         trained = target_weights(base.model, config.lora_target_names)
     if base.weights_of(config.frozen_parts).issuperset(trained):
         raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
+
+
+def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[str], Any]) -> Policy | None:
+    """Raises UserError if --reference-model is not of the base's kind."""
+    path = config.reference_model
+    if path is None:
+        return None
+    model = load_model(path)
+    check_same_kind(path, model.config, base.model.config, models.load_processor(path), base.processor)
+    return Policy(model, base.processor).freeze()
 
 
 def _drawings(config: TaskConfig) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,13 +140,18 @@ class Trainer:
             prefix=prefix if whole else None,
         )
         if self.reference is not None:
-            with torch.no_grad(), self.reference.without_adapter():
-                pieces = split_batch(batch, config.gradient_accumulation_steps)
-                reference = torch.cat([batch_logps(self.reference, piece, config.temperature) for piece in pieces])
-            batch = dataclasses.replace(batch, ref_per_token_logps=reference)
+            batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
         metrics = reward_metrics(scores, total, G) | completion_metrics(batch, self.policy.end_ids)
         metrics["rewards/unanswered"] = unanswered() - unanswered_before
         return StepData(batch, completions, total.tolist(), metrics)
+
+    @torch.no_grad()
+    def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
+        """[B, L] float32. A reference that is offloaded is on the policy's device only meanwhile."""
+        adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
+        with adapter_off, reference.on(self.policy.device):
+            pieces = split_batch(batch, self.config.gradient_accumulation_steps)
+            return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         """What supervised fine-tuning imitates: the solution in the required form."""
@@ -267,11 +273,6 @@ def _useless(rewards: Sequence[float]) -> str:
     if any(math.isinf(reward) for reward in rewards):
         return "a reward is not a finite number"
     return "no completion has a reward" if rewards and all(math.isnan(reward) for reward in rewards) else ""
-
-
-def needs_reference(config: TaskConfig) -> bool:
-    """Whether the KL term ever has weight."""
-    return config.beta_max > 0
 
 
 def _kl_schedule(config: TaskConfig) -> KLSchedule:
