@@ -24,7 +24,7 @@ from benchmarks.timing import libc_call, memory_pages, process_status, reset_hig
 from mr1fast.options.config import TrainConfig
 from mr1fast.training import plan_step, trainer
 from mr1fast.training.device_memory import usable_memory
-from mr1fast.training.plan import GIB, StepShape, plan, plan_for, remedy
+from mr1fast.training.plan import GIB, Plan, StepShape, plan, remedies
 
 ON_CPU: dict[str, Any] = {"model": in_proportion(layers=10, vocabulary=32_768), "dtype": "float32", "device": "cpu"}
 IMAGE_TOKEN = 28**2  # pixels
@@ -145,16 +145,20 @@ def print_cards() -> None:
     print(f"| | GiB | {' | '.join(f'{card} GB' for card in CARDS)} |\n|---|---|{'---|' * len(CARDS)}")
     for name, (model, options) in TRAININGS.items():
         shape = StepShape(model, TrainConfig(model="Qwen/Qwen2-VL", data="none", max_pixels=PIXELS, **options))
-        verdicts = [verdict(shape, usable_memory("cuda", card * GIB)) for card in CARDS]
-        print(f"| {name} | {plan(shape).peak / GIB:.1f} | {' | '.join(verdicts)} |", flush=True)
+        planned = plan(shape)
+        plans = {"fits": planned}
+        if shape.reference == "own":
+            plans["fits, the reference offloaded"] = planned.with_reference_offloaded()
+        for written, changed in remedies(shape):
+            plans[f"`{written}`"] = smallest(changed)
+        usable = [usable_memory("cuda", card * GIB) for card in CARDS]
+        cells = [next((how for how, one in plans.items() if one.peak <= have), "no") for have in usable]
+        print(f"| {name} | {planned.peak / GIB:.1f} | {' | '.join(cells)} |", flush=True)
 
 
-def verdict(shape: StepShape, usable: int) -> str:
-    planned = plan_for(shape, usable)
-    if planned.peak <= usable:
-        return "yes, the reference offloaded" if planned.offload_reference else "yes"
-    options = remedy(shape, planned, usable)
-    return "no" if options is None else f"`{options}`"
+def smallest(shape: StepShape) -> Plan:
+    planned = plan(shape)
+    return planned.with_reference_offloaded() if shape.reference == "own" else planned
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """The planner: against the allocator's own account of true steps, and against numbers worked out by hand."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks.plan_check import random_advantages, true_trainer
 from mr1fast import train
 from mr1fast.errors import UserError
 from mr1fast.kernels import dispatch, linear
+from mr1fast.model import load as models
 from mr1fast.model.load import EMBEDDED
 from mr1fast.options.config import TrainConfig
 from mr1fast.training import device_memory, plan_run, plan_step
@@ -221,11 +223,20 @@ def test_plan_of_a_model_on_the_hub(capsys, monkeypatch):
     def offline(*_):
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr(Qwen2VLConfig, "from_pretrained", offline)
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", offline)
     code, _, err = said(capsys, "--plan", "--model", "nobody/nothing", "--data", Path(__file__).parent)
     assert code == 2
     assert "error: model 'nobody/nothing' cannot be loaded: We couldn't connect to the hub" in err
     assert err.rstrip().endswith("; for --plan, a folder with its config.json is enough")
+
+
+def test_plan_of_an_adapter(tmp_path, capsys):
+    """As a folder: rank 2 on the queries of 3 layers, 128 wide."""
+    content = {"base_model_name_or_path": str(EMBEDDED), "r": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    code, lines, _ = said(capsys, "--plan", "--model", tmp_path, "--device", "cpu", "--task", "vc")
+    assert code == 0
+    assert f" {704_128 + 3 * 2 * 256:,} parameters, {3 * 2 * 256:,} of them trained" in lines[0]
 
 
 def test_plan_takes_a_number_of_gigabytes(capsys):
@@ -242,11 +253,11 @@ def test_a_run_that_cannot_fit(large, planned, monkeypatch, capsys):
 
     def with_free(free):
         monkeypatch.setattr(plan_run, "free_memory", lambda _: free)
-        return plan_run.plan_before(options, "data")
+        return plan_run.plans_before(options)
 
-    assert with_free(planned.peak) is planned
+    assert with_free(planned.peak) == [planned]
     assert capsys.readouterr().err == ""
-    assert with_free(planned.least) is planned  # it may be enough for short completions
+    assert with_free(planned.least) == [planned]  # it may be enough for short completions
     warning = (
         r"warning: a step needs up to .* and does not fit cpu, where .* can be used; it fits with --lora-rank 16\n"
     )
@@ -257,7 +268,7 @@ def test_a_run_that_cannot_fit(large, planned, monkeypatch, capsys):
 
 def test_a_small_model_is_not_planned_for(monkeypatch):
     monkeypatch.setattr(plan_run, "plan_for", None)
-    assert plan_run.plan_before(TrainConfig(), "vc") is None
+    assert plan_run.plans_before(TrainConfig()) == []
 
 
 # ---- the device -----------------------------------------------------------------------------------------------------

@@ -63,10 +63,10 @@ class StepShape:
 
     @property
     def reference(self) -> str:
-        """ "own" weights; "shared": the model without its adapter; or "none": the KL term has no weight."""
-        if self.task.beta_max == 0:  # as it is for supervised fine-tuning
+        """ "own" weights; "shared": the model without its adapter; or "none", as there is no KL term."""
+        if not self.task.needs_reference:
             return "none"
-        return "shared" if self.options.trains_adapter else "own"
+        return "shared" if self.options.trains_adapter and self.options.reference_model is None else "own"
 
 
 @dataclass(frozen=True)
@@ -123,32 +123,32 @@ def plan_for(shape: StepShape, usable: int) -> Plan:
 
 def remedy(shape: StepShape, planned: Plan, usable: int) -> str | None:
     """Options, as they are written, with which a step fits that does not fit as `planned`; None if none do."""
-    for options in _remedies(shape, more_is_trained=planned.with_reference_offloaded().least <= usable):
-        changed = dataclasses.replace(shape, options=dataclasses.replace(shape.options, **options))
-        if plan_for(changed, usable).peak <= usable:
-            return " ".join(f"{option_string(name)} {value}" for name, value in options.items())
+    all_weights_fit = planned.with_reference_offloaded().least <= usable
+    for options, changed in remedies(shape):
+        if (all_weights_fit or changed.options.trains_adapter) and plan_for(changed, usable).peak <= usable:
+            return options
     return None
 
 
-def _remedies(shape: StepShape, more_is_trained: bool) -> Iterator[dict[str, Any]]:
-    """Options to try, in this order: pieces, which only cost time; one change of the training; several.
-
-    more_is_trained: whether what is trained now may fit at all.
-    """
+def remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
+    """(options, the step with them) to try: pieces, which only cost time; one change of the training; LoRA, and more."""
     task, options = shape.task, shape.options
-    prompts, pieces = task.prompts_per_step, task.gradient_accumulation_steps
-    finer = [{"gradient_accumulation_steps": n} for n in range(pieces + 1, prompts + 1) if prompts % n == 0]
-    finest: dict[str, Any] = finer[-1] if finer else {}
-    pixels = {"max_pixels": R1_V_PIXELS} if shape.image_pixels > R1_V_PIXELS else {}
-    length = {"max_completion_length": -(-task.max_completion_length // 2)} if task.method != "sft" else {}
-    group = {"num_generations": task.num_generations // 2} if task.method != "sft" and task.num_generations > 3 else {}
-    lora = {"lora_rank": 16} if not options.trains_adapter else {}
-    freeze = {} if "vision" in options.frozen_parts or not lora else {"freeze": _joined(options.freeze, "vision")}
-    if more_is_trained:
-        yield from finer
-        yield from (finest | one for one in (pixels, freeze, length, group) if one)
-    yield from (finest | one for one in (lora, lora | pixels, lora | pixels | length) if one and one != pixels)
-
-
-def _joined(*parts: str | None) -> str:
-    return ",".join(part for part in parts if part)
+    prompts, pieces, length = task.prompts_per_step, task.gradient_accumulation_steps, task.max_completion_length
+    changes: list[dict[str, Any]] = [
+        {"gradient_accumulation_steps": number} for number in range(pieces + 1, prompts + 1) if prompts % number == 0
+    ]
+    finest = changes[-1] if changes else {}
+    adapted: dict[str, Any] = {} if options.trains_adapter else {"lora_rank": 16}
+    others: list[dict[str, Any]] = [{"max_pixels": R1_V_PIXELS}] if shape.image_pixels > R1_V_PIXELS else []
+    if task.method != "sft":
+        others += [{"max_completion_length": -(-length // 2)}, {"num_generations": max(task.num_generations // 2, 2)}]
+    if adapted and "vision" not in options.frozen_parts:
+        changes.append(finest | {"freeze": ",".join(("vision", *options.frozen_parts))})
+    changes += [finest | other for other in others]
+    for other in ({}, *others):
+        adapted = adapted | other
+        changes.append(finest | adapted)
+    for change in changes:
+        if change:
+            written = " ".join(f"{option_string(name)} {value}" for name, value in change.items())
+            yield written, dataclasses.replace(shape, options=dataclasses.replace(options, **change))

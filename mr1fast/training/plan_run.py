@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from mr1fast.errors import UserError
 from mr1fast.model import load as models
@@ -44,33 +47,45 @@ def device_of(options: TrainConfig, gigabytes: int | None = None) -> Device:
     return Device(name, kind, free, default if options.dtype == "auto" else options.dtype)
 
 
-def shape_of(options: TrainConfig, name: str, device: Device, model: Any, most_pixels: int) -> StepShape:
-    return StepShape(model, options, name, dtype=device.dtype, device=device.kind, most_pixels=most_pixels)
+def shapes_of(options: TrainConfig, path: str | Path, device: Device) -> Iterator[StepShape]:
+    """The steps of each task. Of the model, config.json and the image processor's settings are read.
+
+    Raises UserError if there is no such model.
+    """
+    model, pixels = models.load_config(path), models.most_pixels(path)
+    if options.trains_adapter and options.lora_rank is None:
+        options = _as_if_asked_for(options)
+    for name in options.names:
+        yield StepShape(model, options, name, dtype=device.dtype, device=device.kind, most_pixels=pixels)
+
+
+def _as_if_asked_for(options: TrainConfig) -> TrainConfig:
+    """Options that would make the adapter that --model is."""
+    assert options.model is not None
+    config = json.loads((Path(options.model) / "adapter_config.json").read_text(encoding="utf-8"))
+    layers = config.get("target_modules")
+    targets = ",".join(layers) if isinstance(layers, list) else None
+    return dataclasses.replace(options, lora_rank=config.get("r", 16), lora_targets=targets)
 
 
 # ---- what --plan prints ---------------------------------------------------------------------------------------------
 
 
 def report(options: TrainConfig, gigabytes: int | None = None) -> tuple[str, bool]:
-    """(what `--plan` prints, whether the steps of all tasks fit). Raises ValueError, whose message is one sentence.
-
-    Of the model, config.json and the image processor's settings are read.
-    """
+    """(what `--plan` prints, whether the steps of all tasks fit). Raises ValueError, whose message is one sentence."""
     device = device_of(options, gigabytes)
     path = models.EMBEDDED if options.model is None else options.model
     try:
-        model = models.load_config(path)
+        shapes = list(shapes_of(options, path, device))
     except UserError as error:
-        raise UserError(f"{error}; for --plan, a folder with its config.json is enough") from error
-    pixels = models.most_pixels(path)
+        enough = "" if Path(path).exists() else "; for --plan, a folder with its config.json is enough"
+        raise UserError(f"{error}{enough}") from error
     parts, all_fit = [], True
-    for name in options.names:
-        shape = shape_of(options, name, device, model, pixels)
+    for shape in shapes:
         planned = plan_for(shape, device.usable)
-        fits = planned.peak <= device.usable
-        verdict = _verdict(shape, planned, device)
-        parts.append("\n".join([f"{path} on {name}: {_described(shape, planned)}", "", table(planned), "", verdict]))
-        all_fit &= fits
+        lines = [f"{path} on {shape.name}: {_described(shape, planned)}", "", table(planned), ""]
+        parts.append("\n".join([*lines, _verdict(shape, planned, device)]))
+        all_fit &= planned.peak <= device.usable
     return "\n\n".join(parts), all_fit
 
 
@@ -116,25 +131,24 @@ def _gib(size: int) -> str:
 # ---- before a run ---------------------------------------------------------------------------------------------------
 
 
-def plan_before(options: TrainConfig, name: str) -> Plan | None:
-    """The plan of a run that is about to begin; None for a small model, which fits anywhere.
+def plans_before(options: TrainConfig) -> list[Plan]:
+    """The plans of a run that is about to begin; none for a small model, which fits anywhere.
 
     Raises UserError where a step cannot fit however short prompts and completions are; where only the longest do not
     fit, it is said as a warning.
     """
     if models.recipes.is_small_folder(options.model):
-        return None
+        return []
     assert options.model is not None
-    device, model = device_of(options), models.load_config(options.model)
-    shape = shape_of(options, name, device, model, models.most_pixels(options.model))
-    planned = plan_for(shape, device.usable)
-    if planned.peak <= device.usable:
-        return planned
-    if planned.least > device.free:
-        what = "weights, gradients, optimizer and reference of a step take"
-        raise UserError(
-            f"{what} {_gib(planned.least)}, and {device.name} has {_gib(device.free)} free; "
-            f"{_advice(shape, planned, device)}"
-        )
-    print(f"warning: {_verdict(shape, planned, device)}", file=sys.stderr)
-    return planned
+    device, plans = device_of(options), []
+    for shape in shapes_of(options, options.model, device):
+        plans.append(planned := plan_for(shape, device.usable))
+        if planned.least > device.free:
+            what = "weights, gradients, optimizer and reference of a step take"
+            raise UserError(
+                f"{what} {_gib(planned.least)}, and {device.name} has {_gib(device.free)} free; "
+                f"{_advice(shape, planned, device)}"
+            )
+        if planned.peak > device.usable:
+            print(f"warning: {_verdict(shape, planned, device)}", file=sys.stderr)
+    return plans

@@ -29,7 +29,7 @@ from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
-from mr1fast.training.plan_run import plan_before
+from mr1fast.training.plan_run import plans_before
 from mr1fast.training.run_folder import RunFolder
 
 # Embedded tasks are endless; after this many drawings they repeat in another order. A run rarely gets that far.
@@ -118,6 +118,8 @@ class Setup:
         lines += [_settings(self.config, name) for name in self.names]
         if self.config.reference_model is not None:
             lines += [f"the KL term measures from {self.config.reference_model}"]
+        if self.offloads_reference:
+            lines += ["the reference waits in the CPU's memory between its turns, as both models would not fit"]
         lines += [f"files go to {self.folder.path}"]
         if self.config.data is not None:
             lines += [split_sizes(self.splits), *summaries(self.splits)]
@@ -155,8 +157,7 @@ def prepare(opened: OpenRun) -> Setup:
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
     )
-    for name in config.names:
-        plan_before(config, name)
+    plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
     processor = models.load_processor(base_path, max_pixels=config.max_pixels)
@@ -191,6 +192,7 @@ def prepare(opened: OpenRun) -> Setup:
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
         tests={dataset.name: dataset for dataset in tests},
+        offloads_reference=any(plan.offload_reference for plan in plans),
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
