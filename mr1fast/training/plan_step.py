@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mr1fast.data.example import Example
-from mr1fast.kernels import dispatch, linear, linear_op
+from mr1fast.losses.sizes import BEHIND_OPS, IN_PLACE, loss_head_of
 from mr1fast.model.adapter import add_adapter
 from mr1fast.model.checks import VISION_TOKENS
 from mr1fast.model.family import family
@@ -37,14 +38,13 @@ from mr1fast.training.trainer import Trainer, sft_target
 
 def measure(shape: StepShape) -> tuple[Trainer, dict[str, dict[str, int]]]:
     """(trainer without numbers, phase -> category -> bytes at the moment when the phase holds most)."""
-    tracker = MemoryTracker(
-        opened=_OPENED, skipped="mr1fast_native", vocabulary=shape.model.get_text_config().vocab_size
-    )
+    vocabulary = shape.model.get_text_config().vocab_size
+    tracker = MemoryTracker(opened=BEHIND_OPS, skipped=IN_PLACE, vocabulary=vocabulary)
     model, reference = build_models(shape, "meta")
     tracker.take_numbers(model, "weights")
     if reference is not None:
         tracker.take_numbers(reference, "reference")
-    with loss_head_of(shape.device), replaced(trainer_module, split_batch=_first_piece), tracker:
+    with loss_head_of(shape.device), patch.object(trainer_module, "split_batch", _first_piece), tracker:
         trainer = build_trainer(shape, model, reference, _Patches)
         _label_training(trainer, tracker)
         length = shape.task.max_completion_length
@@ -148,25 +148,12 @@ def phases_of(trainer: Trainer, begin: Callable[[str], None]) -> Iterator[None]:
         return call
 
     with (
-        replaced(trainer_module, batch_logps=after("reference", trainer_module.batch_logps)),
-        replaced(trainer, update=after("policy", trainer.update)),
-        replaced(trainer.optimizer, step=after("optimizer", trainer.optimizer.step)),
+        patch.object(trainer_module, "batch_logps", after("reference", trainer_module.batch_logps)),
+        patch.object(trainer, "update", after("policy", trainer.update)),
+        patch.object(trainer.optimizer, "step", after("optimizer", trainer.optimizer.step)),
     ):
         begin("prompts" if trainer.config.method == "sft" else "rollout")
         yield
-
-
-@contextmanager
-def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes with other values for a while."""
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
 
 
 # ---- stand-ins ------------------------------------------------------------------------------------------------------
@@ -228,36 +215,3 @@ class _LastTokenSampler(Sampler):
 
     def _label(self, tensors: Iterable[Tensor]) -> None:
         self.tracker.label(tensors, "key-value cache")
-
-
-# The registered ops of the loss head hide what they allocate.
-_OPENED: dict[Any, Callable] = {
-    torch.ops.mr1fast.linear_grpo_loss.default: linear_op.linear_grpo_op._init_fn,
-    torch.ops.mr1fast.linear_score.default: linear_op.linear_score_op._init_fn,
-    torch.ops.mr1fast.linear_score_backward.default: linear_op.linear_score_backward_op._init_fn,
-}
-
-
-def _grpo_forward(logits, batch, spec, grad) -> Any:
-    """See `dispatch.Backend`; every row has a gradient."""
-    flags = [torch.ones(batch.ids.shape, dtype=torch.bool) for _ in range(2)]
-    loss, logps, entropies, kl, coef = (torch.ones(batch.ids.shape) for _ in range(5))
-    return torch.ones(()), loss, logps, entropies, None if batch.ref_logps is None else kl, *flags, coef
-
-
-def _score_forward(logits, ids, mask, temperature) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ones(ids.shape), torch.ones(ids.shape), torch.ones(ids.shape)
-
-
-_NO_KERNELS = dispatch.Backend("plan", lambda _: None, _grpo_forward, _score_forward, lambda *_: None)
-
-
-@contextmanager
-def loss_head_of(device: str) -> Iterator[None]:
-    """The loss head without kernels, in blocks of the size that they have on this device."""
-    kind = "cpu" if device == "cpu" else "gpu"
-    blocks = {"CHUNK_BYTES": {"cpu": linear.CHUNK_BYTES[kind]}, "MIN_ROWS": {"cpu": linear.MIN_ROWS[kind]}}
-    with ExitStack() as stack:
-        stack.enter_context(replaced(dispatch, BACKENDS=(_NO_KERNELS,)))
-        stack.enter_context(replaced(linear, **blocks))
-        yield
