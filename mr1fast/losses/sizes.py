@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mr1fast.kernels import dispatch, linear, linear_op
+from mr1fast.kernels.reference import LossBatch, LossSpec
 
 # The registered ops hide what they allocate, and these functions are what they run.
-BEHIND_OPS: dict[Any, Callable] = {
+BEHIND_OPS: dict[Any, Callable[..., Any]] = {
     torch.ops.mr1fast.linear_grpo_loss.default: linear_op.linear_grpo_op._init_fn,
     torch.ops.mr1fast.linear_score.default: linear_op.linear_score_op._init_fn,
     torch.ops.mr1fast.linear_score_backward.default: linear_op.linear_score_backward_op._init_fn,
@@ -22,14 +23,14 @@ BEHIND_OPS: dict[Any, Callable] = {
 IN_PLACE = "mr1fast_native"
 
 
-def _grpo_forward(logits, batch, spec, grad) -> Any:
+def _grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Any:
     """See `dispatch.Backend`; every row has a gradient."""
     flags = [torch.ones(batch.ids.shape, dtype=torch.bool) for _ in range(2)]
     loss, logps, entropies, kl, coef = (torch.ones(batch.ids.shape) for _ in range(5))
     return torch.ones(()), loss, logps, entropies, None if batch.ref_logps is None else kl, *flags, coef
 
 
-def _score_forward(logits, ids, mask, temperature) -> tuple[Tensor, Tensor, Tensor]:
+def _score_forward(logits: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ones(ids.shape), torch.ones(ids.shape), torch.ones(ids.shape)
 
 

@@ -131,7 +131,7 @@ def remedy(shape: StepShape, planned: Plan, usable: int) -> str | None:
 
 
 def remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
-    """(options, the step with them) to try: pieces, which only cost time; then one change of the training; then LoRA."""
+    """(options, the step with them) to try: pieces, which only cost time; one change of the training; LoRA."""
     task, options = shape.task, shape.options
     prompts, pieces, length = task.prompts_per_step, task.gradient_accumulation_steps, task.max_completion_length
     changes: list[dict[str, Any]] = [

@@ -25,7 +25,7 @@ from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batc
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
-from mr1fast.training.scoring import score, weighted_sum
+from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -71,6 +71,7 @@ class Trainer:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.step_data: StepData | None = None
+        self.scored: list[Scored] = []  # the first completions of the last batch that was sampled
         self.skipped_sample: dict[str, Any] | None = None  # of the last step, if that was skipped
 
     def step(self) -> dict[str, float]:
@@ -128,14 +129,17 @@ class Trainer:
         )
         completions = rollout.completions
         unanswered_before = unanswered()
-        scores = score(self.rewards, completions, [example for example in examples for _ in range(G)])
+        repeated = [example for example in examples for _ in range(G)]
+        scores = score(self.rewards, completions, repeated)
         total = weighted_sum(self.rewards, scores)
+        advantages = group_advantages(total, G)
+        self.scored = first_scored(repeated, completions, scores, advantages)
         batch = Batch(
             inputs=inputs,
             num_generations=G,
             completion_ids=rollout.completion_ids,
             completion_mask=rollout.completion_mask,
-            advantages=group_advantages(total, G).to(self.policy.device),
+            advantages=advantages.to(self.policy.device),
             sampling_per_token_logps=rollout.per_token_logps,
             prefix=prefix if whole else None,
         )
