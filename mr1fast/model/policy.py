@@ -25,6 +25,7 @@ from mr1fast.model.family import Model, known
 from mr1fast.model.load import encode_prompts, end_of_turn
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.save import make_readable, save_model, save_processor
 
 
 class Policy:
@@ -81,8 +82,9 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Model and processor in Hugging Face format, which `load_model` and transformers read."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        save_model(self.model, folder)
+        save_processor(self.processor, folder, self._base.config.model_type)
+        make_readable(folder)
 
     # ---- text and tokens --------------------------------------------------------------------------------------------
 
