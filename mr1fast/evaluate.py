@@ -19,11 +19,14 @@ from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
+from mr1fast.options.config import read_as
 from mr1fast.options.fields import check_choice, check_value, option_string
 from mr1fast.options.parse import FIELDS
 from mr1fast.options.program import Parser, at_least, exit_code, prog
-from mr1fast.options.recipes import RECIPES, TASK_NAMES, recipe_name
+from mr1fast.options.recipes import RECIPES, TASK_NAMES, default_eval_batch_size, recipe_name
+from mr1fast.training.open_run import check_data_paths
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
+from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm
 
 if TYPE_CHECKING:
     from mr1fast.data.dataset import ImageTextDataset
@@ -60,8 +63,13 @@ def _add_problems(add: Callable[..., Any]) -> None:
     add(
         "--data",
         metavar="PATH",
-        help="your own data instead of a task: a folder or a file with the columns image, problem and solution",
+        help="your own data instead of a task: a folder or a file with the columns image, problem and solution, or "
+        "others that docs/data.md names",
     )
+    for name in ("columns", "image_root"):
+        field = FIELDS[name].metadata
+        shown = f"{field['help']} [default: {field['shown']}]"
+        add(option_string(name), metavar=field["metavar"], help=shown)
     add(
         "--split",
         metavar="TEXT",
@@ -112,7 +120,8 @@ def _add_completions(add: Callable[..., Any]) -> None:
         "--batch-size",
         metavar="N",
         type=at_least(1),
-        help="problems answered at a time [default: 64 for a small model, else 8]",
+        help=f"problems answered at once [default: {default_eval_batch_size(small=True)} for a small model, else "
+        f"{default_eval_batch_size(small=False)}]",
     )
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the sampled completions [default: 0]")
 
@@ -162,17 +171,19 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
         if (value := getattr(options, name)) is not None:
             check_value(FIELDS[name], value, option_string(name))
-    if options.model is not None and (models := sorted(Path(options.model).glob("*/model/config.json"))):
-        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0].parent}")
-    if options.data is not None and not Path(options.data).exists():
-        raise UserError(f"--data {options.data} does not exist")
+    if options.model is not None and (models := sorted(Path(options.model).glob("*/model"))):
+        raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
+    if options.data is None and (options.columns or options.image_root):
+        raise UserError("--columns and --image-root are about your own data, and there is no --data")
+    check_data_paths(options.data, options.image_root)
 
 
 def run(arguments: Sequence[str] | None) -> None:
     """Raises ValueError in one sentence for a mistake of the user's."""
     options = build_parser().parse(arguments)
     _check(options)
-    from mr1fast.evaluation.evaluate import EvaluationStopped, evaluate
+    from mr1fast.evaluation.answers import read_answers
+    from mr1fast.evaluation.evaluate import evaluate, result_of
     from mr1fast.model.load import longest_prompt
     from mr1fast.training.setup import too_long
 
@@ -184,7 +195,8 @@ def run(arguments: Sequence[str] | None) -> None:
     )
     dataset.leave_out(too_long(policy.processor, longest_prompt(policy.model, longest)))
     folder = new_folder(options.output_dir, default=RUNS / time.strftime("%Y-%m-%d-%H-%M-%S-evaluation"))
-    settings = _settings(options, longest, dataset, policy)
+    settings, answers = _settings(options, longest, dataset, policy), folder / "answers.jsonl"
+    ended_by: BaseException | None = None
     try:
         result = evaluate(
             policy,
@@ -195,16 +207,19 @@ def run(arguments: Sequence[str] | None) -> None:
             batch_size=options.batch_size,
             progress=f"{dataset.name}, {dataset.split}",
             seed=options.seed,
+            file=answers,
         )
-    except EvaluationStopped as stopped:
-        result = stopped.result
+    except (KeyboardInterrupt, Stopped, RuntimeError, MemoryError) as error:
+        if not (answered := read_answers(answers)):
+            raise
+        result, ended_by = result_of(answered), error
         settings["stopped"] = f"after {result.n} of {len(dataset)} problems"
     settings["seconds"] = round(time.time() - started, 1)
     _report(folder, result, settings, dataset)
     if options.samples is not None and options.samples > len(dataset):
         print(f"\n{dataset.name} has {len(dataset)} problems in this split, fewer than --samples {options.samples}")
-    if "stopped" in settings:
-        raise KeyboardInterrupt
+    if ended_by is not None:
+        raise ended_by
 
 
 def _load_data(options: argparse.Namespace) -> ImageTextDataset:
@@ -212,7 +227,8 @@ def _load_data(options: argparse.Namespace) -> ImageTextDataset:
 
     count = options.samples or (DEFAULT_SAMPLES if options.task else None)
     used = () if options.split is None else (options.split,)
-    return load_split(options.data or options.task, options.split, count=count, used=used)
+    reading = read_as(options.columns, options.image_root)
+    return load_split(options.data or options.task, options.split, count=count, used=used, reading=reading)
 
 
 def _load_policy(options: argparse.Namespace) -> Policy:
@@ -242,6 +258,7 @@ def _settings(options: argparse.Namespace, longest: int, dataset: ImageTextDatas
         "data": dataset.name,
         "split": dataset.split,
         **({"cut_from": dataset.cut_from} if dataset.cut_from else {}),
+        **({"rows": dataset.rows} if dataset.rows else {}),
         "sampled": options.sampled,
         "temperature": options.temperature,
         "max_completion_length": longest,
@@ -258,12 +275,19 @@ def _report(folder: Path, result: EvalResult, settings: dict[str, Any], dataset:
 
     write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
     page = write_report(folder / "report.html", result, settings, dataset)
-    print(evaluation_table(result, settings))
-    if dataset.skipped or dataset.notes:
-        print(f"\n{dataset.summary()}")
+    print(f"{evaluation_table(result, settings)}\n\n{asked_of(dataset, result.n)}")
+    if dataset.is_remarkable:
+        print(dataset.summary())
     if unanswered():
         print(f"\n{unanswered_summary()}")
     print(f"\nthe mistakes with their images: {page}\nthe figures:                    {folder / 'evaluation.json'}")
+
+
+def asked_of(dataset: ImageTextDataset, n: int) -> str:
+    """One line, such as "shapes/test: 6 of 10 rows asked, cut by image from train (100 rows)"."""
+    of = f" of {dataset.rows:,}" if dataset.rows else ""
+    cut = f", cut by image from {dataset.cut_from} ({dataset.cut_from_rows:,} rows)" if dataset.cut_from else ""
+    return f"{dataset.name}/{dataset.split}: {n:,}{of} rows asked{cut}"
 
 
 def as_json(result: EvalResult, settings: dict[str, Any], summary: str) -> dict[str, Any]:
@@ -280,7 +304,23 @@ def as_json(result: EvalResult, settings: dict[str, Any], summary: str) -> dict[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(run, arguments)
+    """The exit code: 0; 2 for a mistake of the user's; 1 for too little memory; 128 + its number after a signal."""
+    try:
+        with stop_on_sigterm():
+            return exit_code(run, arguments)
+    except Stopped as stopped:
+        print(f"\nstopped by {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 1
+
+
+OUT_OF_MEMORY = (
+    "there is too little memory; try smaller values of --batch-size, --sampled, --max-completion-length or --max-pixels"
+)
 
 
 if __name__ == "__main__":

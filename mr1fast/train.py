@@ -11,7 +11,7 @@ from mr1fast.options.parse import parse_arguments, printed_config
 from mr1fast.options.program import missing_package
 from mr1fast.training.open_run import OpenRun, open_run, requested_config
 from mr1fast.training.run_folder import ResumeError
-from mr1fast.training.stop import Stopped, stop_on_sigterm
+from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,8 +34,6 @@ def _train(opened: OpenRun, started: float) -> int:
     """Train. A failure from here on leaves a run that can be resumed, or no folder at all."""
     try:
         with stop_on_sigterm():
-            from torch import OutOfMemoryError
-
             from mr1fast.training.loop import run
             from mr1fast.training.trainer import TrainingError
 
@@ -43,12 +41,10 @@ def _train(opened: OpenRun, started: float) -> int:
                 run(opened, started)
             except TrainingError as error:
                 return _fail(f"error: {error}", 1, opened)
-            except (OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
-            except RuntimeError as error:
-                if "can't allocate memory" in str(error):  # as torch says it on a CPU
-                    return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
-                raise
     except ResumeError as error:
         return _fail(f"error: {error}", 2)
     except ModuleNotFoundError as error:
@@ -64,7 +60,7 @@ def _train(opened: OpenRun, started: float) -> int:
 
 OUT_OF_MEMORY = (
     "there is too little memory; try a larger --gradient-accumulation-steps, or smaller values of --num-generations, "
-    "--prompts-per-step, --max-completion-length or --max-pixels"
+    "--prompts-per-step, --max-completion-length or --max-pixels; if it was an evaluation, a smaller --eval-batch-size"
 )
 
 

@@ -23,6 +23,7 @@ from mr1fast.model.load import (
     load_processor,
     longest_prompt,
     prompt_length,
+    prompt_text,
 )
 from mr1fast.rewards import accuracy_reward, format_reward
 
@@ -122,6 +123,42 @@ def test_prompt_length_is_that_of_the_encoded_prompt(bounds):
     lengths = [prompt_length(processor, example) for example in examples]
     assert lengths == encode_prompts(processor, examples)["attention_mask"].sum(1).tolist()
     assert len(set(lengths)) > len(questions)
+    several = Example(Image.new("RGB", (31, 200)), "a <image> b <image>", "", more_images=(Image.new("RGB", (56, 56)),))
+    assert prompt_length(processor, several) == encode_prompts(processor, [several])["input_ids"].numel()
+
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.mark.parametrize(
+    ("problem", "images", "written"),
+    [
+        ("How many?", 1, IMAGE + "How many?"),
+        ("How many?", 0, "How many?"),
+        ("How many?", 3, 3 * IMAGE + "How many?"),
+        ("Is <image> like <image>?", 2, f"Is {IMAGE} like {IMAGE}?"),
+        ("<image><image>Which?", 2, 2 * IMAGE + "Which?"),
+        ("What is in <image>", 1, "What is in " + IMAGE),
+        ("Is <image> like this?", 2, 2 * IMAGE + "Is <image> like this?"),
+        ("<image>", 0, "<image>"),
+    ],
+)
+def test_image_markers_place_the_images_if_they_are_as_many(problem, images, written, processor):
+    start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_text(processor, problem, images) == f"{start}{written} {PROMPT_SUFFIX}{end}"
+
+
+def test_images_are_encoded_in_the_order_of_prompts_and_markers(processor):
+    images = [Image.new("RGB", (56, 56 * n), (n, 0, 0)) for n in (1, 2, 3, 4)]
+    examples = [
+        Example(images[0], "How many?", ""),
+        Example(None, "How many?", ""),
+        Example(images[1], "Is <image> like <image> and <image>?", "", more_images=tuple(images[2:])),
+    ]
+    inputs = encode_prompts(processor, examples)
+    alone = [encode_prompts(processor, [Example(image, "", "")]) for image in images]
+    for name in ("image_grid_thw", "pixel_values"):
+        assert torch.equal(inputs[name], torch.cat([one[name] for one in alone]))
 
 
 def test_the_longest_prompt_leaves_room_for_the_completion(embedded):

@@ -46,6 +46,16 @@ def test_page_shows_every_mistake_and_nothing_from_elsewhere(tmp_path):
     assert len(re.findall('class="problem wrong"', text)) == 2
 
 
+def test_page_shows_all_images_of_a_problem_in_order(tmp_path):
+    first, *others = (Image.new("RGB", (6, 4), (shade, 2, 3)) for shade in (10, 20, 30))
+    examples = [Example(first, "?", "4", more_images=tuple(others)), Example(None, "?", "4")]
+    found = [answered("4", "5", 0), answered("4", "5", 1)]
+    page = Page(write_report(tmp_path / "r.html", EvalResult.of(found), SETTINGS, examples).read_text("utf-8"))
+    shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.images]
+    assert [image.getpixel((0, 0))[0] for image in shown] == [10, 20, 30]
+    assert page.text.count("(no image)") == 1
+
+
 def test_nothing_stops_the_page(tmp_path, broken, folder):
     """Images that are not there or have broken since, and texts that no encoding takes."""
     gone = Image.new("RGB", (6, 4))

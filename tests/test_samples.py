@@ -93,6 +93,18 @@ def test_samples_are_drawn(tmp_path, number):
     assert (pixels == (0, 90, 90)).all(1).sum() > 5000  # the first image
 
 
+def test_samples_show_several_images_side_by_side_and_none_as_text_only(tmp_path):
+    colours = [(200, 90, 90), (90, 200, 90), (90, 90, 200), (9, 9, 9)]
+    first, *others = (Image.new("RGB", (56, 56), colour) for colour in colours)
+    several = shown(1, image=first, more_images=tuple(others))
+    file = draw_samples(tmp_path / "samples.png", [several, shown(2, image=None)], "a title")
+    pixels = np.asarray(Image.open(file).convert("RGB"))
+    where = [np.argwhere((pixels == colour).all(2)) for colour in colours]
+    assert [len(found) > 500 for found in where] == [True, True, True, False]  # there is room for three
+    lefts = [found[:, 1].min() for found in where[:3]]
+    assert lefts == sorted(lefts)
+
+
 def test_samples_with_odd_texts_and_images(tmp_path):
     odd = [
         shown(0, problem="每个三角形 " * 40, completion="word " * 500),

@@ -5,6 +5,7 @@ They stay memory-mapped: images are read when they are needed. Nothing else need
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,10 @@ class ArrowRows(Sequence):
         import datasets
 
         self.columns = frozenset(columns)  # all columns of the file; `dataset` has only those that are used
-        for column, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-        self._dataset = dataset
+        features = datasets.Features({name: _undecoded(feature) for name, feature in dataset.features.items()})
+        # Not cast(), which would write all rows anew: they are stored alike.
+        info = datasets.DatasetInfo(features=features)
+        self._dataset = datasets.Dataset(dataset.data, info, indices_table=dataset._indices)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -41,6 +40,19 @@ class ArrowRows(Sequence):
     def __getitem__(self, index):
         features = self._dataset.features
         return {column: _meant(value, features[column]) for column, value in self._dataset[index].items()}
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with its images, wherever they are in it, as they are stored."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(each) for name, each in feature.items()}
+    return feature
 
 
 def _meant(value: Any, feature: Any) -> Any:

@@ -31,10 +31,11 @@ class BadImage(ValueError):
     """An image that cannot be used; the message is the reason, short enough to be counted."""
 
 
-def check_image(source: Path | bytes) -> None:
-    """Look at the header and the checksums, without decoding. Raises BadImage."""
+def check_image(source: Path | bytes) -> int:
+    """The number of pixels, after a look at the header and the checksums, without decoding. Raises BadImage."""
     with _opened(source) as image:
         image.verify()
+        return image.width * image.height
 
 
 def load_image(source: Path | bytes) -> tuple[Image.Image, list[str]]:

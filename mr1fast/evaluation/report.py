@@ -57,12 +57,12 @@ def write_report(file: Path, result: EvalResult, settings: dict[str, Any], datas
     return file
 
 
-def _cards(answered: Sequence[Answered], dataset: Examples) -> list[tuple[Answered, Picture | None]]:
-    """Each problem with its image, None if there is none that can be shown."""
+def _cards(answered: Sequence[Answered], dataset: Examples) -> list[tuple[Answered, list[Picture | None]]]:
+    """Each problem with its images, None for one that cannot be shown."""
     cards = []
     for one in answered:
         example = problem_at(dataset, one.index)
-        cards.append((one, None if example is None or example.image is None else _picture(example.image)))
+        cards.append((one, [] if example is None else [_picture(image) for image in example.images]))
     return cards
 
 

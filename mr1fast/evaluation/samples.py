@@ -26,6 +26,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 COLUMNS = 4
 WIDTH, IMAGE, GAP, HEAD = 3.2, 2.1, 0.08, 0.75  # inches: of a cell; heights of the image, of gaps, of the title
 MAX_SIDE = 512  # pixels; larger images are scaled down
+MAX_IMAGES = 3  # of a problem
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def before_and_after(
 
 
 def draw_samples(file: Path, shown: Sequence[BeforeAfter], title: str) -> Path:
-    """One cell a problem: image, question, true answer, and both completions, green where right and red where wrong."""
+    """One cell a problem: images, question, true answer, both completions, green where right and red where wrong."""
     cells = [_paragraphs(one) for one in shown]
     # All cells are as high as the cell with the most text needs to be.
     heights = [max(texts[i].text.count("\n") + 1 for texts in cells) * cells[0][i].line for i in range(len(cells[0]))]
@@ -110,8 +111,7 @@ def _draw_cell(axis: Axes, example: Example, texts: Sequence[Text], heights: Seq
     axis.set_xlim(0, 1)
     axis.set_ylim(cell, 0)  # inches from the top
     axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="0.8", transform=axis.transAxes))
-    if example.image is not None:
-        _draw_image(axis, example.image, cell)
+    _draw_images(axis, example.images, cell)
     y = IMAGE + GAP
     for text, height in zip(texts, heights):
         style: dict[str, Any] = {"color": text.colour, "fontsize": text.size, "fontweight": text.weight}
@@ -119,14 +119,27 @@ def _draw_cell(axis: Axes, example: Example, texts: Sequence[Text], heights: Seq
         y += height + (GAP if text.gap else 0)
 
 
-def _draw_image(axis: Axes, image: Image.Image, cell: float) -> None:
+def _draw_images(axis: Axes, images: Sequence[Image.Image], cell: float) -> None:
+    """Side by side; of more than there is room for, the first ones."""
+    if not images:
+        axis.text(0.5, IMAGE / 2, "(text only)", ha="center", color="0.5")
+        return
+    shown = images[:MAX_IMAGES]
+    width = 0.94 / len(shown)
+    for number, image in enumerate(shown):
+        _draw_image(axis, image, cell, left=0.03 + number * width, width=width)
+    if len(images) > len(shown):
+        axis.text(0.97, IMAGE - 0.02, f"and {len(images) - len(shown)} more", ha="right", color="0.5", fontsize=7.5)
+
+
+def _draw_image(axis: Axes, image: Image.Image, cell: float, *, left: float, width: float) -> None:
     try:
         image = image.convert("RGB")
         image.thumbnail((MAX_SIDE, MAX_SIDE))
     except Exception:  # a broken image costs no more than itself
-        axis.text(0.5, IMAGE / 2, "(no image)", ha="center", color="0.5")
+        axis.text(left + width / 2, IMAGE / 2, "(no image)", ha="center", color="0.5")
         return
-    picture = axis.inset_axes((0.03, 1 - (IMAGE - 0.02) / cell, 0.94, (IMAGE - 0.1) / cell))
+    picture = axis.inset_axes((left, 1 - (IMAGE - 0.02) / cell, width, (IMAGE - 0.1) / cell))
     picture.imshow(image, interpolation="nearest" if max(image.size) <= 128 else "antialiased")
     picture.set_axis_off()
 

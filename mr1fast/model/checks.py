@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mr1fast.errors import UserError
 from mr1fast.model.family import FAMILIES, Model, family
+from mr1fast.options.recipes import adapter_base
 
 # Fields of config.json, each with the token of the tokenizer whose id it must hold.
 VISION_TOKENS = {
@@ -41,7 +42,6 @@ def check_folder(path: str | Path) -> None:
             why = f"it is not looked up on the hub, because there is a folder {str(folder.parent)!r}"
             raise UserError(f"model folder {path!r} does not exist; {why}")
         return
-    _check_adapter(folder)
     config = _read_json(folder, "config.json")
     if config is None:
         raise UserError(f"{str(path)!r} holds no model: it has no config.json in Hugging Face format")
@@ -118,8 +118,7 @@ def check_fit(config: Any, processor: Any) -> None:
 def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
     """Raise UserError unless each image has as many tokens, in one piece, as the vision tower will make of it."""
     is_image = inputs["input_ids"] == config.image_token_id
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
-    have = starts.flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
+    have = image_starts(is_image).flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
     grids = inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
     wanted = (grids.prod(1) // config.vision_config.spatial_merge_size**2).tolist()
     if have != wanted or not torch.equal(is_image, inputs["mm_token_type_ids"] == 1):
@@ -127,17 +126,27 @@ def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
         raise UserError(f"{what}: check image_token_id in config.json, the chat template and the questions")
 
 
-def _check_adapter(folder: Path) -> None:
-    adapter = _read_json(folder, "adapter_config.json")
+def image_starts(is_image: Tensor) -> Tensor:
+    """Where an image begins: [P, T] bool, of whether a token is an image's. Between two images are other tokens."""
+    return is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter. Raises UserError if it holds a model as well, or does not name the base."""
+    folder = Path(path)
+    adapter = _read_json(folder, "adapter_config.json") if folder.is_dir() else None
     if adapter is None:
-        return
+        return False
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    merge = "merge it into its base (PEFT's merge_and_unload) and give that"
     if any(not file.name.startswith("adapter_") for file in files):
-        which = f"if the adapter is in the weights already, move adapter_config.json away, else {merge}"
+        which = "move adapter_config.json away if the adapter is in the weights already, else the weights"
         raise UserError(f"{str(folder)!r} holds both a model and an adapter, and it is not clear what to load: {which}")
-    base = adapter.get("base_model_name_or_path")
-    raise UserError(f"{str(folder)!r} holds only an adapter of {base!r}, which cannot be loaded here yet: {merge}")
+    if not files:
+        raise UserError(f"{str(folder)!r} holds an adapter without weights: adapter_model.safetensors is missing")
+    if adapter_base(folder) is None:
+        what = "base_model_name_or_path in adapter_config.json must be the folder, or the hub name, of its base"
+        raise UserError(f"{str(folder)!r} holds an adapter that names no base: {what}")
+    return True
 
 
 def _check_ids(folder: Path, config: dict[str, Any]) -> None:

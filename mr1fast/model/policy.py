@@ -11,6 +11,7 @@ adjacent, L tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import Cache, DynamicCache
 
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
+from mr1fast.model.adapter import merged, save_adapter, without_adapter
 from mr1fast.model.checks import VISION_TOKENS, check_fit, check_image_tokens
 from mr1fast.model.family import Model, known
 from mr1fast.model.load import encode_prompts, end_of_turn
@@ -60,11 +62,13 @@ class Policy:
         return self
 
     def freeze_parts(self, parts: Iterable[str]) -> Policy:
-        """Not to be trained, of PARTS: vision (the tower), merger (its last layers), language (with the head).
+        """Do not train these parts, nor adapters on their layers. Layers before the first trained one need no graph."""
+        for weight in self.weights_of(parts):
+            weight.requires_grad_(False)
+        return self
 
-        Weights of an adapter within them are not trained either. Where nothing before a layer is trained, it runs
-        without a graph.
-        """
+    def weights_of(self, parts: Iterable[str]) -> set[nn.Parameter]:
+        """The weights of these PARTS: vision (the tower), merger (its last layers), language (with the head)."""
         visual = self._base.model.visual
         merger = set(visual.merger.parameters())
         weights = {
@@ -72,17 +76,29 @@ class Policy:
             "merger": merger,
             "language": {*self._base.model.language_model.parameters(), self._head.weight},
         }
-        for part in parts:
-            for weight in weights[part]:
-                weight.requires_grad_(False)
-        return self
+        return {weight for part in parts for weight in weights[part]}
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.model is not self._base
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within the context the policy computes what the base under its adapter does."""
+        return without_adapter(self.model)
+
+    def merge(self) -> Policy:
+        """A policy that has the adapter in its weights, an ordinary Qwen2-VL. This one cannot be used any more."""
+        return Policy(merged(self.model), self.processor)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Model and processor in Hugging Face format, which `load_model` and transformers read."""
-        save_model(self.model, folder)
+        """Model (if it has an adapter, only that) and processor in Hugging Face format, as `load_model` reads them."""
+        if self.has_adapter:
+            save_adapter(self.model, folder)
+        else:
+            save_model(self.model, folder)
         save_processor(self.processor, folder, self._base.config.model_type)
         make_readable(folder)
 

@@ -12,10 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.data.columns import Reading, parse_columns
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, check_value, option_string
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_pieces, recipe_name
+from mr1fast.options.recipes import (
+    KL_DEFAULTS,
+    R1_V,
+    RECIPES,
+    TASK_NAMES,
+    adapter_base,
+    default_eval_batch_size,
+    default_pieces,
+    lora_learning_rate,
+    recipe_name,
+)
 from mr1fast.options.reward_weights import parse_reward_weights
 from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
 
@@ -39,6 +50,10 @@ class TrainConfig(TrainOptions):
             check_choice("--freeze: a part", part, PARTS)
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
+        if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
+            raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
+        if self.merge and not self.trains_adapter and (self.model is None or Path(self.model).is_dir()):
+            raise UserError("--merge needs --lora-rank, or the folder of an adapter as --model")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
@@ -50,6 +65,10 @@ class TrainConfig(TrainOptions):
                 )
 
     def _check_tasks(self) -> None:
+        for name in ("columns", "image_root"):
+            if getattr(self, name) is not None and self.data is None:
+                raise UserError(f"{option_string(name)} is about your own data, and there is no --data")
+        read_as(self.columns, self.image_root)
         if self.data is not None and self.task is not None:
             raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
         for name in self.tasks:
@@ -95,9 +114,22 @@ class TrainConfig(TrainOptions):
         return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
 
     @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained: a new one, or the one that --model is."""
+        return self.lora_rank is not None or (self.model is not None and adapter_base(self.model) is not None)
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        return () if self.lora_targets is None else tuple(name.strip() for name in self.lora_targets.split(","))
+
+    @property
     def rewards(self) -> dict[str, float]:
         """Name -> weight, without those of weight 0."""
         return parse_reward_weights(self.reward_weights, "--reward-weights")
+
+    @property
+    def reading(self) -> Reading:
+        return read_as(self.columns, self.image_root)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,6 +175,8 @@ class TrainConfig(TrainOptions):
     def _filled_in(self, name: str) -> dict[str, Any]:
         """The options in use for a task, with the defaults of its recipe and of the method."""
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
+        if self.trains_adapter:
+            defaults["learning_rate"] = lora_learning_rate(defaults["learning_rate"])
         if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
         values: dict[str, Any] = {}
@@ -153,6 +187,8 @@ class TrainConfig(TrainOptions):
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
         if values["gradient_accumulation_steps"] is None:
             values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
+        if values["eval_batch_size"] is None:
+            values["eval_batch_size"] = default_eval_batch_size(self.recipe(name) != R1_V)
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -180,13 +216,21 @@ class TaskConfig:
     num_iterations: int
     gradient_accumulation_steps: int
     max_grad_norm: float
+    eval_batch_size: int
+    eval_sampled: int
     eval_steps: int
     save_steps: int
     save_total_limit: int
 
 
+def read_as(columns: str | None, image_root: str | None) -> Reading:
+    """What --columns and --image-root say. Raises UserError."""
+    named = {} if columns is None else parse_columns(columns, "--columns")
+    return Reading(named, None if image_root is None else Path(os.path.abspath(image_root)))
+
+
 def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
-    if name == "data" or (name == "model" and Path(value).is_dir()):
+    if name in ("data", "image_root") or (name == "model" and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value
+    return "".join(value.split()) if name in ("columns", "freeze", "lora_targets", "task", "reward_weights") else value

@@ -25,13 +25,13 @@ from mr1fast.options.train_options import BY_TASK, GROUPS
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
 
 
 def field_type(name: str) -> type:
-    """int, float or str, also where None or a value for each task is allowed."""
+    """bool, int, float or str, also where None or a value for each task is allowed."""
     hint = _HINTS[name]
     return next(kind for kind in _TYPE_NAMES if kind is hint or kind in typing.get_args(hint))
 
@@ -41,8 +41,10 @@ def convert(name: str, value: Any, source: str) -> Any:
     if isinstance(value, dict) and name in BY_TASK:
         return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
     wanted = field_type(name)
+    if wanted is bool and isinstance(value, bool):
+        return value
     try:
-        if isinstance(value, bool | list | dict):
+        if wanted is bool or isinstance(value, bool | list | dict):
             raise ValueError
         converted = wanted(str(value))
     except ValueError:
@@ -99,11 +101,11 @@ def build_parser() -> Parser:
         f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
     )
     for name, field in FIELDS.items():
-        groups[field.metadata["group"]].add_argument(
-            option_string(name),
-            metavar=field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}[field_type(name)],
-            help=_help(field).replace("%", "%%"),
-        )
+        kind = field_type(name)
+        metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
+        value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
+        text = _help(field).replace("%", "%%")
+        groups[field.metadata["group"]].add_argument(option_string(name), help=text, **value)
     return parser
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mr1fast.data.columns import EXAMPLE
 from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
+from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_eval_batch_size
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
 from mr1fast.rewards.own import FORM
 
@@ -82,6 +83,34 @@ class TrainOptions:
         metavar="LIST",
         shown="none",
     )
+    lora_rank: int | None = option(
+        None,
+        "train a LoRA adapter of this rank, and none of the model's own weights",
+        group="model",
+        at_least=1,
+        at_most=4096,
+        shown="none",
+    )
+    lora_alpha: float | None = option(
+        None,
+        "the adapter is scaled by --lora-alpha / --lora-rank",
+        group="model",
+        at_least=1e-3,
+        at_most=1e6,
+        shown="2 x --lora-rank",
+    )
+    lora_targets: str | None = option(
+        None,
+        "linear layers on which the adapter is, separated by commas, such as q_proj,v_proj",
+        group="model",
+        metavar="LIST",
+        shown="all those of the language model",
+    )
+    merge: bool = option(
+        False,
+        "after LoRA, save the model with the adapter merged into its weights as model/, and the adapter as adapter/",
+        group="model",
+    )
     task: str | None = option(
         None,
         f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
@@ -93,10 +122,24 @@ class TrainOptions:
     data: str | None = option(
         None,
         "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
-        "image, problem and solution",
+        "image, problem and solution, or others that docs/data.md names",
         group="data",
         metavar="PATH",
         shown="none",
+    )
+    columns: str | None = option(
+        None,
+        f"what the columns of your data are called, such as {EXAMPLE}",
+        group="data",
+        metavar="LIST",
+        shown="the names in docs/data.md",
+    )
+    image_root: str | None = option(
+        None,
+        "folder at which relative paths of images start",
+        group="data",
+        metavar="DIR",
+        shown="that of the file which names them",
     )
     max_pixels: int | None = option(
         None,
@@ -219,7 +262,7 @@ class TrainOptions:
         at_least=1e-12,
         at_most=1.0,
         why="AdamW moves each weight by about that much in a step",
-        shown=_by_recipe("learning_rate"),
+        shown=f"{_by_recipe('learning_rate')}; ten times that for LoRA",
     )
     warmup_steps: int = option(
         10,
@@ -260,9 +303,9 @@ class TrainOptions:
 
     eval_samples: int = option(
         400,
-        f"number of test problems to answer before and after training{_at_most('test')}",
+        f"number of test problems to answer before and after training; 0 turns this off{_at_most('test')}",
         group="evaluation",
-        at_least=1,
+        at_least=0,
         at_most=1_000_000,
     )
     eval_steps: int = option(
@@ -278,6 +321,24 @@ class TrainOptions:
         group="evaluation",
         at_least=1,
         at_most=1_000_000,
+    )
+
+    eval_sampled: int = option(
+        1,
+        "completions to sample for each problem in all of these evaluations, besides the greedy one; 0 for none",
+        group="evaluation",
+        at_least=0,
+        at_most=4096,
+    )
+    eval_batch_size: int | None = option(
+        None,
+        "problems answered at once; fewer take less memory (may be changed when a run is resumed)",
+        group="evaluation",
+        at_least=1,
+        at_most=4096,
+        why="they are held in memory together",
+        shown="{} for small models, {} for others".format(*map(default_eval_batch_size, (True, False))),
+        machine=True,
     )
 
     output_dir: str | None = option(

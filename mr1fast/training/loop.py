@@ -89,9 +89,13 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
     result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
     folder.write_result(result)
     policy = train_task(setup, name, checkpoint)
+    if setup.config.merge:
+        save_model(policy, folder.adapter(name))
+        policy = policy.merge()
     save_model(policy, folder.model(name))
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
-    result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
+    own = figures.get(name, {})  # none with --eval-samples 0
+    result["after"] |= {name: own, **figures} if len(setup.names) == 1 else {name: own}
     result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
     result["steps"][name] = setup.config.for_task(name).max_steps
     folder.write_result(result)
@@ -99,11 +103,13 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
 
 def closing_words(setup: Setup, result: dict[str, Any]) -> str:
     folder = setup.folder
+    table = f"\n{training_table(result)}\n" if setup.tests else ""
     models = "\n".join(f"the model trained on {name} is in {folder.model(name)}" for name in setup.names)
     snippet = load_snippet(str(folder.model(setup.names[0])))
+    pictures = " and ".join(str(file) for file in (folder.curves, folder.samples) if file.exists())
     return (
-        f"\n{training_table(result)}\n\n{models}\nto load one (docs/training.md shows how to use it):\n\n{snippet}\n\n"
-        f"pictures: {folder.curves} and {folder.samples}"
+        f"{table}\n{models}\nto load one (docs/training.md shows how to use it):\n\n{snippet}\n\n"
+        f"pictures: {pictures or 'none'}"
     )
 
 
@@ -112,13 +118,18 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
-    policy, state = (
-        (setup.load(setup.base_path), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
-    )
-    trainer = Trainer(config, policy, setup.base if needs_reference(config) else None, dataset)
+    if setup.config.trains_adapter or not needs_reference(config):
+        setup.loaded_base = None  # it is no reference; the pictures load it again
+    policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
+    reference = None
+    if needs_reference(config):
+        reference = policy if setup.config.trains_adapter else setup.base
+    trainer = Trainer(config, policy, reference, dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
     _remove_after(folder, trainer.finished_steps)
+    if trainer.finished_steps < config.max_steps:  # else an evaluation may go on where it was interrupted
+        shutil.rmtree(setup.folder.answers(f"trained on {name}"), ignore_errors=True)
     log = MetricsLog(setup.folder, name, first_step=0 if state is None else trainer.finished_steps + 1)
     if validation is not None and state is None:
         log.log(0, setup.validate(policy, validation, name))
@@ -173,9 +184,10 @@ def postfix(metrics: dict[str, float]) -> str:
     return ", ".join(f"{title} {value:.3g}" for title, value in shown.items())
 
 
-def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, what: str) -> dict[str, float]:
-    """The figures of result.json."""
-    return setup.evaluate(policy, setup.tests[data], data, progress=f"test on {data}, {what}")
+def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, when: str) -> dict[str, float]:
+    """The figures of result.json; `when`: "before training" or "trained on vc"."""
+    file = setup.folder.answers(when) / f"{data}.jsonl"
+    return setup.evaluate(policy, setup.tests[data], data, progress=f"test on {data}, {when}", file=file)
 
 
 def draw_pictures(setup: Setup) -> None:
@@ -199,7 +211,7 @@ def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
     folder, shown, titles = setup.folder, [], []
     for name in setup.names:
         trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
-        if trained:
+        if trained and name in setup.tests:
             examples = [example for _, example in islice(problems(setup.tests[name]), PICTURED)]
             longest = setup.config.for_task(name).max_completion_length
             after = setup.load(trained[-1])
@@ -232,7 +244,8 @@ def _remove_after(task_folder: Path, step: int) -> None:
     for sample in task_folder.glob("skipped/step-*.json"):
         if step_of(sample) > step:
             sample.unlink()
-    shutil.rmtree(task_folder / "model", ignore_errors=True)
+    for name in ("model", "adapter"):
+        shutil.rmtree(task_folder / name, ignore_errors=True)
 
 
 def _gave_up(reason: str, folder: Path) -> str:

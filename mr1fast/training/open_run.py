@@ -64,10 +64,17 @@ def _new_run(config: TrainConfig) -> OpenRun:
 
 
 def _check_paths(config: TrainConfig) -> None:
-    if config.data is not None and not Path(config.data).exists():
-        raise UserError(f"--data {config.data} does not exist")
+    check_data_paths(config.data, config.image_root)
     if config.model is not None and config.model.startswith((".", "/")) and not Path(config.model).is_dir():
         raise UserError(f"--model {config.model} is not a folder")  # else it may be a name on the hub
+
+
+def check_data_paths(data: str | None, image_root: str | None) -> None:
+    """Raises UserError for what is not there."""
+    if data is not None and not Path(data).exists():
+        raise UserError(f"--data {data} does not exist")
+    if image_root is not None and not Path(image_root).is_dir():
+        raise UserError(f"--image-root {image_root} is not a folder")
 
 
 # ---- a run that is resumed ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,17 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
+from mr1fast.data.dataset import ImageTextDataset, data_name, load_split, split_sizes
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
+from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
@@ -31,33 +33,55 @@ from mr1fast.training.run_folder import RunFolder
 MAX_DRAWINGS = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
-    base: Policy  # frozen: what training starts from, and its reference
+    loaded_base: Policy | None  # see `base`
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
     names: list[str]  # of the tasks, or of the data set
     train: dict[str, ImageTextDataset]
     validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
-    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
+    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on; none with --eval-samples 0
+
+    @property
+    def base(self) -> Policy:
+        """What training starts from, frozen. Loaded where it has been released."""
+        if self.loaded_base is None:
+            self.loaded_base = self.load(self.base_path).freeze()
+        return self.loaded_base
+
+    def new_policy(self) -> Policy:
+        """What training starts from, ready to be trained: the base, with a new adapter if the options ask for one."""
+        policy, config = self.load(self.base_path), self.config
+        if config.lora_rank is None or policy.has_adapter:
+            return policy
+        model = add_adapter(
+            policy.model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_target_names,
+            seed=config.seed,
+        )
+        return Policy(model, policy.processor).freeze_parts(config.frozen_parts)
 
     @property
     def splits(self) -> list[ImageTextDataset]:
         return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
 
-    def evaluate(
-        self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
+        """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
         config = self.config.for_task(name)
         result = evaluate(
             policy,
             dataset,
             max_completion_length=config.max_completion_length,
+            sampled=config.eval_sampled,
             temperature=config.temperature,
-            progress=progress,
+            batch_size=config.eval_batch_size,
             seed=config.seed,
+            **keywords,
         )
         return result.figures()
 
@@ -89,14 +113,15 @@ def _settings(config: TrainConfig, name: str) -> str:
     task = config.for_task(name)
     completions = f" x {task.num_generations} completions of up to {task.max_completion_length} tokens"
     batch = f"{task.prompts_per_step} prompts{completions if task.method != 'sft' else ''}"
-    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}"
+    lora = "" if config.lora_rank is None else f", LoRA of rank {config.lora_rank}"
+    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}{lora}"
     defaults = config.defaults_from(name)
     return f"{line} ({defaults})" if defaults else line
 
 
 def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
     """What was left out of the splits, what was repaired, and what is doubtful about them."""
-    return [split.summary() for split in splits if split.skipped or split.notes or split.shown_in]
+    return [split.summary() for split in splits if split.is_remarkable]
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -112,26 +137,32 @@ def prepare(opened: OpenRun) -> Setup:
     )
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
-    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    base = Policy(model, models.load_processor(base_path, max_pixels=config.max_pixels))
+    _check_adapter(config, base)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
     # An absolute path, so that a folder with the name of a task is not mistaken for the task.
     data = None if config.data is None else os.path.abspath(config.data)
     used = SPLITS if config.eval_steps else ("train", "test")
-    sources = [data] if data else TASK_NAMES
-    tests = [load_split(source, "test", count=config.eval_samples, used=used) for source in sources]
-    names = list(config.tasks) or [tests[0].name]
+    names = [data_name(Path(data))] if data else list(config.tasks)
+    sources = ([data] if data else TASK_NAMES) if config.eval_samples else ()
+    tests = [
+        load_split(source, "test", count=config.eval_samples, used=used, reading=config.reading) for source in sources
+    ]
 
     def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {name: load_split(data or name, split, count=count(config.for_task(name)), used=used) for name in names}
+        return {
+            name: load_split(data or name, split, count=count(config.for_task(name)), used=used, reading=config.reading)
+            for name in names
+        }
 
     setup = Setup(
         config=config,
         folder=opened.folder,
         base_path=base_path,
-        base=Policy(model, processor).freeze(),
-        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
+        loaded_base=base.freeze(),
+        load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
         names=names,
         train=splits("train", lambda task: None if data else _drawings(task)),
         validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
@@ -139,13 +170,34 @@ def prepare(opened: OpenRun) -> Setup:
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
-        split.leave_out(too_long(processor, longest))
+        split.leave_out(too_long(base.processor, longest))
         split[0]  # where no row can be used, it is said now
     if config.method != "sft":
         rewards = load_rewards(config.rewards)
         for name in names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
+
+
+def _check_adapter(config: TrainConfig, base: Policy) -> None:
+    """Raises UserError if the options of LoRA do not fit the base, or the adapter that it has."""
+    if not config.trains_adapter:
+        return
+    if base.has_adapter:
+        there = lora_settings(base.model)
+        targets = ",".join(sorted(config.lora_target_names)) or None
+        given = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": targets}
+        for name, wanted in given.items():
+            if wanted is not None and wanted != there.get(name):
+                raise UserError(
+                    f"--model {config.model} is an adapter, which is trained further as it is: its {name} is "
+                    f"{there.get(name)}; leave out {option_string(name)} {wanted}"
+                )
+        trained: Sequence[torch.Tensor] = base.trainable_parameters()
+    else:
+        trained = target_weights(base.model, config.lora_target_names)
+    if base.weights_of(config.frozen_parts).issuperset(trained):
+        raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
 
 
 def _drawings(config: TaskConfig) -> int:
@@ -172,7 +224,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
     lengths: dict[Any, int] = {}  # most examples of an embedded task have the same length, which is counted only once
 
     def reason(example: Example) -> str | None:
-        kind = (example.problem, example.image and example.image.size)
+        kind = (example.problem, *(image.size for image in example.images))
         if kind not in lengths:
             if len(lengths) == 1000:
                 lengths.clear()

@@ -46,7 +46,8 @@ class StepData:
 class Trainer:
     """The state of training: it takes a step at a time, and can be saved to a checkpoint and restored.
 
-    `reference` is the frozen model of the KL term, or None if the KL weight is always 0.
+    `reference` is the frozen model of the KL term, or None if the KL weight is always 0. It may be the policy itself if
+    that has an adapter, which is switched off for the reference's log-probabilities.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Trainer:
             prefix=prefix if whole else None,
         )
         if self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.reference.without_adapter():
                 pieces = split_batch(batch, config.gradient_accumulation_steps)
                 reference = torch.cat([batch_logps(self.reference, piece, config.temperature) for piece in pieces])
             batch = dataclasses.replace(batch, ref_per_token_logps=reference)
@@ -217,7 +218,7 @@ class Trainer:
         self.skipped_sample = {
             "step": self.finished_steps + 1,
             "reason": reason,
-            "examples": [dataclasses.asdict(dataclasses.replace(e, image=None, columns={})) for e in self.examples()],
+            "examples": [_without_images(e) for e in self.examples()],
             "completions": self.step_data.completions,
             "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
         }
@@ -254,6 +255,11 @@ class Trainer:
 def sft_target(solution: str) -> str:
     """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
     return f"<think>{solution}</think><answer>{solution}</answer>"
+
+
+def _without_images(example: Example) -> dict[str, Any]:
+    """The example for a JSON file."""
+    return dataclasses.asdict(dataclasses.replace(example, image=None, more_images=(), columns={}))
 
 
 def _useless(rewards: Sequence[float]) -> str:
