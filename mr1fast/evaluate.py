@@ -19,11 +19,17 @@ from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
-from mr1fast.options.config import read_as
+from mr1fast.options.config import check_no_reading, read_as
 from mr1fast.options.fields import check_choice, check_value, option_string
 from mr1fast.options.parse import FIELDS
 from mr1fast.options.program import Parser, at_least, exit_code, prog
-from mr1fast.options.recipes import RECIPES, TASK_NAMES, default_eval_batch_size, recipe_name
+from mr1fast.options.recipes import (
+    DEFAULT_EVAL_SAMPLES,
+    RECIPES,
+    TASK_NAMES,
+    default_eval_batch_size,
+    recipe_name,
+)
 from mr1fast.training.open_run import check_data_paths
 from mr1fast.training.run_folder import RUNS, new_folder, versions, write_json
 from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm
@@ -31,8 +37,6 @@ from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm
 if TYPE_CHECKING:
     from mr1fast.data.dataset import ImageTextDataset
     from mr1fast.model.policy import Policy
-
-DEFAULT_SAMPLES = 400  # problems of a task, whose drawings never end
 
 
 def build_parser() -> Parser:
@@ -84,7 +88,7 @@ def _add_problems(add: Callable[..., Any]) -> None:
         "--samples",
         metavar="N",
         type=at_least(1),
-        help=f"largest number of problems to ask{bounded} [default: {DEFAULT_SAMPLES} of a task, all of --data]",
+        help=f"largest number of problems to ask{bounded} [default: {DEFAULT_EVAL_SAMPLES} of a task, all of --data]",
     )
 
 
@@ -173,8 +177,8 @@ def _check(options: argparse.Namespace) -> None:
             check_value(FIELDS[name], value, option_string(name))
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
-    if options.data is None and (options.columns or options.image_root):
-        raise UserError("--columns and --image-root are about your own data, and there is no --data")
+    if options.data is None:
+        check_no_reading(options.columns, options.image_root)
     check_data_paths(options.data, options.image_root)
 
 
@@ -215,7 +219,7 @@ def run(arguments: Sequence[str] | None) -> None:
         result, ended_by = result_of(answered), error
         settings["stopped"] = f"after {result.n} of {len(dataset)} problems"
     settings["seconds"] = round(time.time() - started, 1)
-    _report(folder, result, settings, dataset)
+    _report(folder, result, settings, dataset, policy)
     if options.samples is not None and options.samples > len(dataset):
         print(f"\n{dataset.name} has {len(dataset)} problems in this split, fewer than --samples {options.samples}")
     if ended_by is not None:
@@ -225,7 +229,7 @@ def run(arguments: Sequence[str] | None) -> None:
 def _load_data(options: argparse.Namespace) -> ImageTextDataset:
     from mr1fast.data.dataset import load_split
 
-    count = options.samples or (DEFAULT_SAMPLES if options.task else None)
+    count = options.samples or (DEFAULT_EVAL_SAMPLES if options.task else None)
     used = () if options.split is None else (options.split,)
     reading = read_as(options.columns, options.image_root)
     return load_split(options.data or options.task, options.split, count=count, used=used, reading=reading)
@@ -268,16 +272,21 @@ def _settings(options: argparse.Namespace, longest: int, dataset: ImageTextDatas
     }
 
 
-def _report(folder: Path, result: EvalResult, settings: dict[str, Any], dataset: ImageTextDataset) -> None:
+def _report(
+    folder: Path, result: EvalResult, settings: dict[str, Any], dataset: ImageTextDataset, policy: Policy
+) -> None:
     """evaluation.json, report.html, and the same in the terminal."""
     from mr1fast.evaluation.report import write_report
     from mr1fast.rewards import unanswered, unanswered_summary
+    from mr1fast.training.setup import scaled_down
 
     write_json(folder / "evaluation.json", as_json(result, settings, dataset.summary()))
     page = write_report(folder / "report.html", result, settings, dataset)
     print(f"{evaluation_table(result, settings)}\n\n{asked_of(dataset, result.n)}")
     if dataset.is_remarkable:
         print(dataset.summary())
+    if scaled := scaled_down([dataset], policy.processor):
+        print(scaled)
     if unanswered():
         print(f"\n{unanswered_summary()}")
     print(f"\nthe mistakes with their images: {page}\nthe figures:                    {folder / 'evaluation.json'}")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from train_program import SMALL, main
-from transformers import AutoConfig
 
 from mr1fast import evaluate
 from mr1fast.data.tasks import TASKS
@@ -18,7 +17,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.batch import batch_logps
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint
-from mr1fast.training.trainer import Trainer, needs_reference
+from mr1fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +44,7 @@ def trainer_of(policy, **options) -> Trainer:
     config = TrainConfig(
         **{"task": "vc", "warmup_steps": 1, "learning_rate": 1e-2, "temperature": 1.5, **small, **options}
     ).for_task("vc")
-    return Trainer(config, policy, policy if needs_reference(config) else None, Drawings())
+    return Trainer(config, policy, policy if config.needs_reference else None, Drawings())
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +270,7 @@ def test_an_adapter_that_transformers_has_put_on_its_base_is_one_sentence(traine
     """As it does with the name of an adapter on the hub; saved from there, the trained weights would be left out."""
     model = load_model()
     model._hf_peft_config_loaded = True
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_: model.config)
+    monkeypatch.setattr("mr1fast.model.load.AutoConfig.from_pretrained", lambda *_: model.config)
     monkeypatch.setattr(type(model), "from_pretrained", lambda *_, **__: (model, {}))
     with pytest.raises(UserError, match=r"'me/adapter' is an adapter: download it \(hf download me/adapter"):
         load_model("me/adapter")

@@ -6,6 +6,7 @@ and the images' headers up front, the rest when an image is decoded.
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,12 +15,13 @@ from pathlib import Path
 from mr1fast.checks import nearest
 from mr1fast.data.columns import Reading
 from mr1fast.data.example import Example, Examples
+from mr1fast.data.identity import Place, image_keys, shared
 from mr1fast.data.images import BadImage, load_image
 from mr1fast.data.records import Checked
-from mr1fast.data.splits import all_places, share_of
+from mr1fast.data.sources import data_name
+from mr1fast.data.splits import Share, all_places, share_of
 from mr1fast.data.tables import Table, check_columns, columns_of, read_tables
 from mr1fast.data.tasks import SPLITS, TASKS
-from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.rewards import check_solutions
 
@@ -34,8 +36,9 @@ class ImageTextDataset:
     reason -> number of rows; both may grow while images are decoded. cut_from: the rows that the split was cut from, ""
     for a named split. shown_in, asked_in: for each held-out split, the number of train rows that show one of its
     images, and of text-only rows that ask one of its questions. columns: what was taken for what, where the names are
-    not ours. pixels: of each image. rows, cut_from_rows: how many rows the split has and how many those that it was cut
-    from, with unreadable ones and those beyond `count`; rows is None where the supply is endless.
+    not ours. tables, places: where the examples stand. pixels: of each image. rows, cut_from_rows: how many rows the
+    split has and how many those that it was cut from, with unreadable ones and those beyond `count`; rows is None where
+    the supply is endless.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class ImageTextDataset:
         self.asked_in: Counter[str] = Counter()
         self.columns = ""
         self.pixels: array[int] = array("q")
+        self.tables: Sequence[Table] = ()
+        self.places: list[Place] = []
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self._length = length
@@ -99,6 +104,11 @@ class ImageTextDataset:
 
         self._load = checked
 
+    def count_shared(self, name: str, images: Collection[Place], texts: Collection[Place]) -> None:
+        """Of these rows, which a held-out split or a data set to test on shares, count those that are examples here."""
+        self.shown_in += Counter({name: sum(place in images for place in self.places)})
+        self.asked_in += Counter({name: sum(place in texts for place in self.places)})
+
     @property
     def is_remarkable(self) -> bool:
         """Whether `summary` says more than the number of examples."""
@@ -114,8 +124,18 @@ class ImageTextDataset:
             parts.append(f"handled: {_listed(self.notes)}")
         parts += [f"columns: {self.columns}"] if self.columns else []
         for counts, what in ((self.shown_in, "show an image"), (self.asked_in, "ask a question")):
-            parts += [f"warning: {rows} of them {what} of the {name} split" for name, rows in counts.items()]
+            for name, rows in counts.items():
+                whose = f"the {name} split" if name in SPLITS else name
+                parts.append(f"warning: {rows} of them {what} of {whose}")
         return "; ".join(parts)
+
+
+def count_shared(train: ImageTextDataset, other: ImageTextDataset) -> None:
+    """Count the examples to train on that have an image, or in text alone a question, of data to test on."""
+    offset = len(train.tables)
+    theirs = [(table + offset, row) for table, row in other.places]
+    keys = image_keys([*train.tables, *other.tables], [*train.places, *theirs])
+    train.count_shared(other.name, *shared(keys, train.places, theirs))
 
 
 def split_sizes(splits: Sequence[ImageTextDataset]) -> str:
@@ -133,14 +153,17 @@ def load_split(
     split: str | None,
     *,
     count: int | None = None,
+    sample_seed: int | None = None,
     used: Collection[str] = SPLITS,
+    cut: bool = True,
     reading: Reading = USUAL,
 ) -> ImageTextDataset:
     """The split "train", "validation" or "test" of an embedded task or of local data, at most `count` examples.
 
     source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders named
     after a split belong to that split; all others are train, see `splits.share_of`. "all" is every row. None is "test",
-    or "all" for a single file that is not named test.
+    or "all" for a single file that is not named test; without `cut`, for a folder that has no test split too.
+    sample_seed: the `count` examples are not the first ones, but drawn by this seed.
     used: the splits that the caller uses; `train` is cut for these only, and its images are compared with these only.
     reading: what the columns of local data are called, and where its images are.
 
@@ -148,7 +171,7 @@ def load_split(
     the split, and if a package is missing that its format or its solutions need.
     """
     if str(source) in TASKS and split in (None, *SPLITS):
-        return _embedded(str(source), split or "test", count)
+        return _embedded(str(source), split or "test", count, sample_seed)
     if split not in (None, *SPLITS, "all") or str(source) in TASKS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = Path(source)
@@ -158,14 +181,22 @@ def load_split(
     tables = read_tables(path, reading)
     check_columns(path, tables)
     if split is None:
-        split = "all" if path.is_file() and tables[0].split != "test" else "test"
-    return _local(path, split, tables, count, used)
+        has_test = any(table.split == "test" for table in tables)
+        split = "test" if has_test or (cut and path.is_dir()) else "all"
+    share = share_of(tables, split, used)
+    if sample_seed is not None:
+        random.Random(f"samples/{sample_seed}").shuffle(share.places)
+    return _local(path, split, tables, share, count)
 
 
-def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
+def _embedded(name: str, split: str, count: int | None, sample_seed: int | None) -> ImageTextDataset:
     task = TASKS[name]
-    length = min(task.splits[split] or ENDLESS, ENDLESS if count is None else count)
-    dataset = ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
+    there = task.splits[split] or ENDLESS
+    length = there if count is None else min(there, count)
+    drawn: Sequence[int] = range(length)
+    if sample_seed is not None:
+        drawn = random.Random(f"samples/{sample_seed}").sample(range(there), length)
+    dataset = ImageTextDataset(name, split, length, lambda index: (task.example(split, drawn[index]), []))
     dataset.rows = task.splits[split]
     return dataset
 
@@ -191,18 +222,10 @@ def problem_at(dataset: Examples, index: int) -> Example | None:
     return dataset.own(index) if isinstance(dataset, ImageTextDataset) else dataset[index]
 
 
-def data_name(path: Path) -> str:
-    """What local data is called: the name of its folder, or of its file without the ending."""
-    return whole_characters(path.resolve().stem if path.is_file() else path.resolve().name)
-
-
 # ---- local data -----------------------------------------------------------------------------------------------------
 
 
-def _local(
-    path: Path, split: str, tables: Sequence[Table], count: int | None, used: Collection[str]
-) -> ImageTextDataset:
-    share = share_of(tables, split, used)
+def _local(path: Path, split: str, tables: Sequence[Table], share: Share, count: int | None) -> ImageTextDataset:
     checked = Checked.of(tables, share.places, count)
     skipped, records = checked.skipped, checked.records
     skipped.update(table.unreadable for table in share.tables if table.unreadable)
@@ -218,13 +241,14 @@ def _local(
         example = Example(images[0] if images else None, *cells, more_images=images[1:])
         return example, [note for _, notes in loaded for note in notes]
 
-    dataset = ImageTextDataset(data_name(path), split, len(records), load, share.cut_from)
+    dataset = ImageTextDataset(data_name(str(path)), split, len(records), load, share.cut_from)
     dataset.rows, dataset.cut_from_rows = len(share.places), sum(len(table.rows) for table in share.tables)
     dataset.skipped.update(skipped)
     dataset.notes.update(checked.notes)
     dataset.notes.update(table.note for table in share.tables if table.note)
-    dataset.shown_in.update(share.shown_in)
-    dataset.asked_in.update(share.asked_in)
+    dataset.tables, dataset.places = tables, checked.places
+    for held_out, (images, texts) in share.shared.items():
+        dataset.count_shared(held_out, images, texts)
     dataset.columns = tables[0].reading.described(columns_of(share.tables))
     dataset.pixels = checked.pixels
     return dataset

@@ -23,7 +23,7 @@ def image_keys(tables: Sequence[Table], places: Iterable[Place]) -> dict[Place, 
     """The keys of each row's images: the same for images of the same bytes, however they are kept, named or spelt.
 
     There may be gigabytes of images, so only those that agree in length and at both ends are read as a whole. The key
-    of an image that cannot be read is its path. A row without images has the key of its question, see `is_text`.
+    of an image that cannot be read is its path. A row without images has the key of its question.
     """
     known: dict[tuple[Callable, Path], Hashable] = {}
 
@@ -51,9 +51,14 @@ def image_keys(tables: Sequence[Table], places: Iterable[Place]) -> dict[Place, 
     }
 
 
-def is_text(keys: frozenset[Hashable]) -> bool:
-    """Whether these are the keys of a row without images."""
-    return any(isinstance(key, tuple) and key[0] == _TEXT for key in keys)
+def shared(
+    keys: Mapping[Place, frozenset[Hashable]], ours: Iterable[Place], theirs: Iterable[Place]
+) -> tuple[set[Place], set[Place]]:
+    """Of our rows, those with an image that theirs have too, and those of text alone whose question theirs have too."""
+    known = frozenset().union(*(keys[place] for place in theirs))
+    both = {place for place in ours if keys[place] & known}
+    texts = {place for place in both if any(isinstance(key, tuple) and key[0] == _TEXT for key in keys[place])}
+    return both - texts, texts
 
 
 def connected(keys: Mapping[Place, frozenset[Hashable]]) -> dict[Place, Hashable]:

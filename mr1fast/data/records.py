@@ -34,6 +34,7 @@ class Checked:
     """Good rows and the pixels of their images; what was left out, and what was repaired."""
 
     records: list[Record] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)  # of the records
     skipped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     pixels: array[int] = field(default_factory=lambda: array("q"))
@@ -52,6 +53,7 @@ class Checked:
                 checked.skipped[str(error)] += 1
                 continue
             checked.records.append(record)
+            checked.places.append((t, r))
             checked.pixels.extend(pixels)
             checked.notes.update(row_notes)
         return checked

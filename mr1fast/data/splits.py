@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from mr1fast.data.identity import Place, connected, image_keys, is_text
+from mr1fast.data.identity import Place, connected, image_keys, shared
 from mr1fast.data.tables import Table
 
 HELD_OUT = ("test", "validation")  # in the order in which they get their shares
@@ -20,9 +19,8 @@ class Share:
     places: list[Place]
     tables: list[Table]  # to which these rows belong, or from which they were cut
     cut_from: str = ""  # "train" or "the unnamed rows", if the split is a tenth of these
-    # Held-out split -> number of rows of which it has an image too, and of text-only rows whose question it has too.
-    shown_in: Counter[str] = field(default_factory=Counter)
-    asked_in: Counter[str] = field(default_factory=Counter)
+    # Held-out split -> rows with an image that is in it too, and rows without images whose question is in it too.
+    shared: dict[str, tuple[set[Place], set[Place]]] = field(default_factory=dict)
 
 
 def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Share:
@@ -40,6 +38,8 @@ def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Shar
     others = [table for table in tables if table.split not in HELD_OUT]
     rest = _places_of(tables, None, "train")
     watched = {name: _places_of(tables, name) for name in named if split == "train" and name in used}
+    if split == "train" and not watched and all(name in named or name not in used for name in HELD_OUT):
+        return Share(rest, others)  # nothing is cut, and no image need be looked at
     keys = image_keys(tables, [*rest, *(place for places in watched.values() for place in places)])
     groups = connected({place: keys[place] for place in rest})
     cuts = _cut(list(dict.fromkeys(groups[place] for place in rest)), named)
@@ -48,14 +48,7 @@ def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Shar
         return Share(_of_groups(cuts[split], rest, groups), others, cut_from)
     kept = [group for name, cut in cuts.items() if name == "train" or name not in used for group in cut]
     places = _of_groups(kept, rest, groups)
-    share = Share(places, others)
-    for name, theirs in watched.items():
-        held_out = frozenset().union(*(keys[place] for place in theirs))
-        known = [place for place in places if keys[place] & held_out]
-        asked = sum(is_text(keys[place]) for place in known)
-        share.asked_in.update([name] * asked)
-        share.shown_in.update([name] * (len(known) - asked))
-    return share
+    return Share(places, others, shared={name: shared(keys, places, theirs) for name, theirs in watched.items()})
 
 
 def _cut(groups: list[Hashable], named: Collection[str]) -> dict[str, list[Hashable]]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mr1fast.data.dataset import problem_at
 from mr1fast.data.example import Examples
+from mr1fast.data.images import thumbnail
 from mr1fast.evaluation.figures import answer_rows, figure_rows, heading, percent
 from mr1fast.evaluation.result import Answered, EvalResult
 
@@ -68,12 +69,9 @@ def _cards(answered: Sequence[Answered], dataset: Examples) -> list[tuple[Answer
 
 def _picture(image: Image.Image) -> Picture | None:
     small = max(image.size) <= SMALL
-    stream = io.BytesIO()
-    try:
-        image = image.convert("RGB")
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-        image.save(stream, "PNG" if small else "JPEG", quality=85)
-    except Exception:  # a broken image costs the page no more than this image
+    shown, stream = thumbnail(image, MAX_SIDE), io.BytesIO()
+    if shown is None:
         return None
+    shown.save(stream, "PNG" if small else "JPEG", quality=85)
     content = base64.b64encode(stream.getvalue()).decode()
     return Picture(f"data:image/{'png' if small else 'jpeg'};base64,{content}", small)

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mr1fast.data.example import Example
+from mr1fast.data.images import thumbnail
 from mr1fast.evaluation.drawing import drawable, drawing
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.evaluation.result import Answered
@@ -133,14 +134,12 @@ def _draw_images(axis: Axes, images: Sequence[Image.Image], cell: float) -> None
 
 
 def _draw_image(axis: Axes, image: Image.Image, cell: float, *, left: float, width: float) -> None:
-    try:
-        image = image.convert("RGB")
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-    except Exception:  # a broken image costs no more than itself
+    shown = thumbnail(image, MAX_SIDE)
+    if shown is None:
         axis.text(left + width / 2, IMAGE / 2, "(no image)", ha="center", color="0.5")
         return
     picture = axis.inset_axes((left, 1 - (IMAGE - 0.02) / cell, width, (IMAGE - 0.1) / cell))
-    picture.imshow(image, interpolation="nearest" if max(image.size) <= 128 else "antialiased")
+    picture.imshow(shown, interpolation="nearest" if max(shown.size) <= 128 else "antialiased")
     picture.set_axis_off()
 
 

@@ -22,6 +22,16 @@ VISION_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
+# Fields of the two parts of config.json that say how large a model is.
+TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+VISION_SIZES = ("depth", "embed_dim", "hidden_size", "num_heads", "patch_size", "spatial_merge_size")
 # Parts of the names of weights that change what other weights mean, so that it would be wrong to leave them out.
 FOREIGN_WEIGHTS = {
     "lora_": "an adapter that is not merged into its base; merge it (PEFT's merge_and_unload) and save that",
@@ -113,6 +123,23 @@ def check_fit(config: Any, processor: Any) -> None:
         if ours != theirs:
             what = f"{field} is {ours} in the image processor's configuration, but {theirs} in the model's config.json"
             raise UserError(f"model and image processor do not match: {what}")
+
+
+def check_same_kind(path: str | Path, theirs: Any, ours: Any, their_processor: Any, processor: Any) -> None:
+    """Raise UserError unless the reference at `path`, of which these are config and processor, is like the model."""
+    what = f"--reference-model {path} must have the architecture and the vocabulary of --model"
+    parts = {
+        "": (theirs, ours, ("model_type",)),
+        "text_config.": (theirs.get_text_config(), ours.get_text_config(), TEXT_SIZES),
+        "vision_config.": (theirs.vision_config, ours.vision_config, VISION_SIZES),
+    }
+    for part, (their_config, our_config, fields) in parts.items():
+        for field in fields:
+            there, here = getattr(their_config, field, None), getattr(our_config, field, None)
+            if there != here:
+                raise UserError(f"{what}: its {part}{field} is {there}, and the model's is {here}")
+    if their_processor.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise UserError(f"{what}: its tokenizer has other tokens")
 
 
 def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:

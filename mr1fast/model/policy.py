@@ -10,8 +10,8 @@ adjacent, L tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,27 @@ class Policy:
         """Switch off gradients and dropout for good, as a reference needs it. Returns the policy itself."""
         self.model.eval().requires_grad_(False)
         return self
+
+    def offload(self) -> Policy:
+        """Keep the model in the CPU's memory; `on` lends it to a device. Returns the policy itself."""
+        self.model.to("cpu")
+        return self
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Within the context the model is on this device, then where it was before; its weights must not change."""
+        home = self.device
+        if device == home:
+            yield
+            return
+        weights = [(weight, weight.data) for weight in self.model.parameters()]
+        self.model.to(device)
+        try:
+            yield
+        finally:
+            for weight, data in weights:  # what was copied is still there, and need not be copied back
+                weight.data = data
+            self.model.to(home)  # the buffers
 
     def freeze_parts(self, parts: Iterable[str]) -> Policy:
         """Do not train these parts, nor adapters on their layers. Layers before the first trained one need no graph."""

@@ -28,6 +28,8 @@ _HINTS = typing.get_type_hints(TrainConfig)
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
+# Options that cannot be given with one.
+EXCLUDE = {"epochs": ("max_steps",), "max_steps": ("epochs",)}
 
 
 def field_type(name: str) -> type:
@@ -40,6 +42,8 @@ def convert(name: str, value: Any, source: str) -> Any:
     """Convert a value from the command line or a YAML file to the option's type, and check its range."""
     if isinstance(value, dict) and name in BY_TASK:
         return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
+    if isinstance(value, list) and FIELDS[name].metadata["several"]:
+        value = ",".join(map(str, value))
     wanted = field_type(name)
     if wanted is bool and isinstance(value, bool):
         return value
@@ -60,6 +64,14 @@ class _Once(argparse.Action):
         if hasattr(namespace, self.dest):
             parser.error(f"{option_string} is given twice")
         setattr(namespace, self.dest, values)
+
+
+class _Several(argparse.Action):
+    """Makes one list, separated by commas, of an option that is given several times."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
 
 
 def build_parser() -> Parser:
@@ -104,6 +116,8 @@ def build_parser() -> Parser:
         kind = field_type(name)
         metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
         value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
+        if field.metadata["several"]:
+            value["action"] = _Several
         text = _help(field).replace("%", "%%")
         groups[field.metadata["group"]].add_argument(option_string(name), help=text, **value)
     return parser
@@ -133,10 +147,16 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
     resume, config_file = flags.pop("resume", None), flags.pop("config", None)
     print_config, rewards = flags.pop("print_config", False), flags.pop("reward", [])
     given = {} if config_file is None else read_yaml(config_file)
-    given |= {name: convert(name, value, option_string(name)) for name, value in flags.items()}
+    given = layered(given, {name: convert(name, value, option_string(name)) for name, value in flags.items()})
     if rewards:
         given["reward_weights"] = add_rewards(given.get("reward_weights", DEFAULT_REWARDS), rewards)
     return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config)
+
+
+def layered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """The options of both, where those of `upper` take precedence, also over what they exclude."""
+    excluded = {other for name in upper for other in EXCLUDE.get(name, ())}
+    return {name: value for name, value in lower.items() if name not in excluded} | upper
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from mr1fast.data.tasks import TASKS
 TASK_NAMES = tuple(TASKS)
 SMALL_MODEL = 10_000_000  # parameters; the smallest Qwen2-VL that was published has two billion
 
+DEFAULT_EVAL_SAMPLES = 400  # problems of a task, whose drawings never end
+
 R1_V = "r1-v"
 RECIPES: dict[str, dict[str, Any]] = {
     **{name: task.recipe for name, task in TASKS.items()},

@@ -12,7 +12,14 @@ from mr1fast.data.columns import EXAMPLE
 from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_eval_batch_size
+from mr1fast.options.recipes import (
+    DEFAULT_EVAL_SAMPLES,
+    KL_DEFAULTS,
+    R1_V,
+    RECIPES,
+    TASK_NAMES,
+    default_eval_batch_size,
+)
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
 from mr1fast.rewards.own import FORM
 
@@ -22,6 +29,8 @@ BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
 # What --freeze knows; `Policy.freeze_parts` says which weights they are.
 PARTS = ("vision", "merger", "language")
+# What --report-to knows.
+LOGGERS = ("tensorboard", "wandb", "trackio")
 # The headings of --help, in this order.
 GROUPS = {
     "model": "model and method",
@@ -32,6 +41,7 @@ GROUPS = {
     "optimizer": "optimizer",
     "evaluation": "evaluation",
     "files": "files and checkpoints",
+    "logging": "logging (may be changed when a run is resumed)",
     "device": "device (may be changed when a run is resumed)",
 }
 
@@ -140,6 +150,23 @@ class TrainOptions:
         group="data",
         metavar="DIR",
         shown="that of the file which names them",
+    )
+    train_samples: int | None = option(
+        None,
+        "few-shot: train on this many examples alone, drawn from those for training by --seed",
+        group="data",
+        at_least=1,
+        at_most=MANY,
+        shown="all",
+    )
+    test_data: str | None = option(
+        None,
+        "data to test on before and after training, like --data, or an embedded task; may be given several times, or "
+        "be a list separated by commas",
+        group="data",
+        metavar="PATH",
+        shown="the test split of --data",
+        several=True,
     )
     max_pixels: int | None = option(
         None,
@@ -254,6 +281,14 @@ class TrainOptions:
         why="a lower target is lost in rounding, and a higher one is never reached",
         shown="none; --kl-schedule adaptive only, which requires it",
     )
+    reference_model: str | None = option(
+        None,
+        "model from which the KL term measures, a folder or a name on the hub; to train a model further, give the one "
+        "that its training began with",
+        group="kl",
+        metavar="DIR",
+        shown="--model; with LoRA, without its adapter",
+    )
 
     learning_rate: float | Mapping[str, float] | None = option(
         None,
@@ -270,6 +305,14 @@ class TrainOptions:
         group="optimizer",
         at_least=0,
         at_most=MANY,
+    )
+    epochs: float | None = option(
+        None,
+        "passes over the training examples, in place of --max-steps",
+        group="optimizer",
+        at_least=1e-6,
+        at_most=1_000_000,
+        shown="none",
     )
     max_steps: int | Mapping[str, int] | None = option(
         None,
@@ -301,12 +344,14 @@ class TrainOptions:
         why="AdamW treats gradients far below 1e-8 as 0",
     )
 
-    eval_samples: int = option(
-        400,
-        f"number of test problems to answer before and after training; 0 turns this off{_at_most('test')}",
+    eval_samples: int | None = option(
+        None,
+        "largest number of test problems, of each data set, to answer before and after training; 0 turns this off"
+        f"{_at_most('test')}",
         group="evaluation",
         at_least=0,
         at_most=1_000_000,
+        shown=f"{DEFAULT_EVAL_SAMPLES} of a task or of --data, all of --test-data",
     )
     eval_steps: int = option(
         50,
@@ -357,6 +402,15 @@ class TrainOptions:
     )
     save_total_limit: int = option(
         2, "number of checkpoints to keep; older ones are deleted", group="files", at_least=1, at_most=MANY
+    )
+
+    report_to: str = option(
+        "tensorboard",
+        f"where metrics and samples of the completions are shown, separated by commas: {', '.join(LOGGERS)}, or none; "
+        "metrics.jsonl has the metrics in any case",
+        group="logging",
+        metavar="LIST",
+        machine=True,
     )
 
     device: str = option(

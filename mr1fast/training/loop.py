@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,15 @@ from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
 from mr1fast.rewards import unanswered, unanswered_summary
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
+from mr1fast.training.loggers import open_loggers
 from mr1fast.training.metrics import MetricsLog
+from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versions, write_config, write_json
 from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.stop import Stopped, finishing_steps
-from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
+from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError
 
 if TYPE_CHECKING:
     from mr1fast.evaluation.samples import BeforeAfter
@@ -93,11 +95,13 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
         save_model(policy, folder.adapter(name))
         policy = policy.merge()
     save_model(policy, folder.model(name))
+    write_card(folder.model(name), setup, name, result)
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
-    own = figures.get(name, {})  # none with --eval-samples 0
+    own = figures.get(name, {})  # none where it is not tested on
     result["after"] |= {name: own, **figures} if len(setup.names) == 1 else {name: own}
     result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
     result["steps"][name] = setup.config.for_task(name).max_steps
+    write_card(folder.model(name), setup, name, result)
     folder.write_result(result)
 
 
@@ -118,29 +122,28 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
-    if setup.config.trains_adapter or not needs_reference(config):
-        setup.loaded_base = None  # it is no reference; the pictures load it again
+    if not setup.base_is_reference(config):
+        setup.loaded_base = None  # the pictures load it again
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
-    reference = None
-    if needs_reference(config):
-        reference = policy if setup.config.trains_adapter else setup.base
-    trainer = Trainer(config, policy, reference, dataset)
+    trainer = Trainer(config, policy, setup.reference_for(policy, config), dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
     _remove_after(folder, trainer.finished_steps)
     if trainer.finished_steps < config.max_steps:  # else an evaluation may go on where it was interrupted
         shutil.rmtree(setup.folder.answers(f"trained on {name}"), ignore_errors=True)
-    log = MetricsLog(setup.folder, name, first_step=0 if state is None else trainer.finished_steps + 1)
-    if validation is not None and state is None:
-        log.log(0, setup.validate(policy, validation, name))
+    log = open_log(setup, name, first_step=0 if state is None else trainer.finished_steps + 1)
     bar = tqdm(total=config.max_steps, initial=trainer.finished_steps, desc=f"{config.method} on {name}", unit="step")
-    with finishing_steps() as stop, bar:
+    with closing(log), finishing_steps() as stop, bar:
+        if validation is not None and state is None:
+            log.log(0, setup.validate(policy, validation, name))
         while trainer.finished_steps < config.max_steps:
             metrics = trainer.step()
             step, last = trainer.finished_steps, trainer.finished_steps == config.max_steps
+            shows = step % config.save_steps == 0 or last
             if validation is not None and (step % config.eval_steps == 0 or last):
                 metrics |= setup.validate(policy, validation, name)
-            log.log(step, metrics)
+                shows = True
+            log.log(step, metrics, trainer.scored if shows else ())
             bar.set_postfix_str(postfix(metrics), refresh=False)
             bar.update()
             if trainer.skipped_sample is not None:
@@ -151,11 +154,17 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
                 state = trainer.state_dict()
                 save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
-                log.close()
                 draw_pictures(setup)
                 raise Stopped(stop.signal_number)
-    log.close()
     return policy
+
+
+def open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
+    """metrics.jsonl and the loggers of a task's training."""
+    config, folder = setup.config, setup.folder
+    recorded = {**config.resolved(), **dataclasses.asdict(config.for_task(name)), "versions": versions()}
+    loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
+    return MetricsLog(folder, name, first_step, loggers)
 
 
 def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
@@ -210,9 +219,11 @@ def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
 
     folder, shown, titles = setup.folder, [], []
     for name in setup.names:
+        tests = [setup.tests[name]] if name in setup.tests else list(setup.tests.values())
         trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
-        if trained and name in setup.tests:
-            examples = [example for _, example in islice(problems(setup.tests[name]), PICTURED)]
+        if trained and tests:
+            each = -(-PICTURED // len(tests))
+            examples = [example for test in tests for _, example in islice(problems(test), each)][:PICTURED]
             longest = setup.config.for_task(name).max_completion_length
             after = setup.load(trained[-1])
             shown += before_and_after(setup.base, after, examples, max_completion_length=longest)

@@ -13,13 +13,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mr1fast.data.dataset import ImageTextDataset, data_name, load_split, split_sizes
+from mr1fast.data.dataset import ImageTextDataset
 from mr1fast.data.example import Example
-from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
+from mr1fast.model.checks import check_same_kind
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
@@ -27,23 +27,19 @@ from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.open_run import OpenRun
+from mr1fast.training.run_data import RunData, load_data
 from mr1fast.training.run_folder import RunFolder
-
-# Embedded tasks are endless; after this many drawings they repeat in another order. A run rarely gets that far.
-MAX_DRAWINGS = 1_000_000
 
 
 @dataclass
-class Setup:
+class Setup(RunData):
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
     loaded_base: Policy | None  # see `base`
+    given_reference: Policy | None  # --reference-model
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
-    names: list[str]  # of the tasks, or of the data set
-    train: dict[str, ImageTextDataset]
-    validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
-    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on; none with --eval-samples 0
+    offloads_reference: bool = False  # keep it in the CPU's memory but for its log-probabilities
 
     @property
     def base(self) -> Policy:
@@ -66,13 +62,22 @@ class Setup:
         )
         return Policy(model, policy.processor).freeze_parts(config.frozen_parts)
 
-    @property
-    def splits(self) -> list[ImageTextDataset]:
-        return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
+    def base_is_reference(self, config: TaskConfig) -> bool:
+        """Whether the base itself is needed while a model is trained. Of an adapted policy it is a part."""
+        return config.needs_reference and self.given_reference is None and not self.config.trains_adapter
+
+    def reference_for(self, policy: Policy, config: TaskConfig) -> Policy | None:
+        """The frozen model of the KL term, None if there is no such term. The policy itself if it has an adapter."""
+        if not config.needs_reference:
+            return None
+        if self.given_reference is None and self.config.trains_adapter:
+            return policy
+        reference = self.given_reference or self.base
+        return reference.offload() if self.offloads_reference else reference
 
     def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
         """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
-        config = self.config.for_task(name)
+        config = self.config.for_task(name if name in (*self.names, *TASK_NAMES) else self.names[0])
         result = evaluate(
             policy,
             dataset,
@@ -98,9 +103,13 @@ class Setup:
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
+        if self.config.reference_model is not None:
+            lines += [f"the KL term measures from {self.config.reference_model}"]
         lines += [f"files go to {self.folder.path}"]
-        if self.config.data is not None:
-            lines += [split_sizes(self.splits), *summaries(self.splits)]
+        lines += self.sizes(own=self.config.data is not None)
+        lines += summaries(self.splits)
+        if scaled := scaled_down(self.splits, self.base.processor):
+            lines.append(scaled)
         steps, warmup = [self.config.for_task(name).max_steps for name in self.names], self.config.warmup_steps
         if warmup >= min(steps):
             what = f"--warmup-steps {warmup} is not below --max-steps {min(steps)}"
@@ -124,6 +133,13 @@ def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
     return [split.summary() for split in splits if split.is_remarkable]
 
 
+def scaled_down(splits: Iterable[ImageTextDataset], processor: Qwen2VLTextImageProcessor) -> str:
+    """How many images the model is shown smaller than they are; "" if none."""
+    most = processor.image_processor.size["longest_edge"]
+    larger = sum(pixels > most for split in splits for pixels in split.pixels)
+    return f"{larger} images have more than {most} pixels (--max-pixels), and are scaled down to that" if larger else ""
+
+
 def prepare(opened: OpenRun) -> Setup:
     """Load model and data. Raises ValueError, whose message is one sentence."""
     config = opened.config
@@ -137,44 +153,30 @@ def prepare(opened: OpenRun) -> Setup:
     )
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
-    base = Policy(model, models.load_processor(base_path, max_pixels=config.max_pixels))
+    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    base = Policy(model, processor)
     _check_adapter(config, base)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
-    # An absolute path, so that a folder with the name of a task is not mistaken for the task.
-    data = None if config.data is None else os.path.abspath(config.data)
-    used = SPLITS if config.eval_steps else ("train", "test")
-    names = [data_name(Path(data))] if data else list(config.tasks)
-    sources = ([data] if data else TASK_NAMES) if config.eval_samples else ()
-    tests = [
-        load_split(source, "test", count=config.eval_samples, used=used, reading=config.reading) for source in sources
-    ]
-
-    def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {
-            name: load_split(data or name, split, count=count(config.for_task(name)), used=used, reading=config.reading)
-            for name in names
-        }
-
+    data = load_data(config)
+    config = config.with_steps({name: len(dataset) for name, dataset in data.train.items()})
     setup = Setup(
+        **vars(data),
         config=config,
         folder=opened.folder,
         base_path=base_path,
         loaded_base=base.freeze(),
+        given_reference=_given_reference(config, base, load_model),
         load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
-        names=names,
-        train=splits("train", lambda task: None if data else _drawings(task)),
-        validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
-        tests={dataset.name: dataset for dataset in tests},
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
-        split.leave_out(too_long(base.processor, longest))
+        split.leave_out(too_long(processor, longest))
         split[0]  # where no row can be used, it is said now
     if config.method != "sft":
         rewards = load_rewards(config.rewards)
-        for name in names:
+        for name in setup.names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
 
@@ -200,9 +202,14 @@ def _check_adapter(config: TrainConfig, base: Policy) -> None:
         raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
 
 
-def _drawings(config: TaskConfig) -> int:
-    """As many examples of an embedded task as the run can use."""
-    return min(-(-config.max_steps // config.num_iterations) * config.prompts_per_step, MAX_DRAWINGS)
+def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[str], Any]) -> Policy | None:
+    """Raises UserError if --reference-model is not of the base's kind."""
+    path = config.reference_model
+    if path is None:
+        return None
+    model = load_model(path)
+    check_same_kind(path, model.config, base.model.config, models.load_processor(path), base.processor)
+    return Policy(model, base.processor).freeze()
 
 
 # ---- what fits -------------------------------------------------------------------------------------------------------
