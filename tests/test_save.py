@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from mr1fast.data.example import Example
-from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, encode_prompts, load_model, load_processor
+from mr1fast.model.load import EMBEDDED, encode_prompts, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.save import flat_config
+from mr1fast.options.prompt import PROMPT_SUFFIX
 
 # A Python with transformers 4.49 (and torch and pillow), or the test that needs it is skipped:
 #   python3.11 -m venv old && old/bin/pip install torch==2.13.0 && old/bin/pip install transformers==4.49.0 pillow

@@ -122,6 +122,7 @@ class Policy:
             save_model(self.model, folder)
         save_processor(self.processor, folder, self._base.config.model_type)
         make_readable(folder)
+        self.processor.prompt.record(folder)
 
     # ---- text and tokens --------------------------------------------------------------------------------------------
 
