@@ -124,14 +124,18 @@ def build_parser() -> Parser:
         f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
     )
     for name, field in FIELDS.items():
-        kind = field_type(name)
-        metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
-        value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
-        if field.metadata["several"]:
-            value["action"] = _Several
-        text = _help(field).replace("%", "%%")
-        groups[field.metadata["group"]].add_argument(option_string(name), help=text, **value)
+        add_option(groups[field.metadata["group"]], name)
     return parser
+
+
+def add_option(group: argparse._ArgumentGroup, name: str, **keywords: Any) -> None:
+    """Add an option as it is declared; its value is text, for `convert`. keywords: more of add_argument's."""
+    field, kind = FIELDS[name], field_type(name)
+    metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
+    value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
+    if field.metadata["several"]:
+        value["action"] = _Several
+    group.add_argument(option_string(name), help=_help(field).replace("%", "%%"), **value, **keywords)
 
 
 def _help(field: dataclasses.Field) -> str:
