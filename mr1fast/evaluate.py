@@ -67,8 +67,7 @@ def _add_problems(add: Callable[..., Any]) -> None:
     add(
         "--data",
         metavar="PATH",
-        help="your own data instead of a task: a folder or a file with the columns image, problem and solution, or "
-        "others that docs/data.md names",
+        help=FIELDS["data"].metadata["help"],
     )
     for name in ("columns", "image_root"):
         field = FIELDS[name].metadata
