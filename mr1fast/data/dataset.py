@@ -162,8 +162,8 @@ def load_split(
 
     source: "vc" or "gr"; else a folder, a .jsonl, .json, .csv or .parquet file, or a name on the hub, see `tables`.
     Files and folders named after a split belong to that split; all others are train, see `splits.share_of`. "all" is
-    every row. None is "test", or "all" for a single file that is not named test; without `cut`, for a folder that has no
-    test split too.
+    every row. None is "test", or "all" for a single file that is not named test; without `cut`, also for a folder that
+    has no test split.
     sample_seed: the `count` examples are not the first ones, but drawn by this seed.
     used: the splits that the caller uses; `train` is cut for these only, and its images are compared with these only.
     reading: what the columns of local data are called, and where its images are.
