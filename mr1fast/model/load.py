@@ -110,7 +110,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
             )
-    except UserError:
+    except (UserError, ModuleNotFoundError):  # a package that is missing is named by the program
         raise
     except Exception as error:  # what transformers meets in other people's folders can be of any type
         raise _cannot_be_loaded(path, error) from error
@@ -132,6 +132,8 @@ def load_config(path: str | Path) -> Any:
     check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # as above
         raise _cannot_be_loaded(path, error) from error
     family(path, config.model_type)
@@ -197,6 +199,8 @@ def load_processor(
         raise UserError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # as above
         raise UserError(f"model {str(path)!r} has no usable tokenizer and image processor: {_reason(error)}") from error
     tokenizer = processor.tokenizer
