@@ -18,6 +18,7 @@ from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import check_value, option_string
+from mr1fast.options.preset import PRESETS, beneath, preset_file
 from mr1fast.options.program import Parser, at_least, prog
 from mr1fast.options.recipes import SMALL_MODEL
 from mr1fast.options.reward_weights import DEFAULT_REWARDS, add_rewards
@@ -92,6 +93,13 @@ def build_parser() -> Parser:
         help="YAML file that sets any of the options below; the command line takes precedence",
     )
     run.add_argument(
+        "--preset",
+        action=_Once,
+        metavar="NAME",
+        help="options of an experiment of the paper, over which --config and the command line take precedence: "
+        f"{', '.join(PRESETS)}; vc is visual counting, gr geometry reasoning, 2b and 7b the size of Qwen2-VL",
+    )
+    run.add_argument(
         "--print-config",
         action="store_true",
         help="print such a file with the value that every option would have, defaults included, and exit",
@@ -124,14 +132,18 @@ def build_parser() -> Parser:
         f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
     )
     for name, field in FIELDS.items():
-        kind = field_type(name)
-        metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
-        value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
-        if field.metadata["several"]:
-            value["action"] = _Several
-        text = _help(field).replace("%", "%%")
-        groups[field.metadata["group"]].add_argument(option_string(name), help=text, **value)
+        add_option(groups[field.metadata["group"]], name)
     return parser
+
+
+def add_option(group: argparse._ArgumentGroup, name: str, **keywords: Any) -> None:
+    """Add an option as it is declared; its value is text, for `convert`. keywords: more of add_argument's."""
+    field, kind = FIELDS[name], field_type(name)
+    metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
+    value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
+    if field.metadata["several"]:
+        value["action"] = _Several
+    group.add_argument(option_string(name), help=_help(field).replace("%", "%%"), **value, **keywords)
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -156,10 +168,14 @@ class Request:
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """The command line, and the YAML file it may name. Raises UserError; --help prints and exits as argparse does."""
     flags = vars(build_parser().parse(arguments))
-    resume, config_file = flags.pop("resume", None), flags.pop("config", None)
-    print_config, plan, rewards = flags.pop("print_config", False), flags.pop("plan", None), flags.pop("reward", [])
+    resume, config_file, preset, plan = (flags.pop(name, None) for name in ("resume", "config", "preset", "plan"))
+    print_config, rewards = flags.pop("print_config", False), flags.pop("reward", [])
     given = {} if config_file is None else read_yaml(config_file)
     given = layered(given, {name: convert(name, value, option_string(name)) for name, value in flags.items()})
+    if preset is not None:
+        if resume is not None:
+            raise UserError("--preset is for a new run, and --resume continues one with its own options")
+        given = layered(beneath(read_yaml(str(preset_file(preset))), given), given)
     if rewards:
         given["reward_weights"] = add_rewards(given.get("reward_weights", DEFAULT_REWARDS), rewards)
     return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config, plan)

@@ -131,8 +131,8 @@ class TrainOptions:
     )
     data: str | None = option(
         None,
-        "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
-        "image, problem and solution, or others that docs/data.md names",
+        "your own data instead of a task: a folder, a .jsonl, .json, .csv or .parquet file, or a name on the Hugging "
+        "Face hub; with the columns image, problem and solution, or others that docs/data.md names",
         group="data",
         metavar="PATH",
         shown="none",
@@ -167,6 +167,21 @@ class TrainOptions:
         metavar="PATH",
         shown="the test split of --data",
         several=True,
+    )
+    prompt_suffix: str | None = option(
+        None,
+        "text that follows every question; '' for none",
+        group="data",
+        metavar="TEXT",
+        shown="the paper's, which asks for <think> and <answer>, or what --model was trained with",
+        blank=True,
+    )
+    system_prompt: str | None = option(
+        None,
+        "text of the system turn before every question",
+        group="data",
+        metavar="TEXT",
+        shown="that of the model's chat template, or what --model was trained with",
     )
     max_pixels: int | None = option(
         None,

@@ -86,6 +86,8 @@ class Setup(RunData):
             max_completion_length=config.max_completion_length,
             sampled=config.eval_sampled,
             temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
             batch_size=config.eval_batch_size,
             seed=config.seed,
             **keywords,
@@ -158,7 +160,7 @@ def prepare(opened: OpenRun) -> Setup:
     plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
-    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    processor = models.load_processor(base_path, max_pixels=config.max_pixels, prompt=config.prompt)
     base = Policy(model, processor)
     _check_adapter(config, base)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
