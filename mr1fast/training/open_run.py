@@ -133,6 +133,8 @@ def _recorded_config(request: Request, folder: RunFolder) -> TrainConfig:
     for name, value in given.items():
         if name not in machine and canonical(name, value) != recorded.get(name):
             differs = f"{option_string(name)} was {recorded.get(name, 'not set')} there, but is {value} now"
+            if name == "epochs":
+                differs = f"--epochs is recorded there as --max-steps {recorded.get('max_steps')}; leave it out"
             longer = how_to_train_longer(folder, config) if name == "max_steps" else ""
             raise UserError(f"--resume continues with the run's own options: {differs}{longer}")
     return dataclasses.replace(config, **machine)
