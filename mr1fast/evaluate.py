@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
 from mr1fast.options.config import check_no_reading, read_as
-from mr1fast.options.fields import check_choice, check_value, option_string
-from mr1fast.options.parse import FIELDS
+from mr1fast.options.fields import check_choice, option_string
+from mr1fast.options.parse import FIELDS, add_option, convert
 from mr1fast.options.program import Parser, at_least, exit_code, prog
+from mr1fast.options.prompt import chosen_prompt
 from mr1fast.options.recipes import (
     DEFAULT_EVAL_SAMPLES,
     RECIPES,
@@ -46,13 +47,14 @@ def build_parser() -> Parser:
         "evaluation.json and report.html, which shows the mistakes with their images.",
         allow_abbrev=False,
     )
-    _add_problems(parser.add_argument_group("model and problems").add_argument)
-    _add_completions(parser.add_argument_group("completions").add_argument)
-    _add_machine(parser.add_argument_group("output and device").add_argument)
+    _add_problems(parser.add_argument_group("model and problems"))
+    _add_completions(parser.add_argument_group("completions"))
+    _add_machine(parser.add_argument_group("output and device"))
     return parser
 
 
-def _add_problems(add: Callable[..., Any]) -> None:
+def _add_problems(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--model",
         metavar="DIR",
@@ -69,10 +71,8 @@ def _add_problems(add: Callable[..., Any]) -> None:
         metavar="PATH",
         help=FIELDS["data"].metadata["help"],
     )
-    for name in ("columns", "image_root"):
-        field = FIELDS[name].metadata
-        shown = f"{field['help']} [default: {field['shown']}]"
-        add(option_string(name), metavar=field["metavar"], help=shown)
+    for name in ("columns", "image_root", "prompt_suffix", "system_prompt", "max_pixels"):
+        add_option(group, name, default=None)
     add(
         "--split",
         metavar="TEXT",
@@ -91,7 +91,8 @@ def _add_problems(add: Callable[..., Any]) -> None:
     )
 
 
-def _add_completions(add: Callable[..., Any]) -> None:
+def _add_completions(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--sampled",
         metavar="N",
@@ -106,18 +107,13 @@ def _add_completions(add: Callable[..., Any]) -> None:
         default=1.0,
         help="temperature of the sampled completions [default: 1.0]",
     )
+    for name in ("top_k", "top_p"):
+        add_option(group, name, default=FIELDS[name].default)
     add(
         "--max-completion-length",
         metavar="N",
         type=at_least(1),
         help="longest completion, in tokens [default: 32 for the embedded model, else 512]",
-    )
-    add(
-        "--max-pixels",
-        metavar="N",
-        type=at_least(1),
-        help="largest image that the model is shown, as width x height in pixels; larger images are scaled down to it "
-        "[default: set by the model's processor]",
     )
     add(
         "--batch-size",
@@ -129,36 +125,15 @@ def _add_completions(add: Callable[..., Any]) -> None:
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the sampled completions [default: 0]")
 
 
-def _add_machine(add: Callable[..., Any]) -> None:
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--output-dir",
         metavar="DIR",
         help="new or empty folder for the results [default: runs/<date-time>-evaluation]",
     )
-    add(
-        "--device",
-        metavar="TEXT",
-        default="auto",
-        help="device to run on: cpu, cuda, cuda:1, ...; auto is the GPU if there is one [default: auto]",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="number format of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU [default: auto]",
-    )
-    add(
-        "--attention",
-        default="auto",
-        choices=("auto", "sdpa", "flash_attention_2", "eager"),
-        help="attention implementation; auto is FlashAttention 2 if it is installed, else sdpa [default: auto]",
-    )
-    add(
-        "--threads",
-        metavar="N",
-        type=at_least(1),
-        help="number of CPU threads to use [default: 1 for a small model, else all CPUs]",
-    )
+    for name in ("device", "dtype", "attention", "threads"):
+        add_option(group, name, default=FIELDS[name].default)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -171,9 +146,9 @@ def _check(options: argparse.Namespace) -> None:
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         rule = "must be a finite number above 0"
         raise UserError(f"--temperature {rule}, got {options.temperature:g}; greedy decoding is always done")
-    for name in ("temperature", "max_completion_length", "max_pixels", "threads"):  # as in training
-        if (value := getattr(options, name)) is not None:
-            check_value(FIELDS[name], value, option_string(name))
+    for name in FIELDS:  # as in training
+        if (value := getattr(options, name, None)) is not None:
+            setattr(options, name, convert(name, value, option_string(name)))
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
     if options.data is None:
@@ -207,6 +182,8 @@ def run(arguments: Sequence[str] | None) -> None:
             max_completion_length=longest,
             sampled=options.sampled,
             temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
             batch_size=options.batch_size,
             progress=f"{dataset.name}, {dataset.split}",
             seed=options.seed,
@@ -251,11 +228,13 @@ def _load_policy(options: argparse.Namespace) -> Policy:
         attention=load.choose_attention(options.attention, device),
     )
     torch.set_num_threads(options.threads or load.choose_threads(model))
-    return Policy(model, load.load_processor(path, max_pixels=options.max_pixels))
+    prompt = chosen_prompt(options.model, options.prompt_suffix, options.system_prompt)
+    return Policy(model, load.load_processor(path, max_pixels=options.max_pixels, prompt=prompt))
 
 
 def _settings(options: argparse.Namespace, longest: int, dataset: ImageTextDataset, policy: Policy) -> dict[str, Any]:
     """What the figures depend on."""
+    prompt = policy.processor.prompt
     return {
         "model": whole_characters(str(policy.model.name_or_path)),
         "data": dataset.name,
@@ -264,6 +243,10 @@ def _settings(options: argparse.Namespace, longest: int, dataset: ImageTextDatas
         **({"rows": dataset.rows} if dataset.rows else {}),
         "sampled": options.sampled,
         "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "prompt_suffix": prompt.suffix,
+        **({"system_prompt": prompt.system} if prompt.system is not None else {}),
         "max_completion_length": longest,
         "seed": options.seed,
         "device": str(policy.device),

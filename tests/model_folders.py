@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+# The published models, by what sets their folders apart.
+KINDS: dict[str, dict[str, Any]] = {
+    "2B": {},
+    "7B": {"tied": False, "shards": 3, "spare": 40},
+    "2.5, 3B": {"family": "qwen2_5_vl", "shards": 2},
+    "2.5, 7B": {"family": "qwen2_5_vl", "tied": False},
+}
 FIRST_SPECIAL = 151_643  # of the real tokenizer
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -35,11 +41,10 @@ TEMPLATE = (
     "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in "
     "content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}"
     "Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif "
-    "content['type'] == 'video' or 'video' in content %}"
-    "{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video "
-    "{{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
-    "<|im_start|>assistant\n{% endif %}"
+    "content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if "
+    "add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif "
+    "'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CORPUS = "How many items are there? Output the thinking process, then the final answer: it is the sum of the angles. "
 

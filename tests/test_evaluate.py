@@ -327,7 +327,7 @@ MISTAKES = [
     (["--task", "vc", "--samples", "0"], "--samples: must be at least 1, got 0"),
     (["--task", "vc", "--samples", "ten"], "--samples: must be a whole number, got 'ten'"),
     (["--task", "vc", "--smaples", "1"], r"unknown option --smaples \(did you mean '--samples'\?\)"),
-    (["--task", "vc", "--dtype", "float8"], "invalid choice: 'float8'"),
+    (["--task", "vc", "--dtype", "float8"], "--dtype must be one of auto, float32, bfloat16, got 'float8'"),
     (["--task", "vc", "--model", "nowhere/at/all"], "nowhere/at/all"),
     (["--task", "vc", "--model", "."], "no model"),
     (["--task", "vc", "--model", "full"], "--model full is a run; give one of its models, such as full/vc/model"),

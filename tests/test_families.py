@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from model_folders import FIRST_SPECIAL, SPECIAL, hub_folder
+from model_folders import FIRST_SPECIAL, KINDS, SPECIAL, hub_folder
 from PIL import Image
 from train_program import SMALL, main, metrics
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
@@ -20,12 +20,6 @@ from mr1fast.rewards import REWARDS
 from mr1fast.training.batch import Batch, batch_logps
 from tests.tiny import joined, tiny_processor
 
-KINDS = {
-    "2B": {},
-    "7B": {"tied": False, "shards": 3, "spare": 40},
-    "2.5, 3B": {"family": "qwen2_5_vl", "shards": 2},
-    "2.5, 7B": {"family": "qwen2_5_vl", "tied": False},
-}
 SIZES = [(112, 140), (56, 56), None, (224, 84)]  # with windows of 56 pixels
 
 

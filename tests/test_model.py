@@ -17,7 +17,6 @@ from mr1fast.errors import UserError
 from mr1fast.model import load as loading
 from mr1fast.model.load import (
     EMBEDDED,
-    PROMPT_SUFFIX,
     encode_prompts,
     load_model,
     load_processor,
@@ -25,6 +24,7 @@ from mr1fast.model.load import (
     prompt_length,
     prompt_text,
 )
+from mr1fast.options.prompt import PROMPT_SUFFIX
 from mr1fast.rewards import accuracy_reward, format_reward
 
 

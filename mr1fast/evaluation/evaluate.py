@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
 from mr1fast.options.recipes import default_eval_batch_size
-from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, judged_as_r1v
+from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, is_right_untagged, judged_as_r1v
 
 
 def evaluate(
@@ -32,6 +33,8 @@ def evaluate(
     max_completion_length: int,
     sampled: int = 1,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     batch_size: int | None = None,
     progress: str | None = None,
     seed: int = 0,
@@ -39,15 +42,17 @@ def evaluate(
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
-    max_completion_length: tokens. batch_size: problems at a time; None to choose by the model's size. progress: title
-    of a progress bar, None for no bar. The result depends on `seed` (and, where sampled, on the batches), not on global
-    random state; the policy keeps its mode. file: gets the answers of each batch as soon as they are there, see
-    `answers`; a problem that it has the answers to already is not asked again. Raises UserError if there is no problem.
+    top_k, top_p: of the sampled ones, see `Sampler.generate`. max_completion_length: tokens. batch_size: problems at a
+    time; None to choose by the model's size. progress: title of a progress bar, None for no bar. The result depends on
+    `seed` (and, where sampled, on the batches), not on global random state; the policy keeps its mode. file: gets the
+    answers of each batch as soon as they are there, see `answers`; a problem that it has the answers to already is not
+    asked again. Raises UserError if there is no problem.
     """
     bar = tqdm(total=len(dataset) * (1 + sampled), desc=progress, unit="completion", leave=False, disable=not progress)
     generator = torch.Generator(policy.device)
     sampler = Sampler(policy, max_completion_length=max_completion_length, generator=generator)
-    asked = _Asked(policy, sampler, generator, seed, sampled, temperature, bar)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked = _Asked(policy, sampler, generator, seed, sampled, sampling, bar)
     known = {one.index: one for one in (read_answers(file) if file else ())}
     answered: list[Answered] = []
 
@@ -87,7 +92,7 @@ class _Asked:
     generator: torch.Generator  # the sampler's
     seed: int
     sampled: int
-    temperature: float
+    sampling: dict[str, Any]  # keywords of Sampler.generate
     bar: tqdm
 
     def answers(self, batch: Sequence[tuple[int, Example]]) -> list[Answered]:
@@ -97,15 +102,15 @@ class _Asked:
         with torch.no_grad():
             prefix = self.policy.encode_prefix(self.policy.encode(examples))
         G = self.sampled
-        greedy = self._complete(examples, prefix, 1, 0.0)
-        drawn = self._complete(examples, prefix, G, self.temperature) if G else []
+        greedy = self._complete(examples, prefix, 1, {"temperature": 0.0})
+        drawn = self._complete(examples, prefix, G, self.sampling) if G else []
         return [
             _judged(index, example, greedy[row], drawn[row * G : (row + 1) * G])
             for row, (index, example) in enumerate(batch)
         ]
 
-    def _complete(self, examples: list[Example], prefix: Prefix, num_generations: int, at: float) -> list[str]:
-        rollout = self.sampler.generate(examples, num_generations=num_generations, temperature=at, prefix=prefix)
+    def _complete(self, examples: list[Example], prefix: Prefix, G: int, sampling: dict[str, Any]) -> list[str]:
+        rollout = self.sampler.generate(examples, num_generations=G, prefix=prefix, **sampling)
         self.bar.update(len(rollout.completions))
         return rollout.completions
 
@@ -133,4 +138,5 @@ def _judged(index: int, example: Example, completion: str, drawn: Sequence[str])
         correct=accuracy_reward(completion, example.solution, choices=example.choices) > 0,
         formatted=format_reward(completion) > 0,
         sampled_correct=tuple(accuracy_reward(text, example.solution, choices=example.choices) > 0 for text in drawn),
+        right_untagged=is_right_untagged(completion, example.solution, choices=example.choices),
     )

@@ -99,7 +99,8 @@ def train(
     from transformers import PrinterCallback
 
     from mr1fast.data.tasks import TASKS
-    from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, load_processor
+    from mr1fast.model.load import EMBEDDED, load_processor
+    from mr1fast.options.prompt import PROMPT_SUFFIX
 
     examples = [TASKS["vc"].example("train", i) for i in range(8)]
     data = {

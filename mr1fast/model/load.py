@@ -13,6 +13,7 @@ import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
 from mr1fast.data.example import IMAGE_MARKER, Example
@@ -22,11 +23,9 @@ from mr1fast.model.checks import check_finite, check_folder, check_not_quantised
 from mr1fast.model.family import Model, family
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options import recipes
+from mr1fast.options.prompt import Prompt, recorded_prompt
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
-
-# The paper's, appended to every question.
-PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
 
 # What torch.compile, DDP, FSDP, activation checkpointing and PEFT add to the names of the weights they wrap.
 _WRAPPERS = {
@@ -111,11 +110,10 @@ def load_model(
                 ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
             )
-    except UserError:
+    except (UserError, ModuleNotFoundError):  # a package that is missing is named by the program
         raise
     except Exception as error:  # what transformers meets in other people's folders can be of any type
-        nowhere = "" if Path(path).exists() else ", and there is no such folder"
-        raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error
+        raise _cannot_be_loaded(path, error) from error
     model, found = loaded
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has found an adapter on the hub
         advice = f"download it (hf download {path} --local-dir DIR) and give its folder"
@@ -126,6 +124,34 @@ def load_model(
     model.to(device).train()
     check_finite(path, model)
     return model
+
+
+def load_config(path: str | Path) -> Any:
+    """A model's configuration, or that of an adapter's base. Raises UserError as `load_model` does."""
+    path = recipes.adapter_base(path) or path
+    check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # as above
+        raise _cannot_be_loaded(path, error) from error
+    family(path, config.model_type)
+    return config
+
+
+def most_pixels(path: str | Path) -> int:
+    """Of an image after resizing, by the image processor's settings; transformers' default where there are none."""
+    try:
+        size = Qwen2VLImageProcessorPil.from_pretrained(recipes.adapter_base(path) or path).size
+    except (OSError, ValueError):
+        size = Qwen2VLImageProcessorPil().size
+    return size.get("longest_edge") or size.get("max_pixels") or Qwen2VLImageProcessorPil().size["longest_edge"]
+
+
+def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
+    nowhere = "" if Path(path).exists() else ", and there is no such folder"
+    return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
 
 
 def _load_base(folder: str | Path, **keywords: Any) -> Any:
@@ -155,8 +181,12 @@ def _without_loading_report() -> Iterator[None]:
         logger.removeFilter(wanted)
 
 
-def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None) -> Qwen2VLTextImageProcessor:
+def load_processor(
+    path: str | Path = EMBEDDED, *, max_pixels: int | None = None, prompt: Prompt | None = None
+) -> Qwen2VLTextImageProcessor:
     """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
+
+    prompt: how questions are put to the model; by default as it was trained, as far as the folder says.
 
     Where an adapter's folder has neither, they are those of its base. Raises UserError (a ValueError) if one of them is
     missing or cannot be used, or if `max_pixels` is less than one image token.
@@ -164,14 +194,17 @@ def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         if base := recipes.adapter_base(folder):
-            return load_processor(base, max_pixels=max_pixels)
+            return load_processor(base, max_pixels=max_pixels, prompt=prompt or recorded_prompt(folder))
         # transformers would make an empty tokenizer.
         raise UserError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # as above
         raise UserError(f"model {str(path)!r} has no usable tokenizer and image processor: {_reason(error)}") from error
     tokenizer = processor.tokenizer
+    processor.prompt = prompt or recorded_prompt(path)
     processor.chat_template = processor.chat_template or tokenizer.chat_template
     _check_chat_template(path, processor)
     tokenizer.padding_side = "left"
@@ -193,10 +226,11 @@ def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor)
         texts = [prompt_text(processor, "a question", images) for images in (1, 0)]
     except Exception as error:  # a template is a program
         raise UserError(f"model {str(path)!r} has a chat template that cannot be used: {_reason(error)}") from error
+    said = ("a question", processor.prompt.system or "")
     if [text.count(processor.image_token) for text in texts] != [1, 0] or not all(
-        "a question" in text for text in texts
+        part in text for part in said for text in texts
     ):
-        what = f"it must write the question and, for an image, one {processor.image_token}"
+        what = f"it must write the system prompt, the question and, for an image, one {processor.image_token}"
         raise UserError(f"model {str(path)!r} has a chat template that is not Qwen2-VL's: {what}")
 
 
@@ -227,19 +261,23 @@ def _reason(error: Exception) -> str:
 
 
 def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
-    """The chat the model sees: one user turn with the images, the question and the suffix, and an open answer.
+    """The chat the model sees: `processor.prompt`'s system turn, if it has one, a user turn, and an open answer.
+
+    The user's turn has the images, the question and the suffix.
 
     `images`: their number; `Example.problem` says where they stand.
     """
     texts = problem.split(IMAGE_MARKER)
     if len(texts) - 1 != images:
         texts = [""] * images + [problem]
-    texts[-1] += f" {PROMPT_SUFFIX}"
+    texts[-1] = processor.prompt.after(texts[-1])
     content: list[dict[str, str]] = []
     for number, text in enumerate(texts):
         content += [{"type": "image"}] if number else []
         content += [{"type": "text", "text": text}] if text else []
     messages: list[Any] = [{"role": "user", "content": content}]
+    if processor.prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": processor.prompt.system}]})
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

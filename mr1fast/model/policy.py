@@ -27,6 +27,7 @@ from mr1fast.model.family import Model, known
 from mr1fast.model.load import encode_prompts, end_of_turn
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.save import make_readable, save_model, save_processor
 
 
 class Policy:
@@ -118,8 +119,10 @@ class Policy:
         if self.has_adapter:
             save_adapter(self.model, folder)
         else:
-            self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+            save_model(self.model, folder)
+        save_processor(self.processor, folder, self._base.config.model_type)
+        make_readable(folder)
+        self.processor.prompt.record(folder)
 
     # ---- text and tokens --------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from mr1fast.data.sources import source_of, sources_of
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import MANY, check_choice, check_value, option_string
+from mr1fast.options.prompt import Prompt, chosen_prompt
 from mr1fast.options.recipes import (
     KL_DEFAULTS,
     R1_V,
@@ -154,6 +155,10 @@ class TrainConfig(TrainOptions):
         return parse_reward_weights(self.reward_weights, "--reward-weights")
 
     @property
+    def prompt(self) -> Prompt:
+        return chosen_prompt(self.model, self.prompt_suffix, self.system_prompt)
+
+    @property
     def reading(self) -> Reading:
         return read_as(self.columns, self.image_root)
 
@@ -237,6 +242,7 @@ class TrainConfig(TrainOptions):
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
         if values["gradient_accumulation_steps"] is None:
             values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
+        values |= {"prompt_suffix": self.prompt.suffix, "system_prompt": self.prompt.system}
         if values["eval_batch_size"] is None:
             values["eval_batch_size"] = default_eval_batch_size(self.recipe(name) != R1_V)
         return {key: value for key, value in values.items() if value is not None}

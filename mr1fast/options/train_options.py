@@ -168,6 +168,21 @@ class TrainOptions:
         shown="the test split of --data",
         several=True,
     )
+    prompt_suffix: str | None = option(
+        None,
+        "text that follows every question; '' for none",
+        group="data",
+        metavar="TEXT",
+        shown="the paper's, which asks for <think> and <answer>, or what --model was trained with",
+        blank=True,
+    )
+    system_prompt: str | None = option(
+        None,
+        "text of the system turn before every question",
+        group="data",
+        metavar="TEXT",
+        shown="that of the model's chat template, or what --model was trained with",
+    )
     max_pixels: int | None = option(
         None,
         "largest image that the model is shown, as width x height; larger images are scaled down to it",
