@@ -142,7 +142,9 @@ def scaled_down(splits: Iterable[ImageTextDataset], processor: Qwen2VLTextImageP
     """How many images the model is shown smaller than they are; "" if none."""
     most = processor.image_processor.size["longest_edge"]
     larger = sum(pixels > most for split in splits for pixels in split.pixels)
-    return f"{larger} images have more than {most} pixels (--max-pixels), and are scaled down to that" if larger else ""
+    what = f"1 image has more than {most} pixels (--max-pixels), and is" if larger == 1 else ""
+    what = what or f"{larger} images have more than {most} pixels (--max-pixels), and are"
+    return f"{what} scaled down to that" if larger else ""
 
 
 def prepare(opened: OpenRun) -> Setup:
