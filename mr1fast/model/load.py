@@ -20,6 +20,7 @@ from mr1fast.errors import UserError
 from mr1fast.model.adapter import load_adapter
 from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights, is_adapter
 from mr1fast.model.family import Model, family
+from mr1fast.model.files import check_processor_files, check_readable, check_weight_files
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options import recipes
 from mr1fast.options.prompt import Prompt, recorded_prompt
@@ -98,6 +99,7 @@ def load_model(
         adapted.name_or_path = str(path)  # type: ignore[assignment]  # else it would be the base's
         return adapted.train()
     check_folder(path)
+    check_weight_files(path)
     try:
         kind = family(path, AutoConfig.from_pretrained(path).model_type)
         with _without_loading_report():
@@ -112,6 +114,7 @@ def load_model(
     except UserError:
         raise
     except Exception as error:  # what transformers meets in other people's folders can be of any type
+        check_readable(path)
         nowhere = "" if Path(path).exists() else ", and there is no such folder"
         raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error
     model, found = loaded
@@ -159,22 +162,22 @@ def load_processor(
     """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
 
     prompt: how questions are put to the model; by default as it was trained, as far as the folder says.
-
     Where an adapter's folder has neither, they are those of its base. Raises UserError (a ValueError) if one of them is
     missing or cannot be used, or if `max_pixels` is less than one image token.
     """
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        if base := recipes.adapter_base(folder):
-            return load_processor(base, max_pixels=max_pixels, prompt=prompt or recorded_prompt(folder))
-        # transformers would make an empty tokenizer.
-        raise UserError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
+    folder, prompt = Path(path), prompt or recorded_prompt(path)
+    if folder.is_dir():
+        base = recipes.adapter_base(folder)
+        if base and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            return load_processor(base, max_pixels=max_pixels, prompt=prompt)
+        check_processor_files(folder)
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
     except Exception as error:  # as above
+        check_readable(path)
         raise UserError(f"model {str(path)!r} has no usable tokenizer and image processor: {_reason(error)}") from error
     tokenizer = processor.tokenizer
-    processor.prompt = prompt or recorded_prompt(path)
+    processor.prompt = prompt
     processor.chat_template = processor.chat_template or tokenizer.chat_template
     _check_chat_template(path, processor)
     tokenizer.padding_side = "left"
@@ -190,7 +193,7 @@ def load_processor(
 
 def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor) -> None:
     if processor.chat_template is None:
-        where = "neither chat_template.jinja nor tokenizer_config.json has one"
+        where = "none of chat_template.jinja, chat_template.json and tokenizer_config.json has one"
         raise UserError(f"model {str(path)!r} has no chat template: {where}")
     try:
         texts = [prompt_text(processor, "a question", images) for images in (1, 0)]
