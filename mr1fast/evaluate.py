@@ -69,8 +69,7 @@ def _add_problems(group: argparse._ArgumentGroup) -> None:
     add(
         "--data",
         metavar="PATH",
-        help="your own data instead of a task: a folder or a file with the columns image, problem and solution, or "
-        "others that docs/data.md names",
+        help=FIELDS["data"].metadata["help"],
     )
     for name in ("columns", "image_root", "prompt_suffix", "system_prompt", "max_pixels"):
         add_option(group, name, default=None)

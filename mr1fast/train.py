@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from mr1fast.errors import UserError
+from mr1fast.options.config import TrainConfig
 from mr1fast.options.parse import parse_arguments, printed_config
 from mr1fast.options.program import missing_package
 from mr1fast.training.open_run import OpenRun, open_run, requested_config
@@ -22,12 +23,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if request.print_config:
             print(printed_config(requested_config(request)), end="")
             return 0
+        if request.plan is not None:
+            return _plan(requested_config(request), request.plan or None)
         with open_run(request) as opened:
             return _train(opened, started)
     except (UserError, OSError) as error:
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", 130)
+
+
+def _plan(config: TrainConfig, gigabytes: int | None) -> int:
+    """1 if a step does not fit."""
+    try:
+        from mr1fast.training.plan_run import report
+
+        text, fits = report(config, gigabytes)
+    except ModuleNotFoundError as error:
+        raise UserError(missing_package(error)) from error
+    except ValueError as error:  # of device or model, in one sentence
+        raise UserError(str(error)) from error
+    print(text)
+    return 0 if fits else 1
 
 
 def _train(opened: OpenRun, started: float) -> int:

@@ -11,6 +11,7 @@ from report_page import SETTINGS, Page, answered
 
 from mr1fast.data.dataset import load_split
 from mr1fast.data.example import Example
+from mr1fast.evaluation.evaluate import _judged
 from mr1fast.evaluation.report import write_report
 from mr1fast.evaluation.result import EvalResult
 
@@ -54,6 +55,22 @@ def test_page_shows_all_images_of_a_problem_in_order(tmp_path):
     shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.images]
     assert [image.getpixel((0, 0))[0] for image in shown] == [10, 20, 30]
     assert page.text.count("(no image)") == 1
+
+
+def test_right_but_untagged_answers_are_a_gallery_of_their_own(tmp_path):
+    problem = Example(None, "How many?", "4")
+    texts = ["<think>4</think><answer>4</answer>", "4", "5", "There are 4."]
+    found = [_judged(index, problem, text, []) for index, text in enumerate(texts)]
+    result = EvalResult.of(found)
+    assert (result.greedy_accuracy, result.accuracy_when_formatted) == (0.25, 1.0)  # it counts nowhere
+    text = write_report(tmp_path / "r.html", result, SETTINGS, [problem] * 4).read_text(encoding="utf-8")
+    titles = re.findall("<h2>(.*answers? .*|Wrong.*|Right.*)</h2>", text)
+    assert titles == [
+        "Wrong answers (1)",
+        "Right, but not in answer tags: counted as wrong (2)",
+        "Right answers, for comparison (1)",
+    ]
+    assert re.findall('class="problem (.*?)"', text) == ["wrong", "untagged", "untagged", "right"]
 
 
 def test_nothing_stops_the_page(tmp_path, broken, folder):

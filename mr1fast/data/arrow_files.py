@@ -1,4 +1,4 @@
-"""The rows of Parquet files and of folders that `datasets` has saved.
+"""The rows of Parquet files, of folders that `datasets` has saved, and of data sets on the Hugging Face hub.
 
 They stay memory-mapped: images are read when they are needed. Nothing else needs the package `datasets`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,24 @@ def read_saved(folder: Path) -> dict[str, Sequence[dict[str, Any]]]:
     return {str(name): ArrowRows(part, part.column_names) for name, part in parts.items()}
 
 
-def _import_datasets(source: Path) -> Any:
+@cache  # each split asks for it
+def read_hub(name: str) -> dict[str, Sequence[dict[str, Any]]]:
+    """The splits of a data set on the hub, which `datasets` downloads, or finds where it has put it before.
+
+    Raises UserError, which says how to have it as a folder.
+    """
+    datasets = _import_datasets(name)
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # of the hub, the network, the disk or the data set
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        save = f"where there is a network, hf download {name} --repo-type dataset --local-dir DIR, then give --data DIR"
+        what = "is no path here, and as a data set on the Hugging Face hub it cannot be had"
+        raise UserError(f"data {name!r} {what} ({reason}): {save}") from None
+    return {str(split): ArrowRows(part, part.column_names) for split, part in loaded.items()}
+
+
+def _import_datasets(source: Path | str) -> Any:
     try:
         import datasets
     except ImportError as error:

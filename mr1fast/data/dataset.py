@@ -18,7 +18,7 @@ from mr1fast.data.example import Example, Examples
 from mr1fast.data.identity import Place, image_keys, shared
 from mr1fast.data.images import BadImage, load_image
 from mr1fast.data.records import Checked
-from mr1fast.data.sources import data_name
+from mr1fast.data.sources import data_name, is_hub_name
 from mr1fast.data.splits import Share, all_places, share_of
 from mr1fast.data.tables import Table, check_columns, columns_of, read_tables
 from mr1fast.data.tasks import SPLITS, TASKS
@@ -160,9 +160,10 @@ def load_split(
 ) -> ImageTextDataset:
     """The split "train", "validation" or "test" of an embedded task or of local data, at most `count` examples.
 
-    source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders named
-    after a split belong to that split; all others are train, see `splits.share_of`. "all" is every row. None is "test",
-    or "all" for a single file that is not named test; without `cut`, for a folder that has no test split too.
+    source: "vc" or "gr"; else a folder, a .jsonl, .json, .csv or .parquet file, or a name on the hub, see `tables`.
+    Files and folders named after a split belong to that split; all others are train, see `splits.share_of`. "all" is
+    every row. None is "test", or "all" for a single file that is not named test; without `cut`, also for a folder that
+    has no test split.
     sample_seed: the `count` examples are not the first ones, but drawn by this seed.
     used: the splits that the caller uses; `train` is cut for these only, and its images are compared with these only.
     reading: what the columns of local data are called, and where its images are.
@@ -175,14 +176,14 @@ def load_split(
     if split not in (None, *SPLITS, "all") or str(source) in TASKS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = Path(source)
-    if not path.exists():
+    if not path.exists() and not is_hub_name(str(source)):
         hint = nearest(str(source), TASKS)
         raise UserError(f"data {str(source)!r} does not exist{hint}")
     tables = read_tables(path, reading)
     check_columns(path, tables)
     if split is None:
         has_test = any(table.split == "test" for table in tables)
-        split = "test" if has_test or (cut and path.is_dir()) else "all"
+        split = "test" if has_test or (cut and not path.is_file()) else "all"
     share = share_of(tables, split, used)
     if sample_seed is not None:
         random.Random(f"samples/{sample_seed}").shuffle(share.places)

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mr1fast.data.arrow_files import ArrowRows, Unreadable, read_parquet, read_saved
+from mr1fast.data.arrow_files import ArrowRows, Unreadable, read_hub, read_parquet, read_saved
 from mr1fast.data.columns import CHATS, Reading
+from mr1fast.data.sources import is_hub_name
 from mr1fast.data.text_files import Row, read_csv, read_json, read_json_lines, whole_characters
 from mr1fast.errors import UserError
 
@@ -53,7 +54,14 @@ class Table:
 
 
 def read_tables(source: Path, reading: Reading) -> list[Table]:
-    """Every table under a folder, or the one in a file, in a fixed order. Raises UserError where there is none."""
+    """Every table under a folder, the one in a file, or the splits of a data set on the hub, in a fixed order.
+
+    Raises UserError where there is none.
+    """
+    if is_hub_name(str(source)):
+        return [
+            Table(rows, source, reading, name, _split_of(Path(name))) for name, rows in read_hub(str(source)).items()
+        ]
     if not source.exists():
         raise UserError(f"data {str(source)!r} does not exist")
     own = _split_of_source(source)

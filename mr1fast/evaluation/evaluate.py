@@ -23,7 +23,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
 from mr1fast.options.recipes import default_eval_batch_size
-from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, judged_as_r1v
+from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, is_right_untagged, judged_as_r1v
 
 
 def evaluate(
@@ -138,4 +138,5 @@ def _judged(index: int, example: Example, completion: str, drawn: Sequence[str])
         correct=accuracy_reward(completion, example.solution, choices=example.choices) > 0,
         formatted=format_reward(completion) > 0,
         sampled_correct=tuple(accuracy_reward(text, example.solution, choices=example.choices) > 0 for text in drawn),
+        right_untagged=is_right_untagged(completion, example.solution, choices=example.choices),
     )

@@ -33,7 +33,8 @@ class Picture:
 
 def write_report(file: Path, result: EvalResult, settings: dict[str, Any], dataset: Examples) -> Path:
     """One page that needs no other file, no network and no script. Everything from data and model is escaped."""
-    wrong = [one for one in result.answered if not one.correct]
+    wrong = [one for one in result.answered if not (one.correct or one.right_untagged)]
+    untagged = [one for one in result.answered if one.right_untagged]
     right = [one for one in result.answered if one.correct]
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -50,6 +51,7 @@ def write_report(file: Path, result: EvalResult, settings: dict[str, Any], datas
         confusions=result.confusions(),
         galleries=[
             ("Wrong answers", len(wrong), _cards(wrong[:MAX_WRONG], dataset)),
+            ("Right, but not in answer tags: counted as wrong", len(untagged), _cards(untagged[:MAX_WRONG], dataset)),
             ("Right answers, for comparison", len(right), _cards(right[:MAX_RIGHT], dataset)),
         ],
         settings=settings,

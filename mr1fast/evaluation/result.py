@@ -23,6 +23,7 @@ class Answered:
     correct: bool
     formatted: bool
     sampled_correct: tuple[bool, ...]
+    right_untagged: bool = False  # there are no answer tags, but the completion ends in the right answer
     correct_as_r1v: bool | None = None  # None: not judged
 
     def answers(self, example: Example, sampled: int) -> bool:

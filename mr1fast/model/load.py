@@ -13,6 +13,7 @@ import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
 from mr1fast.data.example import IMAGE_MARKER, Example
@@ -111,12 +112,10 @@ def load_model(
                 ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
             )
-    except UserError:
+    except (UserError, ModuleNotFoundError):  # a package that is missing is named by the program
         raise
     except Exception as error:  # what transformers meets in other people's folders can be of any type
-        check_readable(path)
-        nowhere = "" if Path(path).exists() else ", and there is no such folder"
-        raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error
+        raise _cannot_be_loaded(path, error) from error
     model, found = loaded
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has found an adapter on the hub
         advice = f"download it (hf download {path} --local-dir DIR) and give its folder"
@@ -127,6 +126,35 @@ def load_model(
     model.to(device).train()
     check_finite(path, model)
     return model
+
+
+def load_config(path: str | Path) -> Any:
+    """A model's configuration, or that of an adapter's base. Raises UserError as `load_model` does."""
+    path = recipes.adapter_base(path) or path
+    check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # as above
+        raise _cannot_be_loaded(path, error) from error
+    family(path, config.model_type)
+    return config
+
+
+def most_pixels(path: str | Path) -> int:
+    """Of an image after resizing, by the image processor's settings; transformers' default where there are none."""
+    try:
+        size = Qwen2VLImageProcessorPil.from_pretrained(recipes.adapter_base(path) or path).size
+    except (OSError, ValueError):
+        size = Qwen2VLImageProcessorPil().size
+    return size.get("longest_edge") or size.get("max_pixels") or Qwen2VLImageProcessorPil().size["longest_edge"]
+
+
+def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
+    check_readable(path)
+    nowhere = "" if Path(path).exists() else ", and there is no such folder"
+    return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
 
 
 def _load_base(folder: str | Path, **keywords: Any) -> Any:
@@ -173,6 +201,8 @@ def load_processor(
         check_processor_files(folder)
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # as above
         check_readable(path)
         raise UserError(f"model {str(path)!r} has no usable tokenizer and image processor: {_reason(error)}") from error

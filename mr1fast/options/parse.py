@@ -18,7 +18,8 @@ from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import check_value, option_string
-from mr1fast.options.program import Parser, prog
+from mr1fast.options.preset import PRESETS, beneath, preset_file
+from mr1fast.options.program import Parser, at_least, prog
 from mr1fast.options.recipes import SMALL_MODEL
 from mr1fast.options.reward_weights import DEFAULT_REWARDS, add_rewards
 from mr1fast.options.train_options import BY_TASK, GROUPS
@@ -28,6 +29,7 @@ _HINTS = typing.get_type_hints(TrainConfig)
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
+THIS_DEVICE = 0  # what --plan is without a number
 # Options that cannot be given with one.
 EXCLUDE = {"epochs": ("max_steps",), "max_steps": ("epochs",)}
 
@@ -91,9 +93,26 @@ def build_parser() -> Parser:
         help="YAML file that sets any of the options below; the command line takes precedence",
     )
     run.add_argument(
+        "--preset",
+        action=_Once,
+        metavar="NAME",
+        help="options of an experiment of the paper, over which --config and the command line take precedence: "
+        f"{', '.join(PRESETS)}; vc is visual counting, gr geometry reasoning, 2b and 7b the size of Qwen2-VL",
+    )
+    run.add_argument(
         "--print-config",
         action="store_true",
         help="print such a file with the value that every option would have, defaults included, and exit",
+    )
+    run.add_argument(
+        "--plan",
+        action=_Once,
+        metavar="GB",
+        nargs="?",
+        const=THIS_DEVICE,
+        type=at_least(1),
+        help="say what a step will hold in memory and whether that fits this device, or a GPU with so many GB; if not, "
+        "say which options make it fit, and exit with 1. No weights are read",
     )
     run.add_argument(
         "--resume",
@@ -143,18 +162,23 @@ class Request:
     config: TrainConfig | None  # of a new run; a resumed one has its own
     resume: str | None = None  # None: a new run; "": the newest checkpoint; else a run or a checkpoint
     print_config: bool = False
+    plan: int | None = None  # gigabytes of a GPU, or THIS_DEVICE
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """The command line, and the YAML file it may name. Raises UserError; --help prints and exits as argparse does."""
     flags = vars(build_parser().parse(arguments))
-    resume, config_file = flags.pop("resume", None), flags.pop("config", None)
+    resume, config_file, preset, plan = (flags.pop(name, None) for name in ("resume", "config", "preset", "plan"))
     print_config, rewards = flags.pop("print_config", False), flags.pop("reward", [])
     given = {} if config_file is None else read_yaml(config_file)
     given = layered(given, {name: convert(name, value, option_string(name)) for name, value in flags.items()})
+    if preset is not None:
+        if resume is not None:
+            raise UserError("--preset is for a new run, and --resume continues one with its own options")
+        given = layered(beneath(read_yaml(str(preset_file(preset))), given), given)
     if rewards:
         given["reward_weights"] = add_rewards(given.get("reward_weights", DEFAULT_REWARDS), rewards)
-    return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config)
+    return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config, plan)
 
 
 def layered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

@@ -131,8 +131,8 @@ class TrainOptions:
     )
     data: str | None = option(
         None,
-        "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
-        "image, problem and solution, or others that docs/data.md names",
+        "your own data instead of a task: a folder, a .jsonl, .json, .csv or .parquet file, or a name on the Hugging "
+        "Face hub; with the columns image, problem and solution, or others that docs/data.md names",
         group="data",
         metavar="PATH",
         shown="none",

@@ -7,14 +7,11 @@ import shutil
 import sys
 import time
 from contextlib import closing, suppress
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from mr1fast.data.dataset import problems
-from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
@@ -24,16 +21,12 @@ from mr1fast.training.loggers import open_loggers
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
+from mr1fast.training.pictures import Unfinished, draw_pictures
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versions, write_config, write_json
 from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.stop import Stopped, finishing_steps
 from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError
-
-if TYPE_CHECKING:
-    from mr1fast.evaluation.samples import BeforeAfter
-
-PICTURED = 8  # problems of each task in samples.png
 
 
 def run(opened: OpenRun, started: float) -> None:
@@ -123,7 +116,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
     if not setup.base_is_reference(config):
-        setup.loaded_base = None  # the pictures load it again
+        setup.loaded_base = None
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
     trainer = Trainer(config, policy, setup.reference_for(policy, config), dataset)
     if checkpoint is not None and state is not None:
@@ -154,7 +147,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
                 state = trainer.state_dict()
                 save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
-                draw_pictures(setup)
+                draw_pictures(setup, Unfinished(name, policy, step))
                 raise Stopped(stop.signal_number)
     return policy
 
@@ -197,39 +190,6 @@ def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, when: str) -
     """The figures of result.json; `when`: "before training" or "trained on vc"."""
     file = setup.folder.answers(when) / f"{data}.jsonl"
     return setup.evaluate(policy, setup.tests[data], data, progress=f"test on {data}, {when}", file=file)
-
-
-def draw_pictures(setup: Setup) -> None:
-    """Draw curves.png, and samples.png of every model so far. A picture that fails does not end the run."""
-    try:
-        from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
-        from mr1fast.evaluation.samples import draw_samples
-
-        draw_curves([setup.folder.path], setup.folder.curves)
-        shown, title = _samples(setup)
-        if shown:
-            draw_samples(setup.folder.samples, shown, title)
-    except Exception as error:
-        print(f"the pictures could not be drawn: {error}", file=sys.stderr)
-
-
-def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
-    """The first problems of the test splits as they were answered before and after, and a title."""
-    from mr1fast.evaluation.samples import before_and_after
-
-    folder, shown, titles = setup.folder, [], []
-    for name in setup.names:
-        tests = [setup.tests[name]] if name in setup.tests else list(setup.tests.values())
-        trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
-        if trained and tests:
-            each = -(-PICTURED // len(tests))
-            examples = [example for test in tests for _, example in islice(problems(test), each)][:PICTURED]
-            longest = setup.config.for_task(name).max_completion_length
-            after = setup.load(trained[-1])
-            shown += before_and_after(setup.base, after, examples, max_completion_length=longest)
-            titles.append(TASKS[name].title if name in setup.config.tasks else name)
-    title = f"{' and '.join(titles)}, trained with {setup.config.method}"
-    return shown, title[:1].upper() + title[1:]
 
 
 def new_result(setup: Setup) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mr1fast.checks import nearest
+from mr1fast.data.sources import is_hub_name
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig, canonical
@@ -74,13 +75,13 @@ def _check_paths(config: TrainConfig) -> None:
         if model is not None and model.startswith((".", "/")) and not Path(model).is_dir():
             raise UserError(f"{option} {model} is not a folder")  # else it may be a name on the hub
     for source in config.test_sources:
-        if source not in TASKS and not Path(source).exists():
+        if source not in TASKS and not Path(source).exists() and not is_hub_name(source):
             raise UserError(f"--test-data {source} does not exist{nearest(source, TASKS)}")
 
 
 def check_data_paths(data: str | None, image_root: str | None) -> None:
     """Raises UserError for what is not there."""
-    if data is not None and not Path(data).exists():
+    if data is not None and not Path(data).exists() and not is_hub_name(data):
         raise UserError(f"--data {data} does not exist")
     if image_root is not None and not Path(image_root).is_dir():
         raise UserError(f"--image-root {image_root} is not a folder")

@@ -26,7 +26,9 @@ from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
+from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
+from mr1fast.training.plan_run import plans_before
 from mr1fast.training.run_data import RunData, load_data
 from mr1fast.training.run_folder import RunFolder
 
@@ -107,6 +109,8 @@ class Setup(RunData):
         lines += [_settings(self.config, name) for name in self.names]
         if self.config.reference_model is not None:
             lines += [f"the KL term measures from {self.config.reference_model}"]
+        if self.offloads_reference:
+            lines += ["the reference waits in the CPU's memory between its turns, as both models would not fit"]
         lines += [f"files go to {self.folder.path}"]
         lines += self.sizes(own=self.config.data is not None)
         lines += summaries(self.splits)
@@ -153,6 +157,7 @@ def prepare(opened: OpenRun) -> Setup:
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
     )
+    plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
     processor = models.load_processor(base_path, max_pixels=config.max_pixels, prompt=config.prompt)
@@ -171,6 +176,7 @@ def prepare(opened: OpenRun) -> Setup:
         loaded_base=base.freeze(),
         given_reference=_given_reference(config, base, load_model),
         load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
+        offloads_reference=any(plan.offload_reference for plan in plans),
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
@@ -252,18 +258,9 @@ def check_memory(config: TaskConfig, model: PreTrainedModel) -> None:
     keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * head * model.dtype.itemsize
     completions = config.prompts_per_step * config.num_generations
     needed = completions * (config.max_completion_length * keys_and_values + 4 * text.vocab_size)  # logits in float32
-    if needed > (there := _memory(model.device)):
+    if needed > (there := free_memory(model.device)):
         raise UserError(
             f"a step samples {completions:,} completions of up to {config.max_completion_length:,} tokens at a time, "
             f"which takes {needed / 2**30:,.0f} GiB of memory, but there are only {there / 2**30:,.0f}; lower "
             "--prompts-per-step, --num-generations or --max-completion-length"
         )
-
-
-def _memory(device: torch.device) -> float:
-    """The total memory of the GPU or of the machine, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")
