@@ -15,15 +15,8 @@ from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.model import load as loading
-from mr1fast.model.load import (
-    EMBEDDED,
-    encode_prompts,
-    load_model,
-    load_processor,
-    longest_prompt,
-    prompt_length,
-    prompt_text,
-)
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
+from mr1fast.model.prompts import encode_prompts, longest_prompt, prompt_length, prompt_text
 from mr1fast.options.prompt import PROMPT_SUFFIX
 from mr1fast.rewards import accuracy_reward, format_reward
 
