@@ -144,13 +144,14 @@ Tensor advantages_of(const Tensor& rewards, int64_t group, mr1fast::RewardScale 
 
 using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The one pass. From ids to entropy_weight these are the fields of kernels/reference.py's LossBatch, in its order.
+// The one pass. From ids to cu_seqlens these are the fields of kernels/reference.py's LossBatch, in its order. Where a
+// packed completion begins makes no difference to a token.
 LossResult grpo_forward(
     const Tensor& logits, const Tensor& ids, const Tensor& token_weight, const Tensor& beta, const OptionalTensor& mask,
     const OptionalTensor& advantages, const OptionalTensor& rewards, int64_t num_generations,
     c10::string_view scale_rewards, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
-    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, at::IntArrayRef switches,
-    at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
+    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, const OptionalTensor& /*cu_seqlens*/,
+    at::IntArrayRef switches, at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
   const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
   TORCH_CHECK_VALUE(advantages || rewards, "either advantages or rewards must be given");
   const Tensor advantage =
@@ -221,8 +222,8 @@ TORCH_LIBRARY(mr1fast_native, m) {
   m.def(
       "grpo_forward(Tensor logits, Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, "
       "Tensor? rewards, int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, "
-      "Tensor? is_ratio, Tensor? entropy_weight, int[] switches, float[] numbers, float temperature, "
-      "Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? is_ratio, Tensor? entropy_weight, Tensor? cu_seqlens, int[] switches, float[] numbers, "
+      "float temperature, Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("score_forward(Tensor logits, Tensor ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def(
       "score_backward(Tensor logits, Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, "

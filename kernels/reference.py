@@ -4,7 +4,8 @@ Everything the fused kernels compute is defined here, and they are tested agains
 token is written out in two more places together with its derivative: `triton_objective.py` and `csrc/token_loss.h`.
 
 Sources: OThink-MR1 (arXiv 2503.16081) for the GRPO-D objective, TRL 1.16's `GRPOTrainer._compute_loss` for the other
-loss types. Shapes: B completions, L tokens, V vocabulary. 16-bit logits are computed in float32, float64 in float64.
+loss types. Shapes: B completions, L tokens, V vocabulary; S packed completions of T tokens in all are [1, T], and
+cu_seqlens says where each begins. 16-bit logits are computed in float32, float64 in float64.
 
 Masked tokens are replaced by harmless values *before* any arithmetic, not multiplied by zero after it: 0 * inf is NaN,
 and a padded position may hold anything.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mr1fast.kernels import normalisers
 from mr1fast.kernels.advantages import group_advantages
+from mr1fast.kernels.completions import Completions
 from mr1fast.kernels.normalisers import Tokens
 
 # float32's exp overflows at 88.7. Log-ratios are cut off at 80, which leaves a factor of e^8.7 for what multiplies them
@@ -94,6 +96,7 @@ class LossBatch:
     ref_logps: Tensor | None = None  # [B, L]
     is_ratio: Tensor | None = None  # [B, L]
     entropy_weight: Tensor | None = None  # 0-d, entropy_coef / number of tokens
+    cu_seqlens: Tensor | None = None  # [S + 1] where [B, L] is [1, T]: S packed completions
 
 
 # What a backend's one pass returns: the loss (0-d); then, all [B, L], the loss of each token without its weight, logps,
@@ -221,8 +224,9 @@ def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, 
         log_ratio = logps - old.clamp(min=-1e30)
         log_ratio = torch.where(dead, torch.where(old == NEG_INF, 0, NEG_INF), log_ratio)
     if spec.importance_sampling_level == "sequence":
-        tokens = logps.shape[1] if batch.mask is None else batch.mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = (keep(log_ratio).sum(1, keepdim=True) / tokens).expand(logps.shape)
+        completions = Completions.of(logps.shape, batch.cu_seqlens)
+        total = completions.spread(completions.sums(keep(log_ratio)))
+        log_ratio = (total / completions.tokens(batch.mask)).to(logps.dtype).expand(logps.shape)
     ratio = saturating_exp(log_ratio)
 
     loss, is_low, is_high = _LOSS_TYPES[spec.loss_type].policy(ratio, advantages, logps, spec)
@@ -269,9 +273,12 @@ def token_weight(
     loss_type: str,
     max_completion_length: float | None,
     num_items_in_batch: Tensor | float | None,
+    completions: Completions | None = None,
 ) -> Tensor:
     """What each token's loss is multiplied by before the sum, [B, L] (a view)."""
-    count = _LOSS_TYPES[loss_type].normaliser(Tokens(ids, mask, max_completion_length, num_items_in_batch))
+    completions = completions or Completions.of(ids.shape, None)
+    tokens = Tokens(ids, mask, completions, max_completion_length, num_items_in_batch)
+    count = _LOSS_TYPES[loss_type].normaliser(tokens)
     if isinstance(count, Tensor):
         weight = count.to(dtype).reciprocal()
     else:  # a number wherever possible: small tensors cost more than they seem to
@@ -279,9 +286,10 @@ def token_weight(
     return weight.expand(ids.shape)
 
 
-def aggregate(per_token_loss: Tensor, entropies: Tensor, batch: LossBatch) -> Tensor:
-    """The loss, 0-d: normalised sum of the per-token losses minus the entropy bonus."""
+def aggregate(per_token_loss: Tensor, entropies: Tensor | None, batch: LossBatch) -> Tensor:
+    """The loss, 0-d: normalised sum of the per-token losses minus the entropy bonus, if there is one."""
     loss = (per_token_loss * batch.token_weight).sum()
     if batch.entropy_weight is not None:
+        assert entropies is not None
         loss = loss - batch.entropy_weight * entropies.sum()
     return loss

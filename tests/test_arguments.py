@@ -36,7 +36,7 @@ BAD = [
     ("old_per_token_logps", torch.zeros(B), "old_per_token_logps must be"),
     ("ref_per_token_logps", torch.zeros(L, B), "ref_per_token_logps must be"),
     ("ref_per_token_logps", None, "ref_per_token_logps .* must be given unless beta is the float 0.0"),
-    ("importance_sampling_ratio", torch.ones(B), r"importance_sampling_ratio must be .*\[4, 3\] or \[4, 1\]"),
+    ("importance_sampling_ratio", torch.ones(L), r"importance_sampling_ratio must be .*\[4\] or \[4, 3\] or \[4, 1\]"),
     ("beta", -0.1, "beta must be .* >= 0"),
     ("beta", float("nan"), "beta must be"),
     ("beta", "0.1", "beta must be"),

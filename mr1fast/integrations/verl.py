@@ -21,6 +21,7 @@ from mr1fast.integrations.versions import check_version
 from mr1fast.kernels import reference
 from mr1fast.losses import arguments
 from mr1fast.losses.kl_weight import KLSchedule
+from mr1fast.losses.layout import layout_of
 from mr1fast.losses.options import LossOptions, completed
 
 TESTED = "0.9.1"
@@ -51,7 +52,7 @@ def grpo_d(
     Returns the loss (0-d, differentiable in log_prob) and verl's metrics as floats: actor/pg_clipfrac, actor/ppo_kl,
     actor/pg_clipfrac_lower. Raises ValueError for a bad argument, by name.
     """
-    arguments.floating("log_prob", log_prob, "[B, L]")
+    log_prob, layout = layout_of("log_prob", log_prob)
     choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
     epsilon = _setting(config, "clip_ratio", 0.2)
     epsilon_high = _setting(config, "clip_ratio_high", epsilon)
@@ -66,11 +67,11 @@ def grpo_d(
         "old_per_token_logps": old_log_prob,
         "importance_sampling_ratio": rollout_is_weights,
     }
-    B, L = log_prob.shape
-    no_ids = torch.zeros((B, L), dtype=torch.int64, device=log_prob.device)  # the log-probabilities are there already
-    spec, batch = arguments.loss_call(log_prob, (B, L), no_ids, advantages, completed(grpo_d, options))
+    dtype = reference.compute_dtype(log_prob.dtype)
+    no_ids = torch.zeros_like(log_prob, dtype=torch.int64)  # the log-probabilities are there already
+    spec, batch = arguments.loss_call(dtype, layout, no_ids, advantages, completed(grpo_d, options))
     mask = torch.ones_like(log_prob, dtype=torch.bool) if batch.mask is None else batch.mask
-    logps = torch.where(mask, log_prob.to(reference.compute_dtype(log_prob.dtype)), 0)
+    logps = torch.where(mask, log_prob.to(dtype), 0)
     per_token, _, is_low, is_high = reference.objective(logps, batch, spec)
     loss = _aggregate(per_token, mask, loss_agg_mode, **(_setting(config, "global_batch_info", None) or {}))
 

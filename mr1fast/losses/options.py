@@ -1,4 +1,4 @@
-"""The options of the loss: the keywords that `grpo_loss`, `linear_grpo_loss` and `GRPOLoss` share, in one place.
+"""The options of the loss: the keywords that all losses and `GRPOLoss` share, in one place.
 
 To add one, declare it in `LossOptions`: its type, its default, the check of its value, and what it means. A tensor is
 brought into shape in arguments.py. A number or a switch of the objective reaches every backend as soon as
@@ -54,10 +54,22 @@ class Option(NamedTuple):
 
 
 class LossOptions(TypedDict, total=False):
-    """What `grpo_loss`, `linear_grpo_loss` and `GRPOLoss` take by keyword.
+    """What `grpo_loss`, `linear_grpo_loss`, `grpo_loss_from_logps` and `GRPOLoss` take by keyword.
 
-    Shapes: B completions, of which those of one prompt are adjacent, and L tokens.
+    Shapes: B completions, of which those of one prompt are adjacent, and L tokens. Packed (with cu_seqlens), S
+    completions one after the other, T tokens in all: read [S] for [B], and [T] or [1, T] for [B, L].
     """
+
+    cu_seqlens: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            _any,
+            "[S + 1] int32 or int64, where each of S packed completions begins, and where the last one ends: from 0 "
+            "to T, never decreasing. All tensors are then packed: read [S] for [B] and [T] (or [1, T]) for [B, L]; "
+            "results are [T]. None: [B, L], of which every row is one completion, also if B is 1.",
+        ),
+    ]
 
     rewards: Annotated[
         Tensor | None,
@@ -125,7 +137,7 @@ class LossOptions(TypedDict, total=False):
     ]
     importance_sampling_ratio: Annotated[
         Tensor | None,
-        Option(None, _any, "[B, L] or [B, 1], correction for a rollout engine; multiplies the policy term."),
+        Option(None, _any, "[B, L], [B] or [B, 1], correction for a rollout engine; multiplies the policy term."),
     ]
     sapo_temperature_pos: Annotated[
         float,
