@@ -67,7 +67,7 @@ def one_pass(spec: LossSpec, reduction: str, dtype: torch.dtype, differentiated:
     """Whether forward can compute the gradient (see above); dtype: of the logits."""
     if differentiated and dtype == torch.float16:
         return False
-    return reduction == "mean" and spec.importance_sampling_level == "token"
+    return reduction != "none" and spec.importance_sampling_level == "token"
 
 
 def _two_passes(
@@ -82,8 +82,7 @@ def _two_passes(
 def objective(logps: Tensor, entropies: Tensor | None, batch: LossBatch, spec: LossSpec, reduction: str) -> LossOutputs:
     """The second of the two passes: ordinary torch on log-probabilities and entropies [B, L], both 0 where masked."""
     loss, kl, is_low, is_high = reference.objective(logps, batch, spec)
-    if reduction == "mean":
-        loss = reference.aggregate(loss, entropies, batch)
+    loss = loss * batch.token_weight if reduction == "none" else reference.aggregate(loss, entropies, batch)
     entropies, kl = (None if tensor is None else tensor.detach() for tensor in (entropies, kl))
     return loss, logps.detach(), entropies, kl, is_low, is_high
 

@@ -18,6 +18,7 @@ class Tokens(NamedTuple):
     completions: Completions
     max_completion_length: float | None
     num_items_in_batch: Tensor | float | None
+    num_sequences: Tensor | float | None
 
 
 # What a token's loss is divided by: a number, or a tensor that broadcasts to [B, L]. Counts of tokens are at least 1.
@@ -34,12 +35,15 @@ def completion_tokens(tokens: Tokens) -> Tensor | float:
     return tokens.completions.tokens(tokens.mask) * completions(tokens)
 
 
-def completions(tokens: Tokens) -> float:
-    """The sum over a completion's tokens, the mean over completions."""
-    return max(tokens.completions.size, 1)
+def completions(tokens: Tokens) -> Tensor | float:
+    """The sum over a completion's tokens, the mean over completions, of which this call may see only a part."""
+    many = tokens.num_sequences
+    if many is None:
+        return max(tokens.completions.size, 1)
+    return many.where(many > 0, 1) if isinstance(many, Tensor) else many
 
 
-def longest_completions(tokens: Tokens) -> float:
+def longest_completions(tokens: Tokens) -> Tensor | float:
     """The mean over all tokens that could exist: every token has the same weight, however long the completions are."""
     if tokens.max_completion_length is None:
         raise ValueError("max_completion_length must be given for loss_type='dr_grpo' (its normaliser), got None")

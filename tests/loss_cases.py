@@ -44,8 +44,39 @@ OPTIONS = {
         "scale_rewards": "none",
     },
     "token_advantages": lambda batch: {"beta": 0.1, "advantages": torch.randn(batch["logits"].shape[:2])},
+    "beta_per_completion": lambda batch: {"beta": torch.linspace(0, 0.3, len(batch["logits"]))},
+    "beta_per_token": lambda batch: {"beta": _per_token(batch, 0.2), "use_bias_correction_kl": True},
+    "epsilon_per_completion": lambda batch: {
+        "epsilon_low": torch.linspace(0.1, 0.3, len(batch["logits"])),
+        "epsilon_high": torch.linspace(0.9, 1.2, len(batch["logits"])),
+    },
+    "epsilon_per_token": lambda batch: {"beta": 0.1, "epsilon_low": _per_token(batch, 0.4)},
+    "token_weight": lambda batch: {"beta": 0.1, "token_weight": _per_token(batch, 2.0), "entropy_coef": 0.1},
+    "is_ratio_vector": lambda batch: {"importance_sampling_ratio": torch.linspace(0.5, 2, len(batch["logits"]))},
+    "num_sequences": lambda batch: {"beta": 0.1, "num_sequences": 9},
+    "num_sequences_tensor": lambda batch: {"num_sequences": torch.tensor(3.5)},
+    "sum": lambda batch: {"beta": 0.1, "reduction": "sum", "entropy_coef": 0.1},
+    "weighted_none": lambda batch: {"beta": 0.1, "reduction": "none", "token_weight": _per_token(batch, 2.0)},
+    "k1": lambda batch: {"beta": 0.1, "kl_estimator": "k1"},
+    "abs": lambda batch: {"beta": 0.1, "kl_estimator": "abs", "use_bias_correction_kl": True},
+    "k2": lambda batch: {"beta": 0.1, "kl_estimator": "k2", "kl_clamp": 0.3},
+    "k3_clamp": lambda batch: {"beta": 0.1, "kl_clamp": 0.3, "use_bias_correction_kl": True},
+    "low_var_kl": lambda batch: {
+        "beta": 0.1,
+        "kl_estimator": "low_var_kl",
+        "ref_per_token_logps": batch["ref_per_token_logps"] * 3,
+    },
     "num_items": lambda batch: {"beta": 0.1, "num_items_in_batch": torch.tensor(29)},
 }
+
+
+def _per_token(batch, scale):
+    """Numbers between 0 and scale, [B, L], of which a quarter is 0; NaN where they must not be looked at."""
+    shape = batch["logits"].shape[:2]
+    values = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 4 - 1).clamp(min=0) * scale / 3
+    return values if batch["completion_mask"] is None else values.masked_fill(~batch["completion_mask"], torch.nan)
+
+
 REWARDS = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0, 0.0])
 
 

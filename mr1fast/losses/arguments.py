@@ -94,11 +94,15 @@ def loss_call(
     dtype: torch.dtype, layout: Layout, ids: Tensor, advantages: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[LossSpec, LossBatch]:
     """The settings and the tensors of a call; dtype: to compute in, options: as returned by `completed`."""
-    spec = LossSpec(**{name: options[name] for name in _SPEC_FIELDS})
+    spec = LossSpec(**{name: options[name] for name in _SPEC_FIELDS if not isinstance(options[name], Tensor)})
     mask = token_mask(options["completion_mask"], layout, "completion_mask")
 
     def per_token(name: str) -> Tensor | None:
         return None if options[name] is None else _constant(layout.per_token(name, options[name]), dtype)
+
+    def epsilon(name: str) -> Tensor | None:
+        value = options[name]
+        return _constant(_setting(name, value, layout), dtype) if isinstance(value, Tensor) else None
 
     return spec, LossBatch(
         ids=ids,
@@ -109,7 +113,9 @@ def loss_call(
         is_ratio=_is_ratio(dtype, layout, options),
         token_weight=_token_weight(ids, mask, dtype, layout, options),
         entropy_weight=_entropy_weight(ids, mask, dtype, options),
-        beta=_beta(options, layout.device, dtype),
+        beta=_beta(options, layout, dtype),
+        epsilon_low=epsilon("epsilon_low"),
+        epsilon_high=epsilon("epsilon_high"),
         cu_seqlens=layout.cu_seqlens,
     )
 
@@ -147,24 +153,44 @@ def group_size(B: int, num_generations: int | None) -> int:
     return num_generations
 
 
-def _beta(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _beta(options: Mapping[str, Any], layout: Layout, dtype: torch.dtype) -> Tensor:
     beta = options["beta"]
     if options["ref_per_token_logps"] is None and (isinstance(beta, Tensor) or beta != 0):
         raise ValueError("ref_per_token_logps [B, L] must be given unless beta is the float 0.0, got None")
-    if isinstance(beta, Tensor):
-        return shaped("beta", beta, [(), (1,)], None).detach().reshape(()).to(device, dtype)
-    return torch.full((), beta, dtype=dtype, device=device)
+    if not isinstance(beta, Tensor):
+        return torch.full((), beta, dtype=dtype, device=layout.device)
+    if beta.shape in ((), (1,)):
+        return beta.detach().reshape(()).to(layout.device, dtype)
+    return _constant(_setting("beta", beta, layout), dtype)
+
+
+def _setting(name: str, tensor: Tensor, layout: Layout) -> Tensor:
+    """A setting of the loss that was given as a tensor: 0-d, for each completion or for each token; as [B, L]."""
+    return layout.per_token_or_completion(name, tensor, (), (1,))
 
 
 def _token_weight(
     ids: Tensor, mask: Tensor | None, dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]
 ) -> Tensor:
-    items = options["num_items_in_batch"]
-    if isinstance(items, Tensor):
-        items = shaped("num_items_in_batch", items, [(), (1,)], None).detach().reshape(()).to(ids.device)
-    return reference.token_weight(
-        ids, mask, dtype, options["loss_type"], options["max_completion_length"], items, layout.completions
-    )
+    reduction, given = options["reduction"], options["token_weight"]
+    if reduction != "mean" and options["num_sequences"] is not None:
+        raise ValueError(f"num_sequences must be None with reduction={reduction!r}, which has no normaliser")
+    if reduction == "mean":
+        items, many = (_count(name, layout.device, options) for name in ("num_items_in_batch", "num_sequences"))
+        weight = reference.token_weight(
+            ids, mask, dtype, options["loss_type"], options["max_completion_length"], items, layout.completions, many
+        )
+    else:
+        weight = torch.ones((), dtype=dtype, device=layout.device).expand(layout.shape)
+    if given is None:
+        return weight
+    own = _constant(layout.per_token("token_weight", given), dtype)
+    return weight * (own if mask is None else torch.where(mask, own, 0))
+
+
+def _count(name: str, device: torch.device, options: Mapping[str, Any]) -> Tensor | float | None:
+    count: Tensor | float | None = options[name]
+    return shaped(name, count, [(), (1,)], None).detach().reshape(()).to(device) if isinstance(count, Tensor) else count
 
 
 def _entropy_weight(ids: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Mapping[str, Any]) -> Tensor | None:
@@ -173,6 +199,8 @@ def _entropy_weight(ids: Tensor, mask: Tensor | None, dtype: torch.dtype, option
         return None
     if options["reduction"] == "none":
         raise ValueError(f"entropy_coef must be 0 with reduction='none' (the bonus is a mean), got {entropy_coef}")
+    if options["reduction"] == "sum":
+        return torch.full((), entropy_coef, dtype=dtype, device=ids.device)
     return torch.full((), entropy_coef, dtype=dtype, device=ids.device) / token_count(ids, mask)
 
 

@@ -32,7 +32,7 @@ class GRPOLossOutput:
     loss: float32 0-d, or [B, L] with reduction="none" (float64 for float64 input, as all that follow).
     per_token_logps: log-probability of each completion token, at the given temperature.
     entropies: entropy of each token's distribution, in nats; None where `grpo_loss_from_logps` was given none.
-    kl: k3 estimate of the KL to the reference (after bias correction); None without reference log-probs.
+    kl: estimate of the KL to the reference (after bias correction); None without reference log-probs.
     is_low_clipped, is_high_clipped: bool, whether the ratio is below (above) the clip range and its gradient is cut.
     completion_mask: bool, or None for all ones.
     clipped_per_completion: whether the flags have one value per completion, repeated for its tokens (sequence level).
