@@ -22,6 +22,7 @@ from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.prompts import longest_prompt, prompt_length
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
@@ -142,7 +143,9 @@ def scaled_down(splits: Iterable[ImageTextDataset], processor: Qwen2VLTextImageP
     """How many images the model is shown smaller than they are; "" if none."""
     most = processor.image_processor.size["longest_edge"]
     larger = sum(pixels > most for split in splits for pixels in split.pixels)
-    return f"{larger} images have more than {most} pixels (--max-pixels), and are scaled down to that" if larger else ""
+    what = f"1 image has more than {most} pixels (--max-pixels), and is" if larger == 1 else ""
+    what = what or f"{larger} images have more than {most} pixels (--max-pixels), and are"
+    return f"{what} scaled down to that" if larger else ""
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -205,7 +208,7 @@ def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[st
 
 def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
     completion = max(config.for_task(name).max_completion_length for name in config.names)
-    room = models.longest_prompt(model, completion)
+    room = longest_prompt(model, completion)
     if config.max_prompt_length is not None and config.max_prompt_length > room:
         raise UserError(
             f"--max-prompt-length must be at most {room}, which is what the model has room for beside a completion of "
@@ -223,7 +226,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
         if kind not in lengths:
             if len(lengths) == 1000:
                 lengths.clear()
-            lengths[kind] = models.prompt_length(processor, example)
+            lengths[kind] = prompt_length(processor, example)
         return f"prompt is longer than {longest} tokens" if lengths[kind] > longest else None
 
     return reason
