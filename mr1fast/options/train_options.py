@@ -170,7 +170,7 @@ class TrainOptions:
     )
     prompt_suffix: str | None = option(
         None,
-        "text that follows every question; '' for none",
+        "text that follows every question, after a space; '' for none",
         group="data",
         metavar="TEXT",
         shown="the paper's, which asks for <think> and <answer>, or what --model was trained with",
