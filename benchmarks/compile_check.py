@@ -39,6 +39,7 @@ def loss_call(
     gradient: bool = True,
     spec: LossSpec | None = None,
     unaligned: bool = False,
+    settings_of_tokens: bool = False,
 ) -> Callable[[], object]:
     """A call of the one pass: on-policy against a reference or, `full`, with everything that a call may have.
 
@@ -52,7 +53,7 @@ def loss_call(
     batch = LossBatch(
         ids,
         token_weight=per_token,
-        beta=torch.tensor(beta),
+        beta=per_token if settings_of_tokens else torch.tensor(beta),
         mask=ids == 0 if full else None,
         advantages=None if rewards else per_token,
         rewards=torch.zeros(B) if rewards else None,
@@ -62,6 +63,8 @@ def loss_call(
         ref_logps=per_token,
         is_ratio=optional,
         entropy_weight=torch.zeros(()) if full else None,
+        epsilon_low=per_token if settings_of_tokens else None,
+        epsilon_high=per_token if settings_of_tokens else None,
     )
     spec = spec or LossSpec(use_bias_correction_kl=full)
     return lambda: triton_loss.grpo_forward(logits, batch, spec, logits if gradient else None)
@@ -112,6 +115,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         "cispo, group": {"spec": LossSpec(loss_type="cispo"), "rewards": "group"},
         "sapo, batch": {"spec": LossSpec(loss_type="sapo"), "rewards": "batch"},
         "no gradient": {"gradient": False},
+        "of tokens": {"settings_of_tokens": True, "spec": LossSpec(kl_estimator="low_var_kl", kl_clamp=5.0)},
     }
     for name, settings in variants.items():
         yield f"loss, {name:12} bfloat16 V=151936", loss_call(151936, torch.bfloat16, full=True, **settings)

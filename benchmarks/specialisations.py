@@ -35,12 +35,13 @@ def compilations(call: Call, lengths: Iterable[int], betas: Iterable[float], ker
     return {name: len(found) for name, found in keys.items()}
 
 
-def ours(*, aligned: bool) -> Call:
-    """The one pass on full batches, in place. Unaligned rows: a view that leaves out the first column."""
+def ours(*, aligned: bool = True, packed: bool = False) -> Call:
+    """The one pass on full batches, in place. Unaligned rows: a view without the first column. Packed: [1, T]."""
     from benchmarks.compile_check import loss_call
 
     def call(length: int, beta: float) -> Callable[[], object]:
-        return loss_call(VOCABULARY, torch.bfloat16, L=length, beta=beta, full=True, unaligned=not aligned)
+        B = 1 if packed else 2  # how many completions are packed is in no argument of the kernel
+        return loss_call(VOCABULARY, torch.bfloat16, B=B, L=length, beta=beta, full=True, unaligned=not aligned)
 
     return call
 
@@ -66,6 +67,7 @@ def table() -> list[tuple[str, int, int, int, int]]:
     counted: list[tuple[Call, dict[str, str]]] = [
         (ours(aligned=True), {"grpo_loss_fwd_kernel": "mr1fast, aligned rows"}),
         (ours(aligned=False), {"grpo_loss_fwd_kernel": "mr1fast, unaligned rows"}),
+        (ours(packed=True), {"grpo_loss_fwd_kernel": "mr1fast, packed rows"}),
     ]
     if importlib.util.find_spec("liger_kernel") is not None:
         names = {"_grpo_loss_fwd_kernel": "Liger, forward", "_grpo_loss_bwd_kernel": "Liger, backward"}

@@ -144,13 +144,14 @@ Tensor advantages_of(const Tensor& rewards, int64_t group, mr1fast::RewardScale 
 
 using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The one pass. From ids to entropy_weight these are the fields of kernels/reference.py's LossBatch, in its order.
+// The one pass. From ids to cu_seqlens these are the fields of kernels/reference.py's LossBatch, in its order. Where a
+// packed completion begins makes no difference to a token.
 LossResult grpo_forward(
     const Tensor& logits, const Tensor& ids, const Tensor& token_weight, const Tensor& beta, const OptionalTensor& mask,
     const OptionalTensor& advantages, const OptionalTensor& rewards, int64_t num_generations,
     c10::string_view scale_rewards, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
-    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, at::IntArrayRef switches,
-    at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
+    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, const OptionalTensor& epsilon_low,
+    const OptionalTensor& epsilon_high, const OptionalTensor& /*cu_seqlens*/, at::IntArrayRef switches, at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
   const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
   TORCH_CHECK_VALUE(advantages || rewards, "either advantages or rewards must be given");
   const Tensor advantage =
@@ -160,13 +161,16 @@ LossResult grpo_forward(
   objective.spec = {
       from_list<mr1fast::Switches, int32_t>(switches, "switches"),
       from_list<mr1fast::Numbers, float>(numbers, "numbers")};
-  objective.beta = beta.item<float>();
   objective.entropy_weight = entropy_weight ? entropy_weight->item<float>() : 0.0f;
   objective.advantages = view<const float>(advantage, "advantages", logits, at::kFloat);
   objective.old_logps = floats(old_logps, "old_per_token_logps", logits);
   objective.ref_logps = floats(ref_logps, "ref_per_token_logps", logits);
   objective.is_ratio = floats(is_ratio, "importance_sampling_ratio", logits);
   objective.token_weight = view<const float>(token_weight, "token_weight", logits, at::kFloat);
+  const Tensor betas = beta.dim() == 0 ? beta.expand({logits.size(0), logits.size(1)}) : beta;
+  objective.beta = view<const float>(betas, "beta", logits, at::kFloat);
+  objective.epsilon_low = floats(epsilon_low, "epsilon_low", logits);
+  objective.epsilon_high = floats(epsilon_high, "epsilon_high", logits);
 
   Tensor loss = at::empty({}, at::kFloat), per_token = new_floats(logits), logps = new_floats(logits);
   Tensor entropies = new_floats(logits), kl = ref_logps ? new_floats(logits) : at::empty({0}, at::kFloat);
@@ -221,8 +225,8 @@ TORCH_LIBRARY(mr1fast_native, m) {
   m.def(
       "grpo_forward(Tensor logits, Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, "
       "Tensor? rewards, int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, "
-      "Tensor? is_ratio, Tensor? entropy_weight, int[] switches, float[] numbers, float temperature, "
-      "Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? is_ratio, Tensor? entropy_weight, Tensor? epsilon_low, Tensor? epsilon_high, "
+      "Tensor? cu_seqlens, int[] switches, float[] numbers, float temperature, Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("score_forward(Tensor logits, Tensor ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def(
       "score_backward(Tensor logits, Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, "

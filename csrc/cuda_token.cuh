@@ -90,6 +90,11 @@ struct Token {
   TokenInput<float> in;
 };
 
+// A token's value in a [B, L] tensor with strides, or what holds where there is no such tensor.
+MR1_DEVICE float at(const float* values, const Row& row, int64_t stride_b, int64_t stride_l, float otherwise) {
+  return values ? values[row.b * stride_b + row.l * stride_l] : otherwise;
+}
+
 // Everything small is loaded before the row, behind whose latency its own hides; and in place the id's logit is soon
 // gone.
 template <typename T>
@@ -99,16 +104,20 @@ MR1_DEVICE Token load_token(const Call& call, const Row& row, const T* logits) {
   require(t.id >= 0 && t.id < call.V);
   t.x_id = read_one(logits + t.id);
   if (!call.token_weight) return t;  // scoring
-  t.weight = call.token_weight[row.b * call.weight_stride_b + row.l * call.weight_stride_l];
+  t.weight = at(call.token_weight, row, call.weight_stride_b, call.weight_stride_l, 1.0f);
   t.entropy_weight = call.entropy_weight ? *call.entropy_weight : 0.0f;
   t.in.has_old = call.old_logps;
   t.in.has_ref = call.ref_logps;
   if (call.old_logps) t.in.old_logp = call.old_logps[row.at];
   if (call.ref_logps) t.in.ref_logp = call.ref_logps[row.at];
-  t.in.advantage = call.advantages ? call.advantages[row.b * call.advantage_stride_b + row.l * call.advantage_stride_l]
+  t.in.advantage = call.advantages ? at(call.advantages, row, call.advantage_stride_b, call.advantage_stride_l, 0.0f)
                                    : call.advantage_space[row.b];
-  t.in.is_ratio = call.is_ratio ? call.is_ratio[row.b * call.is_ratio_stride_b + row.l * call.is_ratio_stride_l] : 1.0f;
-  t.in.beta = *call.beta;
+  t.in.is_ratio = at(call.is_ratio, row, call.is_ratio_stride_b, call.is_ratio_stride_l, 1.0f);
+  t.in.beta = at(call.beta, row, call.beta_stride_b, call.beta_stride_l, 0.0f);
+  const Numbers& set = call.spec.numbers;
+  t.in.epsilon_low = at(call.epsilon_low, row, call.epsilon_low_stride_b, call.epsilon_low_stride_l, set.epsilon_low);
+  t.in.epsilon_high =
+      at(call.epsilon_high, row, call.epsilon_high_stride_b, call.epsilon_high_stride_l, set.epsilon_high);
   return t;
 }
 

@@ -237,7 +237,9 @@ void Job::Worker::settle() {
   if (token.has_ref) token.ref_logp = of(f.ref_logps);
   token.advantage = of(f.advantages);
   token.is_ratio = f.is_ratio ? of(f.is_ratio) : Floats{} + 1.0f;
-  token.beta = f.beta;
+  token.beta = of(f.beta);
+  token.epsilon_low = f.epsilon_low ? of(f.epsilon_low) : Floats{} + f.spec.numbers.epsilon_low;
+  token.epsilon_high = f.epsilon_high ? of(f.epsilon_high) : Floats{} + f.spec.numbers.epsilon_high;
   const TokenLoss<Floats> t = token_loss(token, f.spec);
   const Floats coef = of(f.token_weight) * t.dloss_dlogp;
   store(o.loss, t.loss);

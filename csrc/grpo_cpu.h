@@ -33,8 +33,9 @@ struct Logits {
 
 struct Objective {
   TokenSpec spec;
-  float beta, entropy_weight;
-  View<const float> advantages, old_logps, ref_logps, is_ratio, token_weight;
+  float entropy_weight;
+  View<const float> advantages, old_logps, ref_logps, is_ratio, token_weight, beta;
+  View<const float> epsilon_low, epsilon_high;  // null: those of the spec
 };
 
 // Contiguous [B, L] outputs; null ones are not written.

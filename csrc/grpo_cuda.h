@@ -17,7 +17,8 @@ struct Mr1RowsCall {
   const float* rewards;
   float* advantage_space;  // [B], written if there are rewards
   const float *old_logps, *ref_logps, *is_ratio, *token_weight;
-  const float *entropy_weight, *beta;  // []
+  const float* entropy_weight;  // []
+  const float *beta, *epsilon_low, *epsilon_high;  // with strides; the latter two null: those of the spec
   float *share, *loss, *logps, *entropies, *kl, *coef, *lse;  // out; share: what a token adds to the loss
   uint8_t *is_low, *is_high;
   const float *grad_logps, *grad_entropies;  // in, for the backward of scoring; so are then lse and entropies
@@ -25,7 +26,8 @@ struct Mr1RowsCall {
   int64_t B, L, V;
   int64_t logits_stride_b, logits_stride_l, grad_stride_b, grad_stride_l;
   int64_t advantage_stride_b, advantage_stride_l, is_ratio_stride_b, is_ratio_stride_l;
-  int64_t weight_stride_b, weight_stride_l;
+  int64_t weight_stride_b, weight_stride_l, beta_stride_b, beta_stride_l;
+  int64_t epsilon_low_stride_b, epsilon_low_stride_l, epsilon_high_stride_b, epsilon_high_stride_l;
   int64_t num_generations;
   double temperature;
   mr1fast::TokenSpec spec;

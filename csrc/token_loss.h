@@ -32,17 +32,22 @@ constexpr float kExpLimit = 80.0f;
 constexpr double kAdvantageEps = 1e-4;  // advantages.EPS
 
 enum class Policy : int32_t { kClip, kCispo, kSapo };  // in the order of reference.POLICIES
+enum class Estimator : int32_t { kK1, kAbs, kK2, kK3, kLow_var_kl };  // in the order of reference.ESTIMATORS
+
+constexpr float kLowVarKlLimit = 10.0f;  // reference.LOW_VAR_KL_LIMIT
 
 // What a token's objective is told besides its tensors, under the names of reference.SWITCHES and reference.NUMBERS and
 // in their order (tests/test_settings.py compares them). Both arrive as lists: every member has 4 bytes.
 struct Switches {
   Policy policy;
+  Estimator estimator;
   int32_t use_bias_correction_kl;
 };
 struct Numbers {
   float epsilon_low, epsilon_high;
   float delta;  // inf where there is none
   float sapo_temperature_pos, sapo_temperature_neg;
+  float kl_clamp;  // inf where there is none
 };
 struct TokenSpec {
   Switches switches;
@@ -53,8 +58,8 @@ template <typename F>
 struct TokenInput {
   F logp, old_logp, ref_logp;  // old_logp and ref_logp are read only if has_old, has_ref
   bool has_old, has_ref;
-  F advantage, is_ratio;
-  float beta;
+  F advantage, is_ratio, beta;
+  F epsilon_low, epsilon_high;
 };
 
 template <typename F>
@@ -81,6 +86,47 @@ MR1_HD F exp_minus_1(F x) {
   return ((x > -0.35f) & (x < 0.35f)) ? x + x * x * p : exp_of(x) - 1.0f;
 }
 
+// An estimate of the KL, its derivative with respect to logp, and the sum of the two.
+template <typename F>
+struct KlTerm {
+  F kl, slope, slope_and_kl;
+};
+
+// From the log-ratio d = ref_logp - logp, of which d(d)/d(logp) = -1, and 0 where it is cut at kl_clamp.
+template <typename F>
+MR1_HD KlTerm<F> kl_term(F d, const TokenSpec& spec) {
+  const F zero = F{}, limit = zero + kExpLimit, most = zero + spec.numbers.kl_clamp;
+  const auto held = (d > most) | (d < -most);
+  d = d > most ? most : (d < -most ? -most : d);
+  F kl, slope, sum;
+  const Estimator estimator = spec.switches.estimator;
+  if (estimator == Estimator::kK3 || estimator == Estimator::kLow_var_kl) {
+    const F growth = exp_minus_1(d > limit ? limit : d);
+    kl = growth - d;
+    slope = -growth;
+    sum = -d;  // the exponentials cancel
+    if (estimator == Estimator::kLow_var_kl) {
+      const F bound = zero + kLowVarKlLimit;
+      slope = kl > bound ? zero : slope;
+      sum = kl > bound ? bound : sum;
+      kl = kl > bound ? bound : kl;
+    }
+  } else {
+    if (estimator == Estimator::kK1) {
+      kl = -d;
+      slope = zero + 1.0f;
+    } else if (estimator == Estimator::kAbs) {
+      kl = d < 0.0f ? -d : d;
+      slope = d > 0.0f ? zero - 1.0f : (d < 0.0f ? zero + 1.0f : d);  // 0 at 0, NaN of NaN
+    } else {
+      kl = 0.5f * d * d;
+      slope = -d;
+    }
+    sum = slope + kl;
+  }
+  return {kl, held ? zero : slope, held ? kl : sum};
+}
+
 // The slopes are derivatives with respect to logp; that of the ratio is the ratio itself.
 template <typename F>
 MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
@@ -95,7 +141,7 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
   TokenLoss<F> out{};
   F term, slope;
   if (spec.switches.policy == Policy::kClip) {
-    const F lo = zero + (1.0f - set.epsilon_low), hi = zero + (1.0f + set.epsilon_high), delta = zero + set.delta;
+    const F lo = 1.0f - in.epsilon_low, hi = 1.0f + in.epsilon_high, delta = zero + set.delta;
     const F bounded = ratio > delta ? delta : ratio;
     const F clipped = ratio < lo ? lo : (ratio > hi ? hi : ratio);
     const F free_term = bounded * a, clip_term = clipped * a;
@@ -109,7 +155,7 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
     out.low = (bounded < lo) & (a < 0.0f);
     out.high = (bounded > hi) & (a > 0.0f);
   } else if (spec.switches.policy == Policy::kCispo) {
-    const F bound = zero + set.epsilon_high;  // of the ratio itself
+    const F bound = in.epsilon_high;  // of the ratio itself
     const F weight = ratio > bound ? bound : ratio;  // a constant to the derivative
     term = dead ? zero : -weight * a * in.logp;
     slope = -weight * a;
@@ -124,18 +170,17 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
   out.dloss_dlogp = slope * in.is_ratio;
 
   if (in.has_ref) {
-    const F d = in.ref_logp - in.logp;
-    const F growth = exp_minus_1(d > limit ? limit : d);
-    F kl = growth - d, kl_slope = -growth;  // k3: e^d - d - 1, with d(d)/d(logp) = -1
+    const KlTerm<F> estimate = kl_term(in.ref_logp - in.logp, spec);
+    F kl = estimate.kl, kl_slope = estimate.slope;
     if (spec.switches.use_bias_correction_kl) {
-      kl_slope = -d * ratio;  // d(kl * ratio)/d(logp) = (-growth + kl) * ratio, in which the exponentials cancel
+      kl_slope = estimate.slope_and_kl * ratio;
       kl = kl * ratio;
     }
     out.kl = dead ? zero : kl;
-    if (in.beta != 0.0f) {  // kl may be infinite where ref_logp is -inf; with beta 0 it is only reported
-      out.loss = out.loss + (dead ? zero : in.beta * kl);
-      out.dloss_dlogp = out.dloss_dlogp + in.beta * kl_slope;
-    }
+    // kl may be infinite where ref_logp is -inf; with beta 0 it is only reported.
+    const auto off = in.beta == 0.0f;
+    out.loss = out.loss + ((dead | off) ? zero : in.beta * kl);
+    out.dloss_dlogp = out.dloss_dlogp + (off ? zero : in.beta * kl_slope);
   }
   out.dloss_dlogp = dead ? zero : out.dloss_dlogp;
   return out;

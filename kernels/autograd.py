@@ -35,7 +35,7 @@ from mr1fast.kernels.ops import (
 from mr1fast.kernels.reference import LossBatch, LossSpec, flat
 
 # (loss, logps, entropies, kl, is_low_clipped, is_high_clipped)
-LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+LossOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
 
 
 def grpo(
@@ -67,7 +67,7 @@ def one_pass(spec: LossSpec, reduction: str, dtype: torch.dtype, differentiated:
     """Whether forward can compute the gradient (see above); dtype: of the logits."""
     if differentiated and dtype == torch.float16:
         return False
-    return reduction == "mean" and spec.importance_sampling_level == "token"
+    return reduction != "none" and spec.importance_sampling_level == "token"
 
 
 def _two_passes(
@@ -79,12 +79,12 @@ def _two_passes(
     return objective(logps, entropies, batch, spec, reduction)
 
 
-def objective(logps: Tensor, entropies: Tensor, batch: LossBatch, spec: LossSpec, reduction: str) -> LossOutputs:
-    """The second of the two passes: ordinary torch on log-probabilities and entropies [B, L]."""
+def objective(logps: Tensor, entropies: Tensor | None, batch: LossBatch, spec: LossSpec, reduction: str) -> LossOutputs:
+    """The second of the two passes: ordinary torch on log-probabilities and entropies [B, L], both 0 where masked."""
     loss, kl, is_low, is_high = reference.objective(logps, batch, spec)
-    if reduction == "mean":
-        loss = reference.aggregate(loss, entropies, batch)
-    return loss, logps.detach(), entropies.detach(), None if kl is None else kl.detach(), is_low, is_high
+    loss = loss * batch.token_weight if reduction == "none" else reference.aggregate(loss, entropies, batch)
+    entropies, kl = (None if tensor is None else tensor.detach() for tensor in (entropies, kl))
+    return loss, logps.detach(), entropies, kl, is_low, is_high
 
 
 def token_logprobs(

@@ -22,12 +22,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # fmt: off
 _POINTERS = (
     "logits", "grad", "ids", "mask", "advantages", "rewards", "advantage_space", "old_logps", "ref_logps",
-    "is_ratio", "token_weight", "entropy_weight", "beta", "share", "loss", "logps", "entropies", "kl", "coef",
-    "lse", "is_low", "is_high", "grad_logps", "grad_entropies",
+    "is_ratio", "token_weight", "entropy_weight", "beta", "epsilon_low", "epsilon_high", "share", "loss", "logps",
+    "entropies", "kl", "coef", "lse", "is_low", "is_high", "grad_logps", "grad_entropies",
 )
 _SIZES = (
     "B", "L", "V", "logits_stride_b", "logits_stride_l", "grad_stride_b", "grad_stride_l", "advantage_stride_b",
     "advantage_stride_l", "is_ratio_stride_b", "is_ratio_stride_l", "weight_stride_b", "weight_stride_l",
+    "beta_stride_b", "beta_stride_l", "epsilon_low_stride_b", "epsilon_low_stride_l", "epsilon_high_stride_b",
+    "epsilon_high_stride_l",
     "num_generations",
 )
 _INTS = ("dtype", "scale_rewards", "two_phase")
@@ -186,7 +188,10 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
     call.strided("is_ratio", "is_ratio", batch.is_ratio)
     call.strided("token_weight", "weight", batch.token_weight)
     call.contiguous(old_logps=batch.old_logps, ref_logps=batch.ref_logps)
-    call.contiguous(entropy_weight=batch.entropy_weight, beta=batch.beta)
+    call.strided("beta", "beta", batch.beta.expand(batch.ids.shape))
+    call.strided("epsilon_low", "epsilon_low", batch.epsilon_low)
+    call.strided("epsilon_high", "epsilon_high", batch.epsilon_high)
+    call.contiguous(entropy_weight=batch.entropy_weight)
     if batch.advantages is None:
         assert batch.rewards is not None
         call.contiguous(rewards=batch.rewards, advantage_space=torch.empty_like(batch.rewards))

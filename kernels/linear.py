@@ -208,7 +208,7 @@ def _unmasked(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def _packed(batch: LossBatch, index: Tensor) -> LossBatch:
     """The batch reduced to the tokens `index` [N], as one completion [1, N] with an advantage for each token."""
-    batch = replace(batch, advantages=reference.token_advantages(batch), rewards=None, mask=None)
+    batch = replace(batch, advantages=reference.token_advantages(batch), rewards=None, mask=None, cu_seqlens=None)
     return _per_token(batch, lambda tensor: tensor.reshape(-1)[index][None])
 
 

@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mr1fast.kernels.completions import Completions
+
 
 class Tokens(NamedTuple):
     """What the normalisers count."""
 
     ids: Tensor  # [B, L]
     mask: Tensor | None  # [B, L]
+    completions: Completions
     max_completion_length: float | None
     num_items_in_batch: Tensor | float | None
+    num_sequences: Tensor | float | None
 
 
 # What a token's loss is divided by: a number, or a tensor that broadcasts to [B, L]. Counts of tokens are at least 1.
@@ -28,22 +32,22 @@ def token_count(ids: Tensor, mask: Tensor | None) -> Tensor | int:
 
 def completion_tokens(tokens: Tokens) -> Tensor | float:
     """The mean over a completion's tokens, then over completions."""
-    B, L = tokens.ids.shape
-    if tokens.mask is None:
-        return max(B, 1) * max(L, 1)
-    return tokens.mask.sum(1, keepdim=True).clamp_(min=1).mul_(max(B, 1))
+    return tokens.completions.tokens(tokens.mask) * completions(tokens)
 
 
-def completions(tokens: Tokens) -> float:
-    """The sum over a completion's tokens, the mean over completions."""
-    return max(len(tokens.ids), 1)
+def completions(tokens: Tokens) -> Tensor | float:
+    """The sum over a completion's tokens, the mean over completions, of which this call may see only a part."""
+    many = tokens.num_sequences
+    if many is None:
+        return max(tokens.completions.size, 1)
+    return many.where(many > 0, 1) if isinstance(many, Tensor) else many
 
 
-def longest_completions(tokens: Tokens) -> float:
+def longest_completions(tokens: Tokens) -> Tensor | float:
     """The mean over all tokens that could exist: every token has the same weight, however long the completions are."""
     if tokens.max_completion_length is None:
         raise ValueError("max_completion_length must be given for loss_type='dr_grpo' (its normaliser), got None")
-    return max(len(tokens.ids), 1) * tokens.max_completion_length
+    return completions(tokens) * tokens.max_completion_length
 
 
 def all_tokens(tokens: Tokens) -> Tensor | float:

@@ -4,7 +4,8 @@ Everything the fused kernels compute is defined here, and they are tested agains
 token is written out in two more places together with its derivative: `triton_objective.py` and `csrc/token_loss.h`.
 
 Sources: OThink-MR1 (arXiv 2503.16081) for the GRPO-D objective, TRL 1.16's `GRPOTrainer._compute_loss` for the other
-loss types. Shapes: B completions, L tokens, V vocabulary. 16-bit logits are computed in float32, float64 in float64.
+loss types. Shapes: B completions, L tokens, V vocabulary; S packed completions of T tokens in all are [1, T], and
+cu_seqlens says where each begins. 16-bit logits are computed in float32, float64 in float64.
 
 Masked tokens are replaced by harmless values *before* any arithmetic, not multiplied by zero after it: 0 * inf is NaN,
 and a padded position may hold anything.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mr1fast.kernels import normalisers
 from mr1fast.kernels.advantages import group_advantages
+from mr1fast.kernels.completions import Completions
 from mr1fast.kernels.normalisers import Tokens
 
 # float32's exp overflows at 88.7. Log-ratios are cut off at 80, which leaves a factor of e^8.7 for what multiplies them
@@ -49,12 +51,19 @@ class LossSpec:
     delta: float = math.inf  # inf: the ratio has no second bound
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    kl_estimator: str = "k3"
+    kl_clamp: float = math.inf  # inf: the log-ratio to the reference is not cut
     temperature: float = 1.0
 
     @property
     def policy(self) -> int:
         """The code under which the other two spellings know the policy term."""
         return _POLICY_CODES[self.loss_type]
+
+    @property
+    def estimator(self) -> int:
+        """The code under which the other two spellings know the estimator of the KL."""
+        return KL_ESTIMATORS.index(self.kl_estimator)
 
     @property
     def switches(self) -> tuple[int, ...]:
@@ -70,7 +79,7 @@ class LossSpec:
 
 # What Triton and C++ are told about a token's objective besides its tensors: the switches that select code, and the
 # numbers in it. Both are passed as lists in this order, which is also the order of TokenSpec in csrc/token_loss.h.
-SWITCHES = ("policy", *(field.name for field in fields(LossSpec) if field.type == "bool"))
+SWITCHES = ("policy", "estimator", *(field.name for field in fields(LossSpec) if field.type == "bool"))
 NUMBERS = tuple(field.name for field in fields(LossSpec) if field.type == "float" and field.name != "temperature")
 _switches_of, _numbers_of = attrgetter(*SWITCHES), attrgetter(*NUMBERS)
 
@@ -79,12 +88,13 @@ _switches_of, _numbers_of = attrgetter(*SWITCHES), attrgetter(*NUMBERS)
 class LossBatch:
     """All tensors of a call except its logits, checked and brought into one form; none needs a gradient.
 
-    Tensors [B, L] other than ids and mask are in the compute dtype and may be expanded views (stride 0).
+    Tensors [B, L] other than ids and mask are in the compute dtype and may be expanded views (stride 0). What is not
+    given for each token is in the LossSpec.
     """
 
     ids: Tensor  # [B, L] int64
-    token_weight: Tensor  # [B, L], the normaliser of each token
-    beta: Tensor  # 0-d
+    token_weight: Tensor  # [B, L], what each token's loss is multiplied by before the sum
+    beta: Tensor  # 0-d or [B, L]
     mask: Tensor | None = None  # [B, L] bool
     advantages: Tensor | None = None  # [B, L], or None with:
     rewards: Tensor | None = None  # [B]
@@ -94,6 +104,9 @@ class LossBatch:
     ref_logps: Tensor | None = None  # [B, L]
     is_ratio: Tensor | None = None  # [B, L]
     entropy_weight: Tensor | None = None  # 0-d, entropy_coef / number of tokens
+    epsilon_low: Tensor | None = None  # [B, L]
+    epsilon_high: Tensor | None = None  # [B, L]
+    cu_seqlens: Tensor | None = None  # [S + 1] where [B, L] is [1, T]: S packed completions
 
 
 # What a backend's one pass returns: the loss (0-d); then, all [B, L], the loss of each token without its weight, logps,
@@ -188,8 +201,63 @@ def _nowhere(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool)
 
 
+def _of_tokens(spec: LossSpec, batch: LossBatch) -> LossSpec:
+    """The spec with those settings as tensors [B, L] that the batch gives for each token."""
+    if batch.epsilon_low is None and batch.epsilon_high is None:
+        return spec
+    low, high = (
+        torch.full_like(batch.token_weight, number) if tensor is None else tensor
+        for tensor, number in ((batch.epsilon_low, spec.epsilon_low), (batch.epsilon_high, spec.epsilon_high))
+    )
+    return replace(spec, epsilon_low=low, epsilon_high=high)  # type: ignore[arg-type]
+
+
 Policy = Callable[[Tensor, Tensor, Tensor, LossSpec], Term]
 POLICIES: tuple[Policy, ...] = (_clip, _cispo, _sapo)  # in the order of their numbers in Triton and C++
+
+
+# ---- the KL to the reference, from d = ref_logp - logp ----
+
+
+def _k1(d: Tensor) -> Tensor:
+    """Unbiased, of either sign. (The names k1, k2 and k3 are Schulman's, http://joschu.net/blog/kl-approx.html.)"""
+    return -d
+
+
+def _abs(d: Tensor) -> Tensor:
+    return d.abs()
+
+
+def _k2(d: Tensor) -> Tensor:
+    return d.square() / 2
+
+
+def _k3(d: Tensor) -> Tensor:
+    """Unbiased, at least 0. It grows with e^d: beyond d = 80 the exponential (and with it the slope) stays at e^80. It
+    is then far beyond any use as an estimate; what matters is that loss and gradient stay finite and keep pulling the
+    policy back.
+    """
+    return saturating_exp(d) - d - 1
+
+
+def _low_var_kl(d: Tensor) -> Tensor:
+    """verl's and EasyR1's, and OpenRLHF's k3: cut at 10, beyond which nothing pulls the policy back any more.
+
+    (verl and EasyR1 cut d at 20 before; at 20 either way the estimate is above 10 already.)
+    """
+    kl = _k3(d)
+    return torch.where(kl > LOW_VAR_KL_LIMIT, LOW_VAR_KL_LIMIT, kl)
+
+
+ESTIMATORS = (_k1, _abs, _k2, _k3, _low_var_kl)  # in the order of their numbers in Triton and C++
+KL_ESTIMATORS = tuple(estimator.__name__.removeprefix("_") for estimator in ESTIMATORS)
+LOW_VAR_KL_LIMIT = 10.0
+
+
+def _kl(d: Tensor, spec: LossSpec) -> Tensor:
+    if spec.kl_clamp != math.inf:  # not by clamp(), which would give a NaN the gradient 0
+        d = torch.where(d > spec.kl_clamp, spec.kl_clamp, torch.where(d < -spec.kl_clamp, -spec.kl_clamp, d))
+    return ESTIMATORS[spec.estimator](d)
 
 
 def token_advantages(batch: LossBatch) -> Tensor:
@@ -202,12 +270,7 @@ def token_advantages(batch: LossBatch) -> Tensor:
 
 
 def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Per-token loss, KL, and the two clip flags, all [B, L] and 0 where masked; differentiable in `logps` [B, L].
-
-    The k3 estimate of the KL, exp(d) - d - 1 with d = ref_logp - logp, grows with e^d: beyond d = 80 the exponential
-    (and with it the slope) stays at e^80. It is then far beyond any use as an estimate; what matters is that loss and
-    gradient stay finite and keep pulling the policy back.
-    """
+    """Per-token loss, KL, and the two clip flags, all [B, L] and 0 where masked; differentiable in `logps` [B, L]."""
     keep = (lambda x: x) if batch.mask is None else (lambda x: torch.where(batch.mask, x, 0))
     dead = logps == NEG_INF
     logps = torch.where(dead, 0, logps)
@@ -221,18 +284,19 @@ def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, 
         log_ratio = logps - old.clamp(min=-1e30)
         log_ratio = torch.where(dead, torch.where(old == NEG_INF, 0, NEG_INF), log_ratio)
     if spec.importance_sampling_level == "sequence":
-        tokens = logps.shape[1] if batch.mask is None else batch.mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = (keep(log_ratio).sum(1, keepdim=True) / tokens).expand(logps.shape)
+        completions = Completions.of(logps.shape, batch.cu_seqlens)
+        total = completions.spread(completions.sums(keep(log_ratio)))
+        log_ratio = (total / completions.tokens(batch.mask)).to(logps.dtype).expand(logps.shape)
     ratio = saturating_exp(log_ratio)
 
-    loss, is_low, is_high = _LOSS_TYPES[spec.loss_type].policy(ratio, advantages, logps, spec)
+    loss, is_low, is_high = _LOSS_TYPES[spec.loss_type].policy(ratio, advantages, logps, _of_tokens(spec, batch))
     if batch.is_ratio is not None:
         loss = loss * keep(batch.is_ratio)
 
     kl = None
     if batch.ref_logps is not None:
         d = torch.where(dead, 0, keep(batch.ref_logps) - logps)
-        kl = saturating_exp(d) - d - 1
+        kl = _kl(d, spec)
         if spec.use_bias_correction_kl:
             kl = kl * ratio
         kl = keep(kl)
@@ -269,9 +333,13 @@ def token_weight(
     loss_type: str,
     max_completion_length: float | None,
     num_items_in_batch: Tensor | float | None,
+    completions: Completions | None = None,
+    num_sequences: Tensor | float | None = None,
 ) -> Tensor:
-    """What each token's loss is multiplied by before the sum, [B, L] (a view)."""
-    count = _LOSS_TYPES[loss_type].normaliser(Tokens(ids, mask, max_completion_length, num_items_in_batch))
+    """The reciprocal of its normaliser for each token, [B, L] (a view)."""
+    completions = completions or Completions.of(ids.shape, None)
+    tokens = Tokens(ids, mask, completions, max_completion_length, num_items_in_batch, num_sequences)
+    count = _LOSS_TYPES[loss_type].normaliser(tokens)
     if isinstance(count, Tensor):
         weight = count.to(dtype).reciprocal()
     else:  # a number wherever possible: small tensors cost more than they seem to
@@ -279,9 +347,10 @@ def token_weight(
     return weight.expand(ids.shape)
 
 
-def aggregate(per_token_loss: Tensor, entropies: Tensor, batch: LossBatch) -> Tensor:
-    """The loss, 0-d: normalised sum of the per-token losses minus the entropy bonus."""
+def aggregate(per_token_loss: Tensor, entropies: Tensor | None, batch: LossBatch) -> Tensor:
+    """The loss, 0-d: normalised sum of the per-token losses minus the entropy bonus, if there is one."""
     loss = (per_token_loss * batch.token_weight).sum()
     if batch.entropy_weight is not None:
+        assert entropies is not None
         loss = loss - batch.entropy_weight * entropies.sum()
     return loss

@@ -28,11 +28,12 @@ from mr1fast.kernels.triton_rows import (
 # row are 16 bytes wide wherever they can be.
 _STEPWISE = (
     "logits_stride_b logits_stride_l grad_stride_b grad_stride_l L B G advantage_stride_b advantage_stride_l "
-    "is_ratio_stride_b is_ratio_stride_l weight_stride_b weight_stride_l temperature"
+    "is_ratio_stride_b is_ratio_stride_l weight_stride_b weight_stride_l beta_stride_b beta_stride_l "
+    "epsilon_low_stride_b epsilon_low_stride_l epsilon_high_stride_b epsilon_high_stride_l temperature"
 ).split()
 _SMALL = (
     "ids_ptr mask_ptr advantages_ptr rewards_ptr old_ptr ref_ptr is_ratio_ptr weight_ptr entropy_weight_ptr beta_ptr "
-    "share_ptr loss_ptr logp_ptr entropy_ptr kl_ptr is_low_ptr is_high_ptr coef_ptr"
+    "epsilon_low_ptr epsilon_high_ptr share_ptr loss_ptr logp_ptr entropy_ptr kl_ptr is_low_ptr is_high_ptr coef_ptr"
 ).split()
 
 
@@ -78,7 +79,15 @@ def grpo_loss_fwd_kernel(
     weight_stride_b: tl.int64,
     weight_stride_l: tl.int64,
     entropy_weight_ptr,  # [] or None
-    beta_ptr,  # []
+    beta_ptr,  # [B, L]
+    beta_stride_b: tl.int64,
+    beta_stride_l: tl.int64,
+    epsilon_low_ptr,  # [B, L], or None: spec.epsilon_low
+    epsilon_low_stride_b: tl.int64,
+    epsilon_low_stride_l: tl.int64,
+    epsilon_high_ptr,  # [B, L], or None: spec.epsilon_high
+    epsilon_high_stride_b: tl.int64,
+    epsilon_high_stride_l: tl.int64,
     spec,  # a TokenSpec
     temperature,
     share_ptr,  # out, all [B, L] contiguous: what the token adds to the loss
@@ -116,7 +125,13 @@ def grpo_loss_fwd_kernel(
     tl.device_assert((id >= 0) & (id < V), "completion_ids out of range at an unmasked position")
     x_id = tl.load(logits_ptr + id).to(tl.float32)
     weight = tl.load(weight_ptr + b * weight_stride_b + l * weight_stride_l)
-    beta = tl.load(beta_ptr)
+    beta = tl.load(beta_ptr + b * beta_stride_b + l * beta_stride_l)
+    epsilon_low = spec.epsilon_low
+    if epsilon_low_ptr is not None:
+        epsilon_low = tl.load(epsilon_low_ptr + b * epsilon_low_stride_b + l * epsilon_low_stride_l)
+    epsilon_high = spec.epsilon_high
+    if epsilon_high_ptr is not None:
+        epsilon_high = tl.load(epsilon_high_ptr + b * epsilon_high_stride_b + l * epsilon_high_stride_l)
     old_logp = None
     if old_ptr is not None:
         old_logp = tl.load(old_ptr + at)
@@ -134,7 +149,9 @@ def grpo_loss_fwd_kernel(
     scale = tl.div_rn(LOG2_E, temperature)
     base, log2_sum, entropy = row_statistics(logits_ptr, scale, V, C, T, W, STAGES)
     logp = ((x_id - base) * scale - log2_sum) * LN_2
-    loss, slope, kl, is_low, is_high = token_objective(logp, old_logp, ref_logp, advantage, is_ratio, beta, spec)
+    loss, slope, kl, is_low, is_high = token_objective(
+        logp, old_logp, ref_logp, advantage, is_ratio, beta, epsilon_low, epsilon_high, spec
+    )
     coef = weight * slope
     share = weight * loss
     on_entropy = None
@@ -157,6 +174,11 @@ def grpo_loss_fwd_kernel(
             )  # fmt: skip
 
 
+def _strided(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A tensor [B, L], perhaps expanded, with its strides; or what stands for none."""
+    return (None, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
+
+
 def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """The one pass; see `dispatch.Backend`."""
     B, L, V = logits.shape
@@ -174,13 +196,13 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
                 L,
                 batch.ids.contiguous(),
                 None if batch.mask is None else batch.mask.contiguous(),
-                batch.advantages, *((0, 0) if batch.advantages is None else batch.advantages.stride()),
+                *_strided(batch.advantages),
                 batch.rewards if batch.advantages is None else None, B, batch.num_generations,
                 None if batch.old_logps is None else batch.old_logps.contiguous(),
                 None if batch.ref_logps is None else batch.ref_logps.contiguous(),
-                batch.is_ratio, *((0, 0) if batch.is_ratio is None else batch.is_ratio.stride()),
-                batch.token_weight, *batch.token_weight.stride(),
-                batch.entropy_weight, batch.beta,
+                *_strided(batch.is_ratio), *_strided(batch.token_weight),
+                batch.entropy_weight,
+                *_strided(batch.beta.expand(B, L)), *_strided(batch.epsilon_low), *_strided(batch.epsilon_high),
                 token_spec(spec), float(spec.temperature),
                 share, per_token_loss, logps, entropies, kl, is_low, is_high, coef,
                 SCALE_REWARDS=batch.scale_rewards if batch.advantages is None else "none",

@@ -22,6 +22,14 @@ CLIP = tl.constexpr(0)
 CISPO = tl.constexpr(1)
 SAPO = tl.constexpr(2)
 
+# The estimators of the KL, in the order of reference.ESTIMATORS.
+K1 = tl.constexpr(0)
+ABS = tl.constexpr(1)
+K2 = tl.constexpr(2)
+K3 = tl.constexpr(3)
+LOW_VAR_KL = tl.constexpr(4)
+LOW_VAR_KL_LIMIT = tl.constexpr(reference.LOW_VAR_KL_LIMIT)
+
 # Declared without field types, which would repeat the names. As an argument of a kernel it counts as one parameter.
 TokenSpec = namedtuple("TokenSpec", reference.SWITCHES + reference.NUMBERS)  # type: ignore[misc]
 
@@ -38,6 +46,30 @@ def _smaller(a, b):
 
 
 @triton.jit
+def _kl(d, spec):
+    """(kl, its derivative with respect to logp) from d = ref_logp - logp, whose own slope is -1, and 0 if it is cut."""
+    held = (d > spec.kl_clamp) | (d < -spec.kl_clamp)
+    d = tl.where(d > spec.kl_clamp, spec.kl_clamp, tl.where(d < -spec.kl_clamp, -spec.kl_clamp, d))
+    if spec.estimator == K1:
+        kl = -d
+        slope = tl.where(d == d, 1.0, d)
+    elif spec.estimator == ABS:
+        kl = tl.where(d < 0, -d, d)
+        slope = tl.where(d > 0, -1.0, tl.where(d < 0, 1.0, d))
+    elif spec.estimator == K2:
+        kl = d * d / 2
+        slope = -d
+    else:
+        exp_d = tl.exp(_smaller(d, EXP_LIMIT))
+        kl = exp_d - d - 1
+        slope = 1 - exp_d
+        if spec.estimator == LOW_VAR_KL:
+            slope = tl.where(kl > LOW_VAR_KL_LIMIT, 0.0, slope)
+            kl = _smaller(kl, LOW_VAR_KL_LIMIT)
+    return kl, tl.where(held, 0.0, slope)
+
+
+@triton.jit
 def token_objective(
     logp,
     old_logp,
@@ -45,13 +77,16 @@ def token_objective(
     advantage,
     is_ratio,
     beta,
+    epsilon_low,
+    epsilon_high,
     spec,
 ):
     """(loss, dloss_dlogp, kl, is_low_clipped, is_high_clipped) of one token, before the normaliser.
 
     old_logp, ref_logp and is_ratio may be None, which is known at compile time; without ref_logp kl is 0. spec is a
-    TokenSpec. See `reference.objective` for where an exponential saturates, and for banned tokens (logp -inf), which
-    get no gradient. The derivative of the ratio with respect to logp is the ratio itself.
+    TokenSpec; the token's epsilons stand beside it. See `reference.objective` for where an exponential saturates, and
+    for banned tokens (logp -inf), which get no gradient. The derivative of the ratio with respect to logp is the ratio
+    itself.
     """
     dead = logp == NEG_INF
     live_logp = tl.where(dead, 0.0, logp)
@@ -63,11 +98,11 @@ def token_objective(
     ratio = tl.exp(_smaller(log_ratio, EXP_LIMIT))
 
     if spec.policy == CISPO:
-        weight = _smaller(ratio, spec.epsilon_high) * advantage  # a constant to the derivative
+        weight = _smaller(ratio, epsilon_high) * advantage  # a constant to the derivative
         loss = -weight * live_logp
         slope = -weight
         is_low = dead != dead
-        is_high = (ratio > spec.epsilon_high) & (advantage > 0)
+        is_high = (ratio > epsilon_high) & (advantage > 0)
     elif spec.policy == SAPO:
         t = tl.where(advantage > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
         gate = tl.sigmoid(t * (ratio - 1))
@@ -76,8 +111,8 @@ def token_objective(
         is_low = dead != dead
         is_high = is_low
     else:
-        ratio_low = 1.0 - spec.epsilon_low
-        ratio_high = 1.0 + spec.epsilon_high
+        ratio_low = 1.0 - epsilon_low
+        ratio_high = 1.0 + epsilon_high
         bounded = _smaller(ratio, spec.delta)
         clipped = _smaller(tl.where(ratio < ratio_low, ratio_low, ratio), ratio_high)
         loss = -_smaller(bounded * advantage, clipped * advantage)
@@ -94,9 +129,7 @@ def token_objective(
     kl = 0.0
     if ref_logp is not None:
         d = tl.where(dead, 0.0, ref_logp - live_logp)
-        exp_d = tl.exp(_smaller(d, EXP_LIMIT))
-        kl = exp_d - d - 1
-        kl_slope = 1 - exp_d  # d's own slope is -1
+        kl, kl_slope = _kl(d, spec)
         if spec.use_bias_correction_kl:
             kl_slope = (kl_slope + kl) * ratio
             kl *= ratio

@@ -12,6 +12,7 @@ from mr1fast.losses.kl_weight import KLSchedule, kl_weight
 if TYPE_CHECKING:
     from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
     from mr1fast.losses.logits import GRPOLoss, GRPOLossOutput, group_advantages, grpo_loss, token_logprobs
+    from mr1fast.losses.logps import grpo_loss_from_logps, shift_packed
 
 __version__ = "0.1.0"
 
@@ -21,9 +22,11 @@ __all__ = [
     "KLSchedule",
     "group_advantages",
     "grpo_loss",
+    "grpo_loss_from_logps",
     "kl_weight",
     "linear_grpo_loss",
     "linear_token_logprobs",
+    "shift_packed",
     "token_logprobs",
 ]
 
@@ -31,9 +34,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """torch is imported with the first loss function, so that the programs can reject a bad option at once."""
     if name in __all__:
-        from mr1fast.losses import hidden, logits
+        from mr1fast.losses import hidden, logits, logps
 
-        return getattr(hidden if name.startswith("linear_") else logits, name)
+        return next(getattr(module, name) for module in (logits, hidden, logps) if hasattr(module, name))
     raise AttributeError(f"module 'mr1fast' has no attribute {name!r}")
 
 

@@ -6,7 +6,7 @@ from oracle import oracle
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda
 from mr1fast.kernels.reference import LOSS_TYPES, LossSpec
-from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of
+from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, random_batch
 
 # One loss type for each policy term, which is all that a kernel knows of it: the others differ in a normaliser.
 DISTINCT = tuple({LossSpec(loss_type=name).policy: name for name in reversed(LOSS_TYPES)}.values())[::-1]
@@ -44,8 +44,39 @@ OPTIONS = {
         "scale_rewards": "none",
     },
     "token_advantages": lambda batch: {"beta": 0.1, "advantages": torch.randn(batch["logits"].shape[:2])},
+    "beta_per_completion": lambda batch: {"beta": torch.linspace(0, 0.3, len(batch["logits"]))},
+    "beta_per_token": lambda batch: {"beta": _per_token(batch, 0.2), "use_bias_correction_kl": True},
+    "epsilon_per_completion": lambda batch: {
+        "epsilon_low": torch.linspace(0.1, 0.3, len(batch["logits"])),
+        "epsilon_high": torch.linspace(0.9, 1.2, len(batch["logits"])),
+    },
+    "epsilon_per_token": lambda batch: {"beta": 0.1, "epsilon_low": _per_token(batch, 0.4)},
+    "token_weight": lambda batch: {"beta": 0.1, "token_weight": _per_token(batch, 2.0), "entropy_coef": 0.1},
+    "is_ratio_vector": lambda batch: {"importance_sampling_ratio": torch.linspace(0.5, 2, len(batch["logits"]))},
+    "num_sequences": lambda batch: {"beta": 0.1, "num_sequences": 9},
+    "num_sequences_tensor": lambda batch: {"num_sequences": torch.tensor(3.5)},
+    "sum": lambda batch: {"beta": 0.1, "reduction": "sum", "entropy_coef": 0.1},
+    "weighted_none": lambda batch: {"beta": 0.1, "reduction": "none", "token_weight": _per_token(batch, 2.0)},
+    "k1": lambda batch: {"beta": 0.1, "kl_estimator": "k1"},
+    "abs": lambda batch: {"beta": 0.1, "kl_estimator": "abs", "use_bias_correction_kl": True},
+    "k2": lambda batch: {"beta": 0.1, "kl_estimator": "k2", "kl_clamp": 0.3},
+    "k3_clamp": lambda batch: {"beta": 0.1, "kl_clamp": 0.3, "use_bias_correction_kl": True},
+    "low_var_kl": lambda batch: {
+        "beta": 0.1,
+        "kl_estimator": "low_var_kl",
+        "ref_per_token_logps": batch["ref_per_token_logps"] * 3,
+    },
     "num_items": lambda batch: {"beta": 0.1, "num_items_in_batch": torch.tensor(29)},
 }
+
+
+def _per_token(batch, scale):
+    """Numbers between 0 and scale, [B, L], of which a quarter is 0; NaN where they must not be looked at."""
+    shape = batch["logits"].shape[:2]
+    values = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 4 - 1).clamp(min=0) * scale / 3
+    return values if batch["completion_mask"] is None else values.masked_fill(~batch["completion_mask"], torch.nan)
+
+
 REWARDS = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0, 0.0])
 
 
@@ -79,10 +110,53 @@ def cuda_path(logits):
     return cuda._library(logits).mr1_grpo_path(call.c).decode()
 
 
+def packing(lengths):
+    """Where [B, L] holds a token of the packed form, and cu_seqlens, for completions of these lengths."""
+    lengths = torch.tensor(lengths)
+    return torch.arange(int(lengths.max())) < lengths[:, None], torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def packed(values, select):
+    """The values with what is [B, L, ...] in them as [T, ...]."""
+
+    def one(value):
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            return value
+        return value[select] if value.shape[:2] == select.shape else value.squeeze(1)
+
+    return {name: one(value) for name, value in values.items()}
+
+
+def packed_batch(lengths, V, *, seed=0, **keywords):
+    """(padded batch, packed batch, the tokens of [B, L] that are in the latter), with holes in both masks."""
+    select, cu_seqlens = packing(lengths)
+    batch = random_batch(*select.shape, V, seed=seed, **keywords)
+    holes = torch.rand(select.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+    batch["completion_mask"] = select & ~holes
+    return batch, packed(batch, select) | {"cu_seqlens": cu_seqlens}, select
+
+
 def check(batch, backend, **settings):
     """Hold the backend to the error budget; the oracle and torch in the same dtype run on the CPU."""
+    exact, exact_gradient = run(oracle, batch["logits"].double(), batch, **settings)
+    compare(batch, backend, exact, exact_gradient, **settings)
+
+
+def check_packed(lengths, V, backend, option=lambda batch: {}, *, dtype=torch.float32, **settings):
+    """The packed form against the oracle on the padded one."""
+    batch, flat, select = packed_batch(lengths, V, seed=len(lengths), dtype=dtype)
+    settings |= option(batch)
+    if settings.get("completion_mask", True) is None:
+        batch["completion_mask"], flat["completion_mask"] = select, None
+        settings.pop("completion_mask")
+    exact, exact_gradient = run(oracle, batch["logits"].double(), batch, **settings)
+    exact = {name: value[select] if value is not None and value.dim() else value for name, value in exact.items()}
+    compare(flat, backend, exact, exact_gradient[select], **packed(settings, select))
+
+
+def compare(batch, backend, exact, exact_gradient, **settings):
+    """Hold outputs and gradient of the backend to the error budget around the exact ones."""
     logits = batch["logits"]
-    exact, exact_gradient = run(oracle, logits.double(), batch, **settings)
     peer, peer_gradient = run(grpo_loss, logits, batch, backend="torch", **settings)
     actual, gradient = run(grpo_loss, logits, batch, backend=backend, **settings)
     assert gradient.dtype == logits.dtype
@@ -100,5 +174,6 @@ def check(batch, backend, **settings):
     scale = exact_gradient.abs().max().clamp(min=1e-30)
     floor = GRADIENT_FLOOR[logits.dtype]
     assert_within_budget("gradient", gradient / scale, exact_gradient / scale, peer_gradient / scale, floor)
-    if batch["completion_mask"] is not None and settings.get("completion_mask", True) is not None:
-        assert (gradient[~batch["completion_mask"]] == 0).all()
+    mask = batch["completion_mask"] if "completion_mask" not in settings else settings["completion_mask"]
+    if mask is not None:
+        assert (gradient[~mask] == 0).all()

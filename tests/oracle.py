@@ -37,6 +37,18 @@ def _token(logits, token_id, temperature):
     return z[token_id] - lse, -(torch.exp(log_p) * log_p).sum()
 
 
+def _kl(d, estimator):
+    """An estimate of the KL from d = ref_logp - logp."""
+    if estimator == "k1":
+        return -d
+    if estimator == "abs":
+        return d if d > 0 else -d
+    if estimator == "k2":
+        return d * d / 2
+    k3 = torch.expm1(d) - d
+    return 0 * d + 10 if estimator == "low_var_kl" and k3 > 10 else k3
+
+
 def oracle(
     logits,
     ids,
@@ -63,14 +75,26 @@ def oracle(
     num_items_in_batch=None,
     temperature=1.0,
     reduction="mean",
+    kl_estimator="k3",
+    kl_clamp=math.inf,
+    token_weight=None,
+    num_sequences=None,
 ):
     """logits float64 [B, L, V]; returns the fields of GRPOLossOutput as a dict."""
     B, L, _ = logits.shape
-    beta, zero = float(beta), torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
     if rewards is not None:
         advantages = torch.tensor(group_relative(rewards, num_generations, scale_rewards), dtype=torch.float64)
     used = [[t for t in range(L) if completion_mask is None or completion_mask[b, t]] for b in range(B)]
     tokens = max(1, sum(map(len, used)))
+    sequences = B if num_sequences is None else float(num_sequences)
+
+    def setting(value, b, t):
+        """The value of a setting for one token: a number, or a tensor [], [B], [B, 1] or [B, L]."""
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return float(value)
+        return float(value[b] if value.dim() == 1 else value[b, t if value.shape[1] > 1 else 0])
+
     loss = [[zero] * L for _ in range(B)]
     logps, entropies, kls = ([[zero] * L for _ in range(B)] for _ in range(3))
     low, high = ([[False] * L for _ in range(B)] for _ in range(2))
@@ -88,29 +112,31 @@ def oracle(
         for t in used[b]:
             A = (advantages[b] if advantages.dim() == 1 else advantages[b, t]).double()
             r = torch.exp(log_ratios[t])
+            eps_low, eps_high = setting(epsilon_low, b, t), setting(epsilon_high, b, t)
             if loss_type == "cispo":
-                term = -min(r.item(), epsilon_high) * A * logps[b][t]
-                high[b][t] = r.item() > epsilon_high and A.item() > 0
+                term = -min(r.item(), eps_high) * A * logps[b][t]
+                high[b][t] = r.item() > eps_high and A.item() > 0
             elif loss_type == "sapo":
                 tau = sapo_temperature_pos if A > 0 else sapo_temperature_neg
                 term = -(4 / tau) / (1 + torch.exp(-tau * (r - 1))) * A
             else:
                 bounded = r if delta is None or r <= delta else zero + delta
-                clipped = min(max(r.item(), 1 - epsilon_low), 1 + epsilon_high)
-                inside = 1 - epsilon_low <= r.item() <= 1 + epsilon_high
+                clipped = min(max(r.item(), 1 - eps_low), 1 + eps_high)
+                inside = 1 - eps_low <= r.item() <= 1 + eps_high
                 clipped = r if inside else zero + clipped
                 term = -(bounded * A if (bounded * A).item() <= (clipped * A).item() else clipped * A)
-                low[b][t] = bounded.item() < 1 - epsilon_low and A.item() < 0
-                high[b][t] = bounded.item() > 1 + epsilon_high and A.item() > 0
+                low[b][t] = bounded.item() < 1 - eps_low and A.item() < 0
+                high[b][t] = bounded.item() > 1 + eps_high and A.item() > 0
             if importance_sampling_ratio is not None:
-                term = term * importance_sampling_ratio[b, t if importance_sampling_ratio.shape[1] > 1 else 0].double()
+                term = term * setting(importance_sampling_ratio, b, t)
             if ref_per_token_logps is not None:
                 d = ref_per_token_logps[b, t].double() - logps[b][t]
-                kls[b][t] = torch.expm1(d) - d
+                d = d if abs(d.item()) <= kl_clamp else zero + math.copysign(kl_clamp, d.item())
+                kls[b][t] = _kl(d, kl_estimator)
                 if use_bias_correction_kl:
                     kls[b][t] = kls[b][t] * r
-                term = term + beta * kls[b][t]
-            loss[b][t] = term
+                term = term + setting(beta, b, t) * kls[b][t]
+            loss[b][t] = term if token_weight is None else term * float(token_weight[b, t])
 
     def stack(rows):
         return torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in row]) for row in rows])
@@ -118,14 +144,16 @@ def oracle(
     per_token = stack(loss)
     if reduction == "none":
         total = per_token
+    elif reduction == "sum":
+        total = per_token.sum() - entropy_coef * stack(entropies).sum()
     else:
         sums = per_token.sum(1)
         if loss_type in ("grpo", "sapo"):
-            total = sum(sums[b] / max(1, len(used[b])) for b in range(B)) / B
+            total = sum(sums[b] / max(1, len(used[b])) for b in range(B)) / sequences
         elif loss_type == "luspo":
-            total = sums.sum() / B
+            total = sums.sum() / sequences
         elif loss_type == "dr_grpo":
-            total = sums.sum() / (B * max_completion_length)
+            total = sums.sum() / (sequences * max_completion_length)
         elif loss_type == "bnpo" or num_items_in_batch is None:
             total = sums.sum() / tokens
         else:

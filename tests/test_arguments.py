@@ -36,7 +36,7 @@ BAD = [
     ("old_per_token_logps", torch.zeros(B), "old_per_token_logps must be"),
     ("ref_per_token_logps", torch.zeros(L, B), "ref_per_token_logps must be"),
     ("ref_per_token_logps", None, "ref_per_token_logps .* must be given unless beta is the float 0.0"),
-    ("importance_sampling_ratio", torch.ones(B), r"importance_sampling_ratio must be .*\[4, 3\] or \[4, 1\]"),
+    ("importance_sampling_ratio", torch.ones(L), r"importance_sampling_ratio must be .*\[4\] or \[4, 3\] or \[4, 1\]"),
     ("beta", -0.1, "beta must be .* >= 0"),
     ("beta", float("nan"), "beta must be"),
     ("beta", "0.1", "beta must be"),
@@ -53,7 +53,15 @@ BAD = [
     ("max_completion_length", 0, "max_completion_length"),
     ("num_items_in_batch", -1, "num_items_in_batch"),
     ("temperature", 0.0, "temperature must be .* > 0"),
-    ("reduction", "sum", "reduction must be one of mean, none"),
+    ("reduction", "max", "reduction must be one of mean, sum, none"),
+    ("kl_estimator", "k4", "kl_estimator must be one of k1, abs, k2, k3, low_var_kl, got 'k4'"),
+    ("kl_clamp", 0.0, "kl_clamp must be a finite number > 0"),
+    ("beta", torch.zeros(L, B), r"beta must be .* \[4\] or \[4, 3\]"),
+    ("epsilon_low", torch.zeros(5), r"epsilon_low must be .* \[4\] or \[4, 3\]"),
+    ("epsilon_high", torch.zeros(L), r"epsilon_high must be .* \[4\] or \[4, 3\]"),
+    ("token_weight", torch.zeros(B), r"token_weight must be .* \[4, 3\], got float32 \[4\]"),
+    ("num_sequences", 0, "num_sequences must be a finite number > 0"),
+    ("num_sequences", torch.ones(2), "num_sequences must be"),
     ("backend", "cudaa", "backend must be one of"),
     ("scale_rewards", "grup", "did you mean 'group'"),
     ("num_generations", 3, "num_generations must be .* divides .*4.* got 3"),
@@ -85,6 +93,12 @@ def test_ids_out_of_range_on_every_backend(backend):
 def test_both_advantages_and_rewards():
     with pytest.raises(ValueError, match=r"exactly one of advantages or rewards .* got both"):
         grpo_loss(**random_batch(B, L, V), rewards=torch.zeros(B), num_generations=2)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_without_normaliser_there_are_no_sequences_to_count(reduction):
+    with pytest.raises(ValueError, match=f"num_sequences must be None with reduction='{reduction}'"):
+        grpo_loss(**random_batch(B, L, V), num_sequences=3, reduction=reduction)
 
 
 def test_entropy_bonus_needs_the_mean():

@@ -9,7 +9,16 @@ import torch
 
 from mr1fast.kernels import cpp, cuda, ops
 from mr1fast.kernels.advantages import SCALE_REWARDS
-from mr1fast.kernels.reference import LOSS_TYPES, NUMBERS, POLICIES, SWITCHES, LossBatch, LossSpec, flat
+from mr1fast.kernels.reference import (
+    KL_ESTIMATORS,
+    LOSS_TYPES,
+    NUMBERS,
+    POLICIES,
+    SWITCHES,
+    LossBatch,
+    LossSpec,
+    flat,
+)
 
 HEADER = (Path(__file__).parents[1] / "csrc" / "token_loss.h").read_text()
 
@@ -30,6 +39,7 @@ def constants(enum):
 def test_the_header_has_the_same_names_in_the_same_order():
     assert members("Switches") == SWITCHES
     assert members("Numbers") == NUMBERS
+    assert constants("Estimator") == list(KL_ESTIMATORS)
     assert constants("Policy") == [policy.__name__.removeprefix("_") for policy in POLICIES]
     assert constants("RewardScale") == list(SCALE_REWARDS)
     assert tuple(name for name, _ in cuda.TokenSpec._fields_) == SWITCHES + NUMBERS
@@ -39,6 +49,8 @@ def test_triton_has_the_same_codes():
     triton_objective = pytest.importorskip("mr1fast.kernels.triton_objective", reason="Triton exists for Linux only")
     for code, policy in enumerate(POLICIES):
         assert getattr(triton_objective, policy.__name__.removeprefix("_").upper()).value == code
+    for code, name in enumerate(KL_ESTIMATORS):
+        assert getattr(triton_objective, name.upper()).value == code
     spec = triton_objective.token_spec(LossSpec(loss_type="sapo", epsilon_high=0.3))
     assert spec.policy.value == 2
     assert spec.epsilon_high == 0.3

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mr1fast.checks import choice
 from mr1fast.kernels.reference import LOSS_TYPES
-from mr1fast.losses import arguments
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
+from mr1fast.losses.layout import floating
 from mr1fast.losses.logits import GRPOLossOutput, grpo_loss, token_logprobs
 
 
@@ -77,7 +77,7 @@ def triton_grpo_loss(
         ValueError: a bad argument, by name; "vespo" (see the module).
     """
     _refuse_unsupported(loss_type, importance_sampling_level, delta)
-    arguments.floating("logits", logits, "[B, L+1, V]")
+    floating("logits", logits, "[B, L+1, V]")
     B, L = completion_ids.shape
     if logits.shape[:2] != (B, L + 1):
         raise ValueError(f"logits must be [B, L+1, V] with B = {B} and L = {L}, got {list(logits.shape)}")

@@ -262,6 +262,7 @@ class _GRPOD(GRPOTrainer):
 
     def _log_loss(self, mode, out: GRPOLossOutput, mask: Tensor, entropy_coef: float, scale: float, steps: int) -> None:
         """TRL's metrics, over all processes, with two transfers instead of one each."""
+        assert out.entropies is not None
         metrics = self._metrics[mode]
         flags = {"low_mean": out.is_low_clipped, "high_mean": out.is_high_clipped}
         flags["region_mean"] = out.is_low_clipped | out.is_high_clipped

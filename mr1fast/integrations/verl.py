@@ -26,6 +26,7 @@ from mr1fast.kernels import reference
 from mr1fast.losses import arguments
 from mr1fast.losses.hidden import linear_token_logprobs
 from mr1fast.losses.kl_weight import KLSchedule, kl_weight
+from mr1fast.losses.layout import layout_of
 from mr1fast.losses.options import LossOptions, completed
 
 TESTED = "0.9.1"
@@ -57,7 +58,7 @@ def grpo_d(
     As in verl the log-ratio is cut at +-20. Returns the loss (0-d, differentiable in log_prob) and verl's metrics as
     floats: actor/pg_clipfrac, actor/ppo_kl, actor/pg_clipfrac_lower. Raises ValueError for a bad argument, by name.
     """
-    arguments.floating("log_prob", log_prob, "[B, L]")
+    log_prob, layout = layout_of("log_prob", log_prob)
     choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
     epsilon = _setting(config, "clip_ratio", 0.2)
     epsilon_high = _setting(config, "clip_ratio_high", epsilon)
@@ -71,14 +72,14 @@ def grpo_d(
         "old_per_token_logps": old_log_prob,
         "importance_sampling_ratio": rollout_is_weights,
     }
-    B, L = log_prob.shape
-    no_ids = torch.zeros((B, L), dtype=torch.int64, device=log_prob.device)  # the log-probabilities are there already
-    spec, batch = arguments.loss_call(log_prob, (B, L), no_ids, advantages, completed(grpo_d, options))
+    dtype = reference.compute_dtype(log_prob.dtype)
+    no_ids = torch.zeros_like(log_prob, dtype=torch.int64)  # the log-probabilities are there already
+    spec, batch = arguments.loss_call(dtype, layout, no_ids, advantages, completed(grpo_d, options))
     mask = torch.ones_like(log_prob, dtype=torch.bool) if batch.mask is None else batch.mask
     assert batch.old_logps is not None
     assert batch.advantages is not None
     negative = batch.advantages < 0
-    logps = torch.where(mask, log_prob.to(reference.compute_dtype(log_prob.dtype)), 0)
+    logps = torch.where(mask, log_prob.to(dtype), 0)
     old_logps = torch.where(mask, batch.old_logps, 0)
     log_ratio = logps - old_logps
     bounded = log_ratio = log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)

@@ -6,7 +6,7 @@ tensor's values, because the CPU would have to wait for the GPU. Checks that nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,36 +15,28 @@ from torch import Tensor
 
 from mr1fast.checks import described, integer
 from mr1fast.kernels import reference
+from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
 from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.losses.layout import Layout, floating, layout_of, shaped
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))  # here: torch.compile cannot trace the question
 
 
-def floating(name: str, tensor: Any, dims: str) -> Tensor:
-    """Check for a floating-point tensor with as many dimensions as `dims` names, e.g. "[B, L, V]"."""
-    if not isinstance(tensor, Tensor) or tensor.dim() != dims.count(",") + 1 or tensor.dtype not in FLOAT_DTYPES:
+def logits_rows(logits: Any, overwritten: bool, **how: Any) -> tuple[Tensor, Layout]:
+    """logits as [B, L, V], which the call may overwrite, and the layout of the call; `how` as for `layout_of`."""
+    logits, layout = layout_of("logits", logits, "V", **how)
+    if logits.shape[-1] == 0 or (logits.numel() and logits.stride(-1) != 1):
+        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got {_strides(logits)}")
+    if overwritten and not torch.compiler.is_compiling() and _overlaps_itself(logits):
         raise ValueError(
-            f"{name} must be a float32, bfloat16, float16 or float64 tensor {dims}, got {described(tensor)}"
-        )
-    return tensor
-
-
-def logits_shape(logits: Any, inplace: bool) -> tuple[int, int]:
-    """(B, L) of logits [B, L, V], which the call will overwrite if `inplace`."""
-    B, L, V = floating("logits", logits, "[B, L, V]").shape
-    if V == 0 or (logits.numel() and logits.stride(-1) != 1):
-        raise ValueError(f"logits must have a contiguous last dimension of size >= 1, got {_layout(logits)}")
-    if inplace and not torch.compiler.is_compiling() and _overlaps_itself(logits):
-        raise ValueError(
-            f"logits that will be overwritten must not overlap in memory, got {_layout(logits)} (expanded?); "
+            f"logits that will be overwritten must not overlap in memory, got {_strides(logits)} (expanded?); "
             "pass logits.contiguous(), or do not overwrite them (inplace=False, inplace_backward=False)"
         )
-    return B, L
+    return logits, layout
 
 
-def _layout(tensor: Tensor) -> str:
+def _strides(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} with strides {list(tensor.stride())}"
 
 
@@ -58,31 +50,31 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def token_ids(ids: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor:
-    """ids [B, L] as int64 on the device of `like`."""
+def token_ids(ids: Any, layout: Layout, name: str) -> Tensor:
+    """ids as int64 [B, L]."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be an int64 tensor [B, L] = {list(shape)}, got {described(ids)}")
-    checked = _shaped(name, ids, [shape], like)
+        raise ValueError(f"{name} must be an int64 tensor [B, L] = {list(layout.shape)}, got {described(ids)}")
+    checked = layout.per_token(name, ids)
     return checked if checked.dtype == torch.int64 else checked.long()
 
 
-def token_mask(mask: Any, shape: tuple[int, int], like: Tensor, name: str) -> Tensor | None:
+def token_mask(mask: Any, layout: Layout, name: str) -> Tensor | None:
     if mask is None:
         return None
-    checked = _shaped(name, mask, [shape], like)
+    checked = layout.per_token(name, mask)
     return checked if checked.dtype == torch.bool else checked != 0
 
 
-def linear_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """(B, L) of hidden states [B, L, H], after checking that weight [V, H] and bias ([V] or None) match them."""
-    B, L, H = floating("hidden", hidden, "[B, L, H]").shape
-    V = floating("lm_head_weight", weight, "[V, H]").shape[0]
+def hidden_rows(hidden: Any, weight: Any, bias: Any, **how: Any) -> tuple[Tensor, Layout]:
+    """hidden as [B, L, H] and the layout of the call; weight [V, H] and bias ([V] or None) are checked to match."""
+    hidden, layout = layout_of("hidden", hidden, "H", **how)
+    H, V = hidden.shape[-1], floating("lm_head_weight", weight, "[V, H]").shape[0]
     if H == 0:
         raise ValueError(f"hidden must be [B, L, H] with H >= 1, got {list(hidden.shape)}")
     if weight.shape[1] != H or V == 0:
         raise ValueError(f"lm_head_weight must be [V, H] with H = {H} and V >= 1, got {list(weight.shape)}")
     if bias is not None:
-        _shaped("lm_head_bias", bias, [(V,)], None)
+        shaped("lm_head_bias", bias, [(V,)], None)
     for name, tensor in (("lm_head_weight", weight), ("lm_head_bias", bias)):
         if tensor is None:
             continue
@@ -91,7 +83,7 @@ def linear_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[in
         as_is = tensor.dtype in (hidden.dtype, torch.float32)  # float32: master weights of 16-bit hidden states
         if not (as_is or torch.is_autocast_enabled(hidden.device.type)):
             raise ValueError(f"{name} must be {hidden.dtype} like the hidden states, or float32, got {tensor.dtype}")
-    return B, L
+    return hidden, layout
 
 
 def chunk_bytes(value: int | None) -> int | None:
@@ -99,54 +91,58 @@ def chunk_bytes(value: int | None) -> int | None:
 
 
 def loss_call(
-    like: Tensor, shape: tuple[int, int], completion_ids: Tensor, advantages: Tensor | None, options: Mapping[str, Any]
+    dtype: torch.dtype, layout: Layout, ids: Tensor, advantages: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[LossSpec, LossBatch]:
-    """The settings and the tensors of a call; options: as returned by `completed`.
+    """The settings and the tensors of a call; dtype: to compute in, options: as returned by `completed`."""
+    spec = LossSpec(**{name: options[name] for name in _SPEC_FIELDS if not isinstance(options[name], Tensor)})
+    mask = token_mask(options["completion_mask"], layout, "completion_mask")
 
-    `like` (logits, hidden states or log-probabilities) gives dtype and device, `shape` is (B, L).
-    """
-    spec = LossSpec(**{name: options[name] for name in _SPEC_FIELDS})
-    dtype = reference.compute_dtype(like.dtype)
-    ids = token_ids(completion_ids, shape, like, "completion_ids")
-    mask = token_mask(options["completion_mask"], shape, like, "completion_mask")
-    beta = _beta(options, like.device, dtype)
+    def per_token(name: str) -> Tensor | None:
+        return None if options[name] is None else _constant(layout.per_token(name, options[name]), dtype)
 
-    def per_token(name: str, *also: tuple[int, int]) -> Tensor | None:
-        if options[name] is None:
-            return None
-        tensor = _constant(_shaped(name, options[name], [shape, *also], like), dtype)
-        return tensor if tensor.shape == shape else tensor.expand(shape)
+    def epsilon(name: str) -> Tensor | None:
+        value = options[name]
+        return _constant(_setting(name, value, layout), dtype) if isinstance(value, Tensor) else None
 
     return spec, LossBatch(
         ids=ids,
         mask=mask,
-        **_advantages(like, shape, advantages, options),
+        **_advantages(dtype, layout, advantages, options),
         old_logps=per_token("old_per_token_logps"),
         ref_logps=per_token("ref_per_token_logps"),
-        is_ratio=per_token("importance_sampling_ratio", (shape[0], 1)),
-        token_weight=_token_weight(ids, mask, dtype, options),
+        is_ratio=_is_ratio(dtype, layout, options),
+        token_weight=_token_weight(ids, mask, dtype, layout, options),
         entropy_weight=_entropy_weight(ids, mask, dtype, options),
-        beta=beta,
+        beta=_beta(options, layout, dtype),
+        epsilon_low=epsilon("epsilon_low"),
+        epsilon_high=epsilon("epsilon_high"),
+        cu_seqlens=layout.cu_seqlens,
     )
 
 
 def _advantages(
-    like: Tensor, shape: tuple[int, int], advantages: Tensor | None, options: Mapping[str, Any]
+    dtype: torch.dtype, layout: Layout, advantages: Tensor | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields of LossBatch from which each token gets its advantage."""
-    B, L = shape
-    dtype, rewards = reference.compute_dtype(like.dtype), options["rewards"]
+    rewards, scale_rewards = options["rewards"], options["scale_rewards"]
     if (advantages is None) == (rewards is None):
         which = "neither" if rewards is None else "both"
         raise ValueError(f"exactly one of advantages or rewards (with num_generations) must be given, got {which}")
     if rewards is None:
-        advantages = _constant(_shaped("advantages", advantages, [(B,), (B, L)], like), dtype)
-        return {"advantages": advantages.unsqueeze(1).expand(B, L) if advantages.dim() == 1 else advantages}
-    return {
-        "rewards": _constant(_shaped("rewards", rewards, [(B,)], like), dtype),
-        "num_generations": group_size(B, options["num_generations"]),
-        "scale_rewards": options["scale_rewards"],
-    }
+        return {"advantages": _constant(layout.per_token_or_completion("advantages", advantages), dtype)}
+    rewards = _constant(layout.per_completion("rewards", rewards), dtype)
+    num_generations = group_size(layout.completions.size, options["num_generations"])
+    if layout.packed:  # a kernel that computed them from the rewards would have to find each token's completion
+        return {"advantages": layout.completions.spread(group_advantages(rewards, num_generations, scale_rewards))}
+    return {"rewards": rewards, "num_generations": num_generations, "scale_rewards": scale_rewards}
+
+
+def _is_ratio(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -> Tensor | None:
+    name, broadcast = "importance_sampling_ratio", (layout.completions.size, 1)
+    if options[name] is None:
+        return None
+    also = () if layout.packed else (broadcast,)
+    return _constant(layout.per_token_or_completion(name, options[name], *also), dtype)
 
 
 def group_size(B: int, num_generations: int | None) -> int:
@@ -157,20 +153,44 @@ def group_size(B: int, num_generations: int | None) -> int:
     return num_generations
 
 
-def _beta(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _beta(options: Mapping[str, Any], layout: Layout, dtype: torch.dtype) -> Tensor:
     beta = options["beta"]
     if options["ref_per_token_logps"] is None and (isinstance(beta, Tensor) or beta != 0):
         raise ValueError("ref_per_token_logps [B, L] must be given unless beta is the float 0.0, got None")
-    if isinstance(beta, Tensor):
-        return _shaped("beta", beta, [(), (1,)], None).detach().reshape(()).to(device, dtype)
-    return torch.full((), beta, dtype=dtype, device=device)
+    if not isinstance(beta, Tensor):
+        return torch.full((), beta, dtype=dtype, device=layout.device)
+    if beta.shape in ((), (1,)):
+        return beta.detach().reshape(()).to(layout.device, dtype)
+    return _constant(_setting("beta", beta, layout), dtype)
 
 
-def _token_weight(ids: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Mapping[str, Any]) -> Tensor:
-    items = options["num_items_in_batch"]
-    if isinstance(items, Tensor):
-        items = _shaped("num_items_in_batch", items, [(), (1,)], None).detach().reshape(()).to(ids.device)
-    return reference.token_weight(ids, mask, dtype, options["loss_type"], options["max_completion_length"], items)
+def _setting(name: str, tensor: Tensor, layout: Layout) -> Tensor:
+    """A setting of the loss that was given as a tensor: 0-d, for each completion or for each token; as [B, L]."""
+    return layout.per_token_or_completion(name, tensor, (), (1,))
+
+
+def _token_weight(
+    ids: Tensor, mask: Tensor | None, dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]
+) -> Tensor:
+    reduction, given = options["reduction"], options["token_weight"]
+    if reduction != "mean" and options["num_sequences"] is not None:
+        raise ValueError(f"num_sequences must be None with reduction={reduction!r}, which has no normaliser")
+    if reduction == "mean":
+        items, many = (_count(name, layout.device, options) for name in ("num_items_in_batch", "num_sequences"))
+        weight = reference.token_weight(
+            ids, mask, dtype, options["loss_type"], options["max_completion_length"], items, layout.completions, many
+        )
+    else:
+        weight = torch.ones((), dtype=dtype, device=layout.device).expand(layout.shape)
+    if given is None:
+        return weight
+    own = _constant(layout.per_token("token_weight", given), dtype)
+    return weight * (own if mask is None else torch.where(mask, own, 0))
+
+
+def _count(name: str, device: torch.device, options: Mapping[str, Any]) -> Tensor | float | None:
+    count: Tensor | float | None = options[name]
+    return shaped(name, count, [(), (1,)], None).detach().reshape(()).to(device) if isinstance(count, Tensor) else count
 
 
 def _entropy_weight(ids: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Mapping[str, Any]) -> Tensor | None:
@@ -179,6 +199,8 @@ def _entropy_weight(ids: Tensor, mask: Tensor | None, dtype: torch.dtype, option
         return None
     if options["reduction"] == "none":
         raise ValueError(f"entropy_coef must be 0 with reduction='none' (the bonus is a mean), got {entropy_coef}")
+    if options["reduction"] == "sum":
+        return torch.full((), entropy_coef, dtype=dtype, device=ids.device)
     return torch.full((), entropy_coef, dtype=dtype, device=ids.device) / token_count(ids, mask)
 
 
@@ -187,13 +209,3 @@ def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _shaped(name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], like: Tensor | None) -> Tensor:
-    """Check that `tensor` has one of the shapes and is on the device of `like`."""
-    if not isinstance(tensor, Tensor) or tensor.shape not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name} must be a tensor of shape {wanted}, got {described(tensor)}")
-    if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like the logits, got {tensor.device}")
-    return tensor

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mr1fast import checks
 from mr1fast.kernels import linear_op
+from mr1fast.kernels.reference import compute_dtype
 from mr1fast.losses import arguments
 from mr1fast.losses.logits import GRPOLossOutput
 from mr1fast.losses.options import LossOptions, completed, spelled_out
@@ -55,7 +56,8 @@ def linear_grpo_loss(
 
     Args:
         hidden: [B, L, H] float32, bfloat16 or float16 (float64 on "torch" only): the last hidden states, so that
-            `hidden[:, t]` predicts `completion_ids[:, t]`. Anything at masked positions.
+            `hidden[:, t]` predicts `completion_ids[:, t]`; packed [T, H] or [1, T, H], see cu_seqlens. Anything at
+            masked positions.
         lm_head_weight: [V, H] in the dtype of the hidden states or float32 (any under autocast); see above for what it
             may be.
         completion_ids, advantages: as in `grpo_loss`.
@@ -73,9 +75,11 @@ def linear_grpo_loss(
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
     """
     lm_head_weight, lm_head_bias = _gathered(lm_head_weight), _gathered(lm_head_bias)
-    shape = arguments.linear_head(hidden, lm_head_weight, lm_head_bias)
     values = completed(linear_grpo_loss, options)
-    spec, batch = arguments.loss_call(hidden, shape, completion_ids, advantages, values)
+    hidden, layout = arguments.hidden_rows(hidden, lm_head_weight, lm_head_bias, cu_seqlens=values["cu_seqlens"])
+    ids = arguments.token_ids(completion_ids, layout, "completion_ids")
+    dtype = compute_dtype(hidden.dtype)
+    spec, batch = arguments.loss_call(dtype, layout, ids, advantages, values)
     outputs = linear_op.grpo(
         hidden,
         lm_head_weight,
@@ -86,7 +90,7 @@ def linear_grpo_loss(
         chunk_bytes=arguments.chunk_bytes(chunk_bytes),
         backend=backend,
     )
-    return GRPOLossOutput.of(outputs, batch.mask, spec.importance_sampling_level, advantages)
+    return GRPOLossOutput.of(outputs, layout, batch, spec, advantages)
 
 
 def linear_token_logprobs(
@@ -98,27 +102,31 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logprobs` from hidden states [B, L, H] and lm_head weight [V, H] (bias [V]), arguments as above.
+    """`token_logprobs` from hidden states [B, L, H] (packed [T, H]) and lm_head weight [V, H] (bias [V]).
 
     Log-probability of `ids` [B, L], float32 [B, L], 0 where `mask` is 0; with `entropy` also the entropies. Both are
     differentiable with respect to hidden states, weight and bias: backward recomputes the logits of tokens that have
     a gradient (four GEMMs in total). Without gradients, as for the old and the reference policy, nothing is saved.
     """
     lm_head_weight, lm_head_bias = _gathered(lm_head_weight), _gathered(lm_head_bias)
-    shape = arguments.linear_head(hidden, lm_head_weight, lm_head_bias)
-    logps, entropies = linear_op.token_logprobs(
+    hidden, layout = arguments.hidden_rows(
+        hidden, lm_head_weight, lm_head_bias, cu_seqlens=cu_seqlens, needs_cu_seqlens=False
+    )
+    scored = linear_op.token_logprobs(
         hidden,
         lm_head_weight,
         lm_head_bias,
-        arguments.token_ids(ids, shape, hidden, "ids"),
-        arguments.token_mask(mask, shape, hidden, "mask"),
+        arguments.token_ids(ids, layout, "ids"),
+        arguments.token_mask(mask, layout, "mask"),
         checks.number("temperature", temperature, above=0),
         chunk_bytes=arguments.chunk_bytes(chunk_bytes),
         backend=backend,
     )
+    logps, entropies = map(layout.returned, scored)
     return (logps, entropies) if checks.flag("entropy", entropy) else logps
 
 

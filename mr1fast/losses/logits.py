@@ -16,62 +16,81 @@ from mr1fast import checks
 from mr1fast.kernels import advantages as kernel_advantages
 from mr1fast.kernels import autograd, dispatch
 from mr1fast.kernels.advantages import EPS, SCALE_REWARDS
+from mr1fast.kernels.completions import Completions
 from mr1fast.kernels.normalisers import token_count
+from mr1fast.kernels.reference import LossBatch, LossSpec, compute_dtype
 from mr1fast.losses import arguments
 from mr1fast.losses.kl_weight import KLSchedule
+from mr1fast.losses.layout import Layout, floating
 from mr1fast.losses.options import LossOptions, checked, completed, spelled_out
 
 
 @dataclass(frozen=True)
 class GRPOLossOutput:
-    """What a loss function returns. Only `loss` is differentiable; the rest is [B, L], 0 where masked.
+    """What a loss function returns. Only `loss` is differentiable; the rest is [B, L] (packed [T]), 0 where masked.
 
     loss: float32 0-d, or [B, L] with reduction="none" (float64 for float64 input, as all that follow).
     per_token_logps: log-probability of each completion token, at the given temperature.
-    entropies: entropy of each token's distribution, in nats.
-    kl: k3 estimate of the KL to the reference (after bias correction); None without reference log-probs.
+    entropies: entropy of each token's distribution, in nats; None where `grpo_loss_from_logps` was given none.
+    kl: estimate of the KL to the reference (after bias correction); None without reference log-probs.
     is_low_clipped, is_high_clipped: bool, whether the ratio is below (above) the clip range and its gradient is cut.
     completion_mask: bool, or None for all ones.
     clipped_per_completion: whether the flags have one value per completion, repeated for its tokens (sequence level).
+    cu_seqlens: [S + 1] if packed, or None.
     """
 
     loss: Tensor
     per_token_logps: Tensor
-    entropies: Tensor
+    entropies: Tensor | None
     kl: Tensor | None
     is_low_clipped: Tensor
     is_high_clipped: Tensor
     completion_mask: Tensor | None = None
     clipped_per_completion: bool = False
+    cu_seqlens: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         outputs: autograd.LossOutputs,
-        mask: Tensor | None,
-        importance_sampling_level: str,
+        layout: Layout,
+        batch: LossBatch,
+        spec: LossSpec,
         advantages: Tensor | None,
     ) -> GRPOLossOutput:
-        per_completion = importance_sampling_level == "sequence" and (advantages is None or advantages.dim() == 1)
-        return cls(*outputs, completion_mask=mask, clipped_per_completion=per_completion)
+        of_completions = advantages is None or layout.is_per_completion(advantages)
+        loss, logps, entropies, kl, is_low, is_high = outputs
+        return cls(
+            loss=layout.returned(loss),
+            per_token_logps=layout.returned(logps),
+            entropies=None if entropies is None else layout.returned(entropies),
+            kl=None if kl is None else layout.returned(kl),
+            is_low_clipped=layout.returned(is_low),
+            is_high_clipped=layout.returned(is_high),
+            completion_mask=None if batch.mask is None else layout.returned(batch.mask),
+            clipped_per_completion=spec.importance_sampling_level == "sequence" and of_completions,
+            cu_seqlens=layout.cu_seqlens,
+        )
 
     def metrics(self) -> dict[str, float]:
         """Means over unmasked tokens (at sequence level, clip ratios over completions), by TRL's names; syncs once."""
         tokens = token_count(self.is_low_clipped, self.completion_mask)
 
         def clip_ratio(flags: Tensor) -> Tensor:
-            if self.clipped_per_completion:
-                return flags.any(1).sum() / max(flags.shape[0], 1)
-            return flags.sum() / tokens
+            if not self.clipped_per_completion:
+                return flags.sum() / tokens
+            flags = flags if self.cu_seqlens is None else flags[None]
+            completions = Completions.of(flags.shape, self.cu_seqlens)
+            return (completions.sums(flags) > 0).sum() / max(completions.size, 1)
 
         values = {
-            "entropy": self.entropies.sum() / tokens,
             "clip_ratio/low_mean": clip_ratio(self.is_low_clipped),
             "clip_ratio/high_mean": clip_ratio(self.is_high_clipped),
             "clip_ratio/region_mean": clip_ratio(self.is_low_clipped | self.is_high_clipped),
         }
-        if self.kl is not None:
-            values["kl"] = self.kl.sum() / tokens
+        for name, per_token in (("entropy", self.entropies), ("kl", self.kl)):
+            if per_token is not None:
+                values[name] = per_token.sum() / tokens
         return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist()))
 
 
@@ -88,9 +107,10 @@ def grpo_loss(
     """GRPO-D's loss (OThink-MR1, arXiv 2503.16081) and its relatives, from logits.
 
     Args:
-        logits: [B, L, V] float32, bfloat16 or float16 (float64 on "torch" only), any strides in B and L;
-            `logits[:, t]` predicts `completion_ids[:, t]`. A logit of -inf is a banned token. float16 logits are read
-            once more, in backward, so that a loss scale (GradScaler) is in the gradient before it is rounded.
+        logits: [B, L, V] float32, bfloat16 or float16 (float64 on "torch" only), any strides in B and L; packed
+            [T, V] or [1, T, V], see cu_seqlens. `logits[:, t]` predicts `completion_ids[:, t]`. A logit of -inf is a
+            banned token. float16 logits are read once more, in backward, so that a loss scale (GradScaler) is in the
+            gradient before it is rounded.
         completion_ids: [B, L] int64; anything at masked positions.
         advantages: [B] or [B, L]; or None, with rewards.
         inplace: write the gradient over the logits, which are then consumed; if no gradient is needed, they stay
@@ -108,11 +128,13 @@ def grpo_loss(
         ValueError: a bad argument, by name; on the CPU also an unmasked id out of range.
         RuntimeError: the logits were consumed by an earlier in-place call, or a second derivative was asked for.
     """
-    shape = arguments.logits_shape(logits, checks.flag("inplace", inplace))
     values = completed(grpo_loss, options)
-    spec, batch = arguments.loss_call(logits, shape, completion_ids, advantages, values)
+    overwritten = checks.flag("inplace", inplace)
+    logits, layout = arguments.logits_rows(logits, overwritten, cu_seqlens=values["cu_seqlens"])
+    ids = arguments.token_ids(completion_ids, layout, "completion_ids")
+    spec, batch = arguments.loss_call(compute_dtype(logits.dtype), layout, ids, advantages, values)
     outputs = autograd.grpo(logits, batch, spec, reduction=values["reduction"], inplace=inplace, backend=backend)
-    return GRPOLossOutput.of(outputs, batch.mask, spec.importance_sampling_level, advantages)
+    return GRPOLossOutput.of(outputs, layout, batch, spec, advantages)
 
 
 def token_logprobs(
@@ -123,20 +145,27 @@ def token_logprobs(
     mask: Tensor | None = None,
     entropy: bool = False,
     inplace_backward: bool = False,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of `ids` [B, L] under `logits` [B, L, V], float32 [B, L]; with `entropy` also the entropies.
 
     Both are differentiable, so any objective can stand on top. 0 (and no gradient) where `mask` [B, L] is 0.
+    Packed: logits [T, V] (with cu_seqlens also [1, T, V]) and [T] in place of [B, L]; cu_seqlens [S + 1] is accepted
+    beside them as everywhere, but a log-probability does not depend on it.
     inplace_backward: backward writes the gradient over the logits, which are then consumed.
     """
-    shape = arguments.logits_shape(logits, checks.flag("inplace_backward", inplace_backward))
-    ids = arguments.token_ids(ids, shape, logits, "ids")
-    mask = arguments.token_mask(mask, shape, logits, "mask")
-    temperature = checks.number("temperature", temperature, above=0)
-    logps, entropies = autograd.token_logprobs(
-        logits, ids, mask, temperature, inplace_backward=inplace_backward, backend=backend
+    overwritten = checks.flag("inplace_backward", inplace_backward)
+    logits, layout = arguments.logits_rows(logits, overwritten, cu_seqlens=cu_seqlens, needs_cu_seqlens=False)
+    scored = autograd.token_logprobs(
+        logits,
+        arguments.token_ids(ids, layout, "ids"),
+        arguments.token_mask(mask, layout, "mask"),
+        checks.number("temperature", temperature, above=0),
+        inplace_backward=inplace_backward,
+        backend=backend,
     )
+    logps, entropies = map(layout.returned, scored)
     return (logps, entropies) if checks.flag("entropy", entropy) else logps
 
 
@@ -151,7 +180,7 @@ def group_advantages(
     everything is computed in float64.
     Raises ValueError if B is not a multiple of num_generations.
     """
-    arguments.floating("rewards", rewards, "[B]")
+    floating("rewards", rewards, "[B]")
     eps = checks.number("eps", eps, at_least=0)
     checks.choice("scale_rewards", scale_rewards, SCALE_REWARDS)
     num_generations = checks.integer("num_generations", num_generations, at_least=1)

@@ -1,4 +1,4 @@
-"""The options of the loss: the keywords that `grpo_loss`, `linear_grpo_loss` and `GRPOLoss` share, in one place.
+"""The options of the loss: the keywords that all losses and `GRPOLoss` share, in one place.
 
 To add one, declare it in `LossOptions`: its type, its default, the check of its value, and what it means. A tensor is
 brought into shape in arguments.py. A number or a switch of the objective reaches every backend as soon as
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mr1fast.checks import choice, flag, integer, nearest, number
 from mr1fast.kernels.advantages import SCALE_REWARDS
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels.reference import KL_ESTIMATORS, LOSS_TYPES
 
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss needs it; ValueError if it is wrong
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,10 +54,22 @@ class Option(NamedTuple):
 
 
 class LossOptions(TypedDict, total=False):
-    """What `grpo_loss`, `linear_grpo_loss` and `GRPOLoss` take by keyword.
+    """What `grpo_loss`, `linear_grpo_loss`, `grpo_loss_from_logps` and `GRPOLoss` take by keyword.
 
-    Shapes: B completions, of which those of one prompt are adjacent, and L tokens.
+    Shapes: B completions, of which those of one prompt are adjacent, and L tokens. Packed (with cu_seqlens), S
+    completions one after the other, T tokens in all: read [S] for [B], and [T] or [1, T] for [B, L].
     """
+
+    cu_seqlens: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            _any,
+            "[S + 1] int32 or int64, where each of S packed completions begins, and where the last one ends: from 0 "
+            "to T, never decreasing. All tensors are then packed: read [S] for [B] and [T] (or [1, T]) for [B, L]; "
+            "results are [T]. None: [B, L], of which every row is one completion, also if B is 1.",
+        ),
+    ]
 
     rewards: Annotated[
         Tensor | None,
@@ -88,19 +100,42 @@ class LossOptions(TypedDict, total=False):
         Option(
             0.0,
             partial(_or_tensor, check=_number(at_least=0)),
-            "KL weight, a float >= 0 or a 0-d tensor on any device. Changing it from call to call costs nothing.",
+            "KL weight, a float >= 0 or a tensor: 0-d (on any device), [B] or [B, L]. Changing it from call to call "
+            "costs nothing.",
+        ),
+    ]
+    kl_estimator: Annotated[
+        str,
+        Option(
+            "k3",
+            _one_of(*KL_ESTIMATORS),
+            'with d = ref_logp - logp: "k1" is -d, "abs" |d|, "k2" d^2 / 2, "k3" e^d - d - 1, and "low_var_kl" k3 cut '
+            "at 10, as verl, EasyR1 and OpenRLHF do (no gradient beyond).",
+        ),
+    ]
+    kl_clamp: Annotated[
+        float | None,
+        Option(
+            None,
+            partial(_or_none, check=_number(above=0), instead=math.inf),
+            "d is cut to [-kl_clamp, kl_clamp] first, without gradient beyond; None for no cut.",
         ),
     ]
     epsilon_low: Annotated[
-        float,
-        Option(0.2, _number(at_least=0), "the ratio is clipped where it is below 1 - epsilon_low."),
-    ]
-    epsilon_high: Annotated[
-        float,
+        float | Tensor,
         Option(
             0.2,
-            _number(at_least=0),
-            'the ratio is clipped where it is above 1 + epsilon_high; with "cispo", above epsilon_high itself.',
+            partial(_or_tensor, check=_number(at_least=0)),
+            "the ratio is clipped where it is below 1 - epsilon_low; a float, or a tensor as for beta.",
+        ),
+    ]
+    epsilon_high: Annotated[
+        float | Tensor,
+        Option(
+            0.2,
+            partial(_or_tensor, check=_number(at_least=0)),
+            'the ratio is clipped where it is above 1 + epsilon_high; with "cispo", above epsilon_high itself. '
+            "A float, or a tensor as for beta.",
         ),
     ]
     delta: Annotated[
@@ -125,7 +160,7 @@ class LossOptions(TypedDict, total=False):
     ]
     importance_sampling_ratio: Annotated[
         Tensor | None,
-        Option(None, _any, "[B, L] or [B, 1], correction for a rollout engine; multiplies the policy term."),
+        Option(None, _any, "[B, L], [B] or [B, 1], correction for a rollout engine; multiplies the policy term."),
     ]
     sapo_temperature_pos: Annotated[
         float,
@@ -135,9 +170,23 @@ class LossOptions(TypedDict, total=False):
         float,
         Option(1.05, _number(above=0), '"sapo"\'s temperature elsewhere.'),
     ]
+    token_weight: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            _any,
+            "[B, L], multiplies the loss of each token, KL included; the normaliser and the entropy bonus do not "
+            "know of it.",
+        ),
+    ]
     entropy_coef: Annotated[
         float,
-        Option(0.0, _number(), "the loss is lowered by entropy_coef * mean entropy of the unmasked tokens."),
+        Option(
+            0.0,
+            _number(),
+            'the loss is lowered by entropy_coef * mean entropy of the unmasked tokens (with reduction="sum", by '
+            "their sum).",
+        ),
     ]
     max_completion_length: Annotated[
         int | None,
@@ -151,13 +200,26 @@ class LossOptions(TypedDict, total=False):
             '"dapo"\'s and "cispo"\'s normaliser, in tokens (a number or a 0-d tensor); None to count unmasked tokens.',
         ),
     ]
+    num_sequences: Annotated[
+        float | Tensor | None,
+        Option(
+            None,
+            partial(_or_none, check=partial(_or_tensor, check=_number(above=0))),
+            "number of completions over which the loss types that are means over completions (grpo, sapo, luspo, "
+            "dr_grpo) average, a number or a 0-d tensor, if this call has only a part of them; None for its own.",
+        ),
+    ]
     temperature: Annotated[
         float,
         Option(1.0, _number(above=0), "number by which the logits are divided."),
     ]
     reduction: Annotated[
         str,
-        Option("mean", _one_of("mean", "none"), '"mean", or "none" for the [B, L] loss without normaliser.'),
+        Option(
+            "mean",
+            _one_of("mean", "sum", "none"),
+            '"mean"; or without normaliser "sum", or "none" for the loss of each token, [B, L].',
+        ),
     ]
 
 

@@ -27,9 +27,10 @@ from mr1fast.losses.sizes import BEHIND_OPS, IN_PLACE, loss_head_of
 from mr1fast.model.adapter import add_adapter
 from mr1fast.model.checks import VISION_TOKENS
 from mr1fast.model.family import family
-from mr1fast.model.load import EMBEDDED, load_processor, prompt_length
+from mr1fast.model.load import EMBEDDED, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.prompts import prompt_length
 from mr1fast.model.rollout import Rollout, Sampler
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.plan import StepShape

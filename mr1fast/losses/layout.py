@@ -1,0 +1,135 @@
+"""How the tokens of a call lie: [B, L], or S completions one after the other (packed) in [T] or [1, T].
+
+Beyond this file there is only [B, L]: packed tensors are [1, T] there, with `cu_seqlens` beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mr1fast.checks import described
+from mr1fast.kernels.completions import Completions
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Layout(NamedTuple):
+    """The form of a call's tensors: how each is brought from it into [B, L], and results back."""
+
+    name: str  # of the call's main tensor
+    shape: tuple[int, int]  # (B, L), or (1, T)
+    token_shapes: list[tuple[int, ...]]  # that a value for each token may have: [shape], or [(T,), (1, T)]
+    cu_seqlens: Tensor | None
+    completions: Completions
+    device: torch.device
+
+    def per_token(self, name: str, tensor: Any) -> Tensor:
+        """A tensor with a value for each token, as [B, L]."""
+        checked = self._shaped(name, tensor, self.token_shapes)
+        return checked if checked.dim() == 2 else checked.unsqueeze(0)
+
+    def per_token_or_completion(self, name: str, tensor: Any, *also: tuple[int, ...]) -> Tensor:
+        """A tensor with a value for each token or for each completion, as [B, L]: a view where there is one.
+
+        `also`: shapes that it may have besides, which broadcast to [B, L].
+        """
+        checked = self._shaped(name, tensor, [(self.completions.size,), *self.token_shapes, *also])
+        if self.is_per_completion(checked):
+            checked = self.completions.spread(checked)
+        return checked if checked.shape == self.shape else checked.expand(self.shape)
+
+    def per_completion(self, name: str, tensor: Any) -> Tensor:
+        return self._shaped(name, tensor, [(self.completions.size,)])
+
+    def is_per_completion(self, tensor: Tensor) -> bool:
+        return tensor.shape == (self.completions.size,)
+
+    def returned(self, result: Tensor) -> Tensor:
+        """A result, 0-d or [B, L], as the caller gets it: packed as [T]."""
+        return result.squeeze(0) if self.packed and result.dim() == 2 else result
+
+    def _shaped(self, name: str, tensor: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+        return shaped(name, tensor, shapes, self.device, f" beside packed {self.name}" if self.packed else "")
+
+    @property
+    def packed(self) -> bool:
+        return len(self.token_shapes) > 1
+
+
+def layout_of(
+    name: str, tensor: Any, *last: str, cu_seqlens: Any = None, needs_cu_seqlens: bool = True
+) -> tuple[Tensor, Layout]:
+    """A call's main tensor as [B, L, *last], and the layout of the call.
+
+    With cu_seqlens it must be [T, *last] or [1, T, *last], without [B, L, *last]; or also [T, *last], where nothing
+    depends on which tokens form a completion.
+    """
+    is_flat = isinstance(tensor, Tensor) and tensor.dim() == 1 + len(last)
+    accepts_flat = cu_seqlens is not None or not needs_cu_seqlens
+    flat, padded = f"[{', '.join(('T', *last))}]", f"[{', '.join(('B', 'L', *last))}]"
+    if is_flat and accepts_flat:
+        tensor = floating(name, tensor, flat).unsqueeze(0)
+    elif is_flat:
+        floating(name, tensor, padded, hint=f"; packed, {flat}, it needs cu_seqlens")
+    else:
+        floating(name, tensor, padded)
+    shape = (tensor.shape[0], tensor.shape[1])
+    if cu_seqlens is not None:
+        if shape[0] != 1:
+            raise ValueError(f"{name} must be {flat} (or [1, T, ...]) with cu_seqlens, got {list(tensor.shape)}")
+        check_cu_seqlens(cu_seqlens, shape[1], tensor.device)
+    token_shapes: list[tuple[int, ...]] = [shape]
+    if is_flat or cu_seqlens is not None:
+        token_shapes.insert(0, (shape[1],))
+    return tensor, Layout(name, shape, token_shapes, cu_seqlens, Completions.of(shape, cu_seqlens), tensor.device)
+
+
+def check_cu_seqlens(cu_seqlens: Any, T: int, device: torch.device) -> None:
+    """Check for offsets [S + 1] of packed completions with T tokens in all, on that device."""
+    is_vector = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0
+    if not is_vector or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{_cu_seqlens_must(T)}, got {described(cu_seqlens)}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be on {device} like the tokens, got {cu_seqlens.device}")
+    if torch.compiler.is_compiling():
+        return
+    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.is_cuda:  # the CPU does not wait for its values: a device-side assert, as for ids
+        torch._assert_async(fits, _cu_seqlens_must(T))
+    elif not fits:
+        values = cu_seqlens.tolist()
+        shown = ", ".join(map(str, values[:8])) + (f", ..., {values[-1]}" if len(values) > 8 else "")
+        raise ValueError(f"{_cu_seqlens_must(T)}, got [{shown}]")
+
+
+def _cu_seqlens_must(T: int) -> str:  # written only where it is needed: a size in a text is a constant to torch.compile
+    return (
+        "cu_seqlens must be an int32 or int64 tensor [S + 1] that starts at 0, never decreases and ends at the number "
+        f"of tokens ({T})"
+    )
+
+
+def floating(name: str, tensor: Any, dims: str, hint: str = "") -> Tensor:
+    """Check for a floating-point tensor with as many dimensions as `dims` names, e.g. "[B, L, V]"."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != dims.count(",") + 1 or tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{name} must be a float32, bfloat16, float16 or float64 tensor {dims}, got {described(tensor)}{hint}"
+        )
+    return tensor
+
+
+def shaped(
+    name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], device: torch.device | None, hint: str = ""
+) -> Tensor:
+    """Check that `tensor` has one of the shapes and is on the device; hint: why it must have them."""
+    # Not `in`, which torch.compile answers with no where sizes are symbols and the shapes have several lengths.
+    if not isinstance(tensor, Tensor) or not any(tensor.shape == shape for shape in shapes):
+        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name} must be a tensor of shape {wanted}{hint}, got {described(tensor)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the logits, got {tensor.device}")
+    return tensor
