@@ -2,8 +2,8 @@
 
 For sm_80, sm_90 and sm_100; prints registers, spills, shared memory, and the widths of the global loads (bytes x how
 often they stand in the PTX). Exits 1 if a kernel spills, loads its rows less than 16 bytes at a time although they are
-aligned, or finds a row by an offset of 32 bits (N * V passes 2^31 at 14k rows of a large vocabulary). Results are kept
-in Triton's own cache, so that a second run takes seconds.
+aligned, has shuffles between threads in its walk over a row, or finds a row by an offset of 32 bits (N * V passes 2^31
+at 14k rows of a large vocabulary). Results are kept in Triton's own cache, so that a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def check(job: tuple[int, int]) -> tuple[str, bool]:
     found = compile_offline(launch, arch)
     loads = ", ".join(f"{width} x{count}" for width, count in found.loads.items())
     problems = ["SPILLS"] * (found.spill_bytes > 0) + ["NARROW LOADS"] * (not found.wide)
-    problems += ["32-BIT OFFSETS"] * (not found.int64_offsets)
+    problems += ["SHUFFLES IN A LOOP"] * (found.loop_shuffles > 0) + ["32-BIT OFFSETS"] * (not found.int64_offsets)
     line = (
         f"{name}  sm_{arch:<4}{launch.options['num_warps']:5}{launch.options.get('STAGES', 1):7}{found.registers:10}"
         f"{found.spill_bytes:7}{found.shared_bytes:8}  {loads}  {' '.join(problems)}"
@@ -159,7 +159,11 @@ def main() -> int:
         for line, fine in pool.map(check, product(numbers, ARCHITECTURES)):
             print(line, flush=True)
             good &= fine
-    print("no spills, every row load 16 bytes wide, every offset 64 bits" if good else "FAILED: see the capitals above")
+    print(
+        "no spills, no shuffles in loops, every row load 16 bytes wide, every offset 64 bits"
+        if good
+        else "FAILED: see the capitals above"
+    )
     return 0 if good else 1
 
 

@@ -6,6 +6,7 @@ down to the alignment hints of the arguments. Needs TRITON_INTERPRET unset when 
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -70,6 +71,7 @@ class Compiled:
     loads: dict[int, int]
     tile_bytes: int  # of the row tiles one thread loads, each load of the source counted once
     int64_offsets: bool  # whether whatever leads to a row, or to a token's value, is 64 bits wide
+    loop_shuffles: int  # shuffles between threads within loops, where the walk over a row has none
 
     @property
     def wide(self) -> bool:
@@ -95,6 +97,7 @@ def compile_offline(launch: Launch, arch: int) -> Compiled:
         shared_bytes=kernel.metadata.shared,
         loads=_load_widths(ptx),
         tile_bytes=_tile_bytes(kernel.asm["ttir"], 32 * options.num_warps),
+        loop_shuffles=_shuffles_in_loops(ptx),
         int64_offsets=set(re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (\w+)", kernel.asm["ttir"])) == {"i64"},
     )
 
@@ -119,8 +122,19 @@ def _load_widths(ptx: str) -> dict[int, int]:
 
 
 def _tile_bytes(ttir: str, threads: int) -> int:
-    """Bytes a thread loads by the loads of row tiles, which are those of three dimensions."""
+    """Bytes a thread loads by the loads of row tiles, which are those of more than one dimension."""
     total = 0
-    for C, T, W, bits in re.findall(r"tt\.load .*: tensor<(\d+)x(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>", ttir):
-        total += int(C) * int(T) * int(W) * int(bits) // 8 // threads
+    for sizes, bits in re.findall(r"tt\.load .*: tensor<((?:\d+x){2,})!tt\.ptr<[a-z]+(\d+)>", ttir):
+        total += math.prod(map(int, sizes.split("x")[:-1])) * int(bits) // 8 // threads
     return total
+
+
+def _shuffles_in_loops(ptx: str) -> int:
+    """Shuffles between a label and a later jump back to it."""
+    lines = ptx.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\S+):", line))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        if (jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(jump[1], i) < i:
+            inside.update(range(labels[jump[1]], i))
+    return sum("shfl.sync" in lines[i] for i in inside)

@@ -21,28 +21,12 @@ from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks import report
+from benchmarks.models import PIXELS, TEXT, VISION
 from mr1fast.data.example import Example
 from mr1fast.model.load import EMBEDDED, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.trainer import Trainer
-
-TEXT = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    "tie_word_embeddings": True,
-}
-VISION = {
-    "depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2,
-    "temporal_patch_size": 2, "hidden_size": 1536,
-}  # fmt: skip
-PIXELS = 401_408
 
 
 class Photographs:
@@ -71,7 +55,8 @@ def build(tiny: bool, device: torch.device, dtype: torch.dtype) -> tuple[Policy,
             name: getattr(own.get_text_config(), name, None)
             for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
-        config = Qwen2VLConfig(text_config=TEXT | ends, vision_config=VISION, tie_word_embeddings=True, **special)
+        vision = VISION | {"hidden_size": TEXT["hidden_size"]}
+        config = Qwen2VLConfig(text_config=TEXT | ends, vision_config=vision, tie_word_embeddings=True, **special)
         images = processor.image_processor
         images.patch_size, images.merge_size, images.temporal_patch_size = 14, 2, 2
         images.size = {"shortest_edge": 3136, "longest_edge": PIXELS}

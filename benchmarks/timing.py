@@ -243,16 +243,16 @@ def _with_peak(call: Call, device: str) -> tuple[Times, float | None]:
         times = _gpu_clock(call)
         return times, torch.cuda.max_memory_allocated() - before
     call.reset()
-    _libc_call("malloc_trim", 0)
-    before_call, reset = _status("VmRSS"), _reset_high_water()
+    libc_call("malloc_trim", 0)
+    before_call, reset = process_status("VmRSS"), reset_high_water()
     start = now()
     call.run()
     times = Times(now() - start)
-    peak = _status("VmHWM")
+    peak = process_status("VmHWM")
     return times, peak - before_call if reset and peak is not None and before_call is not None else None
 
 
-def _status(name: str) -> int | None:
+def process_status(name: str) -> int | None:
     """A line of /proc/self/status, in bytes; None where there is no such file."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -261,7 +261,7 @@ def _status(name: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), None)
 
 
-def _reset_high_water() -> bool:
+def reset_high_water() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -276,15 +276,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 def memory_pages(mode: str) -> Iterator[None]:
     """ "warm": malloc keeps what is freed. "fresh": every large buffer is mapped anew, as glibc does by default."""
     warm = mode == "warm"
-    _libc_call("mallopt", M_MMAP_MAX, 0 if warm else 65536)
-    _libc_call("mallopt", M_MMAP_THRESHOLD, 128 * 1024)  # setting it also stops glibc from adapting it
-    _libc_call("mallopt", M_TRIM_THRESHOLD, -1 if warm else 128 * 1024)
+    libc_call("mallopt", M_MMAP_MAX, 0 if warm else 65536)
+    libc_call("mallopt", M_MMAP_THRESHOLD, 128 * 1024)  # setting it also stops glibc from adapting it
+    libc_call("mallopt", M_TRIM_THRESHOLD, -1 if warm else 128 * 1024)
     yield
-    _libc_call("mallopt", M_MMAP_MAX, 65536)
-    _libc_call("mallopt", M_TRIM_THRESHOLD, 128 * 1024)
+    libc_call("mallopt", M_MMAP_MAX, 65536)
+    libc_call("mallopt", M_TRIM_THRESHOLD, 128 * 1024)
 
 
-def _libc_call(name: str, *args: int) -> None:
+def libc_call(name: str, *args: int) -> None:
     """Calls glibc's `name`; other C libraries keep their own way with memory, and both modes are the same."""
     function = getattr(ctypes.CDLL(None), name, None)
     if function is not None:

@@ -40,11 +40,14 @@ def split_row(L):
 
 @triton.jit
 def tile_columns(C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
-    """Column numbers [C, T, W] of a tile that starts at column 0."""
-    c = tl.arange(0, C)[:, None, None]
-    t = tl.arange(0, T)[None, :, None]
-    w = tl.arange(0, W)[None, None, :]
-    return (c * T + t) * W + w
+    """Column numbers [C, T * W] of a tile that starts at column 0.
+
+    Two dimensions, as Triton 3.6 lays three out across the threads otherwise: sums over C and W, after a reshape to
+    [C, T, W], would then be shuffles between threads in every tile.
+    """
+    c = tl.arange(0, C)[:, None]
+    t = tl.arange(0, T * W)[None, :]
+    return c * (T * W) + t
 
 
 @triton.jit
@@ -84,11 +87,11 @@ def row_statistics(
     weighted = tl.zeros([T], tl.float32)  # sum of exp2(d) * d, d = (x - top) * scale
     columns = tile_columns(C, T, W)
     for tile in tl.range(0, V // (C * T * W), num_stages=STAGES):
-        x = tl.load(row_ptr + (tile * (C * T * W) + columns)).to(tl.float32)
+        x = tl.reshape(tl.load(row_ptr + (tile * (C * T * W) + columns)), [C, T, W]).to(tl.float32)
         top, total, weighted = _fold(top, total, weighted, x, scale)
     if V % (C * T * W) != 0:
         columns += V // (C * T * W) * (C * T * W)
-        x = tl.load(row_ptr + columns, mask=columns < V, other=NEG_INF).to(tl.float32)
+        x = tl.reshape(tl.load(row_ptr + columns, mask=columns < V, other=NEG_INF), [C, T, W]).to(tl.float32)
         top, total, weighted = _fold(top, total, weighted, x, scale)
     base = tl.max(top, 0)
     shift = exponent(top, base, scale)
@@ -159,7 +162,7 @@ def write_gradient(
 def write_zeros(grad_ptr, V: tl.constexpr, C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
     """Zero one row of V elements, reading nothing."""
     columns = tile_columns(C, T, W)
-    zeros = tl.zeros([C, T, W], grad_ptr.dtype.element_ty)
+    zeros = tl.zeros([C, T * W], grad_ptr.dtype.element_ty)
     for start in range(0, V, C * T * W):
         tl.store(grad_ptr + (start + columns), zeros, mask=start + columns < V, eviction_policy="evict_first")
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 
 from mr1fast.errors import UserError
+from mr1fast.options.config import TrainConfig
 from mr1fast.options.parse import parse_arguments, printed_config
 from mr1fast.options.program import missing_package
 from mr1fast.training.open_run import OpenRun, open_run, requested_config
 from mr1fast.training.run_folder import ResumeError
-from mr1fast.training.stop import Stopped, stop_on_sigterm
+from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if request.print_config:
             print(printed_config(requested_config(request)), end="")
             return 0
+        if request.plan is not None:
+            return _plan(requested_config(request), request.plan or None)
         with open_run(request) as opened:
             return _train(opened, started)
     except (UserError, OSError) as error:
@@ -30,12 +33,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped by Ctrl-C", 130)
 
 
+def _plan(config: TrainConfig, gigabytes: int | None) -> int:
+    """1 if a step does not fit."""
+    try:
+        from mr1fast.training.plan_run import report
+
+        text, fits = report(config, gigabytes)
+    except ModuleNotFoundError as error:
+        raise UserError(missing_package(error)) from error
+    except ValueError as error:  # of device or model, in one sentence
+        raise UserError(str(error)) from error
+    print(text)
+    return 0 if fits else 1
+
+
 def _train(opened: OpenRun, started: float) -> int:
     """Train. A failure from here on leaves a run that can be resumed, or no folder at all."""
     try:
         with stop_on_sigterm():
-            from torch import OutOfMemoryError
-
             from mr1fast.training.loop import run
             from mr1fast.training.trainer import TrainingError
 
@@ -43,12 +58,10 @@ def _train(opened: OpenRun, started: float) -> int:
                 run(opened, started)
             except TrainingError as error:
                 return _fail(f"error: {error}", 1, opened)
-            except (OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
-            except RuntimeError as error:
-                if "can't allocate memory" in str(error):  # as torch says it on a CPU
-                    return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
-                raise
     except ResumeError as error:
         return _fail(f"error: {error}", 2)
     except ModuleNotFoundError as error:
@@ -64,7 +77,7 @@ def _train(opened: OpenRun, started: float) -> int:
 
 OUT_OF_MEMORY = (
     "there is too little memory; try a larger --gradient-accumulation-steps, or smaller values of --num-generations, "
-    "--prompts-per-step, --max-completion-length or --max-pixels"
+    "--prompts-per-step, --max-completion-length or --max-pixels; if it was an evaluation, a smaller --eval-batch-size"
 )
 
 

@@ -55,6 +55,9 @@ def test_the_size_of_the_model_picks_the_recipe_and_no_name_does(tmp_path):
     assert [is_small(each) for each in (EMBEDDED, TWO_BILLION, {}, {"text_config": {"hidden_size": "x"}})] == [
         True, False, False, False,
     ]  # fmt: skip
+    tower = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128}  # Qwen2.5-VL's
+    assert is_small(EMBEDDED | {"vision_config": tower})
+    assert not is_small(EMBEDDED | {"vision_config": tower | {"depth": 32, "hidden_size": 1280}})
     for data in ("x/gr", "x/vc", "x/model", "x/r1-v"):
         for name in ("gr", "model", Path(data).name):
             assert config("--data", data).for_task(name).learning_rate == RECIPES["vc"]["learning_rate"]
@@ -116,6 +119,9 @@ BAD_ARGUMENTS = [
     ("--task vc,vc", "--task vc,vc names a task twice"),
     ("--task vc --data x", "exclude each other"),
     ("--method grpod", "(did you mean 'grpo-d'?)"),
+    ("--report-to wandb,tensorbord", "--report-to: a logger must be one of tensorboard, wandb, trackio, none"),
+    ("--report-to none,wandb", "--report-to none,wandb: none is given with something else"),
+    ("--report-to wandb,wandb", "--report-to wandb,wandb names a logger twice"),
     ("--num-generations 1", "--num-generations must be at least 2, got 1"),
     ("--num-generations 2.5", "--num-generations must be a whole number, got '2.5'"),
     ("--beta-min .2 --beta-max .1", "--beta-min must not be above --beta-max, got 0.2 and 0.1"),
@@ -185,7 +191,7 @@ def test_one_sentence_for_each_mistake(arguments, message, tmp_path, monkeypatch
 ABSURD = ["1e308", "-1e308", "1e-320", str(2**63), "1" + 5000 * "0", "-1", "nan", "inf"]
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if field_type(name) is not str])
+@pytest.mark.parametrize("name", [name for name in FIELDS if field_type(name) in (int, float)])
 def test_absurd_numbers_are_answered_in_one_sentence(name):
     harmless = {"beta": 1, "beta_min": 1, "beta_max": 1, "explore_fraction": 1, "max_grad_norm": 2}
     taken = 0
@@ -254,7 +260,7 @@ def test_help_explains_every_option_with_its_default():
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
             assert f"[default: {field.default}]" in text
-    assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others]" in text
+    assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others; ten times that for LoRA]" in text
     assert "(paper, linear, constant, cosine, exponential, reversed, adaptive)" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))
     assert all(set(values) == set(RECIPES[R1_V]) for values in RECIPES.values())
@@ -263,15 +269,3 @@ def test_help_explains_every_option_with_its_default():
 def test_a_mistake_is_answered_without_torch():
     code = "import sys, mr1fast.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.parametrize("name", ["paper-vc", "paper-gr"])
-def test_the_papers_settings_are_valid(name):
-    file = Path(__file__).parent.parent / "examples" / f"{name}.yaml"
-    paper = config("--config", file, "--data", "somewhere").for_task("data")
-    assert (paper.num_generations, paper.learning_rate, paper.temperature) == (8, 1e-6, 0.9)
-    assert paper.reward_weights == {"accuracy": 1.0, "format": 1.0}
-    assert (paper.beta_min, paper.beta_max) == {"paper-vc": (0.04, 0.1), "paper-gr": (0.0, 0.02)}[name]
-    rows = {"paper-vc": 100, "paper-gr": 8031}[name]
-    assert 2 <= paper.max_steps * paper.prompts_per_step / rows < 2.1, "two epochs"
-    assert paper.eval_steps == 0, "validation would be cut out of these rows"

@@ -77,11 +77,14 @@ ROWS = [
     ({"image": "18.png", "problem": "no solution here"}, None, "no answer"),
     (row(19, problem=None), None, "no question"),
     (row(20, problem="<image>"), None, "no question"),
-    (row(21, image=None), None, "no image"),
-    (row(22, image=""), None, "no image"),
+    (row(21, image=None), "21", "no image, asked in text alone"),
+    (row(22, image=""), "22", "no image, asked in text alone"),
     (row(23, image=7), None, "image is neither a path nor image bytes"),
     (row(24, image="https://example.org/a.png"), None, "image is a web address, not a file"),
-    (row(25, image=["1.png", "2.png"]), None, "several images"),
+    (row(25, image=["1.png", "2.png"]), "25", None),
+    (row(30, image=["1.png", None]), None, "image is neither a path nor image bytes"),
+    (row(31, image=["1.png", "nowhere.png"]), None, "image file not found"),
+    (row(32, image=[], problem="<image>What?"), None, "question marks the place of an image, but the row has none"),
     (row(26, image="nowhere.png"), None, "image file not found"),
     (row(27, image="."), None, "image cannot be read"),
     (row(28, image="data.jsonl"), None, "image cannot be read"),
@@ -104,7 +107,7 @@ def test_rows_that_are_not_clean(folder):
     notes = Counter(note for _, solution, note in ROWS if solution is not None and note)
     # An untagged number is both.
     assert dataset.notes == notes + Counter({"answer without tags": 3})
-    assert "data/all: 10 examples; skipped 23: 5 x no answer, " in dataset.summary()
+    assert "data/all: 13 examples; skipped 23: 5 x no answer, " in dataset.summary()
     assert "1 x answer with broken tags" in dataset.summary()
 
 
@@ -162,7 +165,7 @@ def empty_file(folder):
 
 
 def missing_column(folder):
-    return write_jsonl(folder / "data.jsonl", [{"image": "1.png", "question": "a", "solution": "b"}])
+    return write_jsonl(folder / "data.jsonl", [{"image": "1.png", "ask": "a", "solution": "b"}])
 
 
 def nothing_readable(folder):
@@ -195,7 +198,10 @@ MISTAKES = [
     (empty_folder, "has no .jsonl, .json, .csv or .parquet file"),
     (only_images, "has images, but no metadata.jsonl or metadata.csv"),
     (empty_file, "no readable row for test: there are no rows"),
-    (missing_column, "no column 'problem'; its columns are image, question, solution"),
+    (
+        missing_column,
+        r"no column 'problem' \(or question, .* messages\); its columns are ask, image, solution; say which it is with",
+    ),
     (nothing_readable, "no readable row for all: 2 x image file not found"),
     (text_file, "is not a .jsonl, .json, .csv or .parquet file"),
     (broken_parquet, "not readable as Parquet"),

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluate import main
+from mr1fast.evaluation.answers import read_answers
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.evaluation.figures import answer_rows
 from mr1fast.evaluation.result import EvalResult, wilson_interval
@@ -86,6 +89,47 @@ def test_depends_on_the_seed_alone_and_leaves_no_trace(policy, dataset, result, 
     other = evaluate(policy, dataset, max_completion_length=24, sampled=3, batch_size=20, seed=1)
     assert [s.completion for s in other.answered] == [s.completion for s in result.answered]
     assert other.answered != result.answered
+
+
+def interrupting(monkeypatch, call, error):
+    """From the call with this number on, sampling raises the error, or calls it if it can be called; the calls."""
+    calls, generate = [], Sampler.generate
+
+    def interrupted(*arguments, **keywords):
+        calls.append(None)
+        if len(calls) == call:
+            if not isinstance(error, BaseException):
+                error()
+            raise error
+        return generate(*arguments, **keywords)
+
+    monkeypatch.setattr(Sampler, "generate", interrupted)
+    return calls
+
+
+def test_an_evaluation_goes_on_where_it_stopped(policy, dataset, result, tmp_path, monkeypatch):
+    """After a kill in the middle of a line; what is another problem by now is asked again."""
+    file, settings = tmp_path / "new" / "answers.jsonl", {"max_completion_length": 24, "sampled": 3, "batch_size": 8}
+    with monkeypatch.context() as patch:
+        interrupting(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(policy, dataset, file=file, **settings)
+    assert [one.index for one in read_answers(file)] == list(range(8))
+    with file.open("a") as stream:
+        stream.write('{"index": 8, "na')
+    with monkeypatch.context() as patch:
+        calls = interrupting(patch, 0, KeyboardInterrupt())
+        assert evaluate(policy, dataset, file=file, **settings) == result
+        assert len(calls) == 4  # two batches, greedy and sampled
+        assert evaluate(policy, dataset, file=file, **settings) == result
+        assert len(calls) == 4
+        assert evaluate(policy, dataset, file=file, **{**settings, "sampled": 0}).answered[3].sampled_correct == ()
+        assert len(calls) == 7
+    assert {one.index for one in read_answers(file)} == set(range(20))
+    other = load_split("vc", "test", count=20)
+    assert [one.problem for one in evaluate(policy, other, file=file, **settings).answered] == [
+        other[i].problem for i in range(20)
+    ]
 
 
 def test_without_samples_there_is_no_sampled_accuracy(policy, dataset):
@@ -169,7 +213,7 @@ def test_program_on_local_data(tmp_path, capsys, monkeypatch):
     torch.set_num_threads(torch_threads)
     out = capsys.readouterr().out
     assert "shapes, test split, 6 problems" in out
-    assert "skipped 1: 1 x image file not found" in out
+    assert "shapes/test: 6 of 7 rows asked\nshapes/test: 6 examples; skipped 1: 1 x image file not found; " in out
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert figures["n"] == len(figures["samples"]) == 6
     assert figures["settings"]["sampled"] == 2
@@ -215,30 +259,46 @@ def test_a_file_is_evaluated_whole_unless_the_split_is_cut(folder, tmp_path, cap
     figures = evaluated(tmp_path, "--data", file, *([split] if split else []))
     assert figures["n"] == n
     assert ("cut_from" in figures["settings"]) == ("cut from" in said)
-    assert capsys.readouterr().out.startswith(said + "\n")
+    output = capsys.readouterr().out
+    assert output.startswith(said + "\n")
+    cut = re.search(r"\(cut from (.*)\)", said)
+    cut = f", cut by image from {cut[1]} (10 rows)" if cut else ""
+    assert re.search(rf"\n{file.stem}/\w+: {n} of {n} rows asked{re.escape(cut)}\n", output)
 
 
-def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
-    calls, generate = [], Sampler.generate
-
-    def interrupted(*arguments, **keywords):
-        calls.append(None)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return generate(*arguments, **keywords)
-
-    monkeypatch.setattr(Sampler, "generate", interrupted)
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "stopped by SIGTERM"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: there is too little memory; try smaller values of"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--batch-size"),
+    ],
+    ids=["ctrl-c", "sigterm", "gpu-memory", "cpu-memory"],
+)
+def test_whatever_stops_it_keeps_what_there_is(tmp_path, capsys, monkeypatch, error, code, said):
+    interrupting(monkeypatch, 4, error)
     threads = torch.get_num_threads()
     arguments = ["--task", "vc", "--samples", "9", "--batch-size", "3", "--output-dir", str(tmp_path / "out")]
-    assert main(arguments) == 130
+    assert main(arguments) == code
     torch.set_num_threads(threads)
     output = capsys.readouterr()
     assert "vc, test split, 3 problems (stopped after 3 of 9 problems)" in output.out
-    assert "stopped by Ctrl-C" in output.err
+    assert said in output.err
+    assert "Traceback" not in output.err
+    assert len(read_answers(tmp_path / "out" / "answers.jsonl")) == 3
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert figures["n"] == len(figures["samples"]) == 3
     assert figures["settings"]["stopped"] == "after 3 of 9 problems"
     assert "(stopped after 3 of 9 problems)" in Page((tmp_path / "out" / "report.html").read_text()).text
+
+
+def test_fewer_problems_than_there_are(tmp_path, folder, capsys):
+    file = write_jsonl(folder / "test.jsonl", [row(number) for number in range(10)])
+    assert evaluated(tmp_path, "--data", file, "--samples", "4")["settings"]["rows"] == 10
+    assert "\ntest/test: 4 of 10 rows asked\n" in capsys.readouterr().out
+    assert "rows" not in evaluated(tmp_path, "--task", "vc", "--samples", "4")["settings"]
+    assert "\nvc/test: 4 rows asked\n" in capsys.readouterr().out
 
 
 def test_more_problems_than_there_are(tmp_path, capsys):
@@ -249,6 +309,7 @@ def test_more_problems_than_there_are(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "gr, validation split, 80 problems\n" in out
     assert "gr has 80 problems in this split, fewer than --samples 81" in out
+    assert "gr/validation: 80 of 80 rows asked\n" in out
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["n"] == 80
 
 
@@ -266,7 +327,7 @@ MISTAKES = [
     (["--task", "vc", "--samples", "0"], "--samples: must be at least 1, got 0"),
     (["--task", "vc", "--samples", "ten"], "--samples: must be a whole number, got 'ten'"),
     (["--task", "vc", "--smaples", "1"], r"unknown option --smaples \(did you mean '--samples'\?\)"),
-    (["--task", "vc", "--dtype", "float8"], "invalid choice: 'float8'"),
+    (["--task", "vc", "--dtype", "float8"], "--dtype must be one of auto, float32, bfloat16, got 'float8'"),
     (["--task", "vc", "--model", "nowhere/at/all"], "nowhere/at/all"),
     (["--task", "vc", "--model", "."], "no model"),
     (["--task", "vc", "--model", "full"], "--model full is a run; give one of its models, such as full/vc/model"),

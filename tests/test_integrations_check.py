@@ -1,5 +1,7 @@
 """Qwen2-VL with images in TRL's trainer and in ours, and the command that shows parity."""
 
+import sys
+
 import pytest
 import tiny_trl
 import torch
@@ -67,7 +69,7 @@ def test_command_finds_a_wrong_number(capsys, monkeypatch):
 def test_command_needs_a_library_and_names_one_that_is_missing(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         check.main([])
-    assert "choose --trl, --liger or both" in capsys.readouterr().err
+    assert "choose --trl, --liger, --verl or several of them" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         check.main(["--liger", "--loss-type", "luspo"])
     assert "cannot compare luspo" in capsys.readouterr().err
@@ -81,6 +83,9 @@ def test_command_needs_a_library_and_names_one_that_is_missing(capsys, monkeypat
     monkeypatch.setattr(check, "check_liger", missing)
     assert check.main(["--liger"]) == 2
     assert "--liger: the package 'liger_kernel' is not installed" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "verl", None)
+    assert check.main(["--verl"]) == 2
+    assert "--verl: the package 'verl' is not installed" in capsys.readouterr().err
 
 
 def test_compare_trl_on_ones_own_trainer(tmp_path):

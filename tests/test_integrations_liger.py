@@ -116,12 +116,21 @@ def run_linear(module, case, **constructor):
     return [loss.detach(), *metrics, hidden.grad, weight.grad, call["bias"].grad if "bias" in call else None]
 
 
+def log_softmax(function):
+    """Of ids and a mask that have the prompt before them, as in Liger's own example of a trainer."""
+    t = tensors()
+    ids, mask = (torch.cat([torch.zeros_like(t[name][:, :2]), t[name]], dim=1) for name in ("ids", "mask"))
+    return function(t["logits"].detach(), ids, 0.7, mask=mask)
+
+
 def parameters(function):
     return [(name, p.default, p.kind) for name, p in inspect.signature(function).parameters.items()]
 
 
 def main(path):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     results = {
@@ -131,7 +140,10 @@ def main(path):
             "triton_grpo_loss": parameters(triton_grpo_loss),
             "LigerFusedLinearGRPOLoss": parameters(LigerFusedLinearGRPOLoss),
             "forward": parameters(LigerFusedLinearGRPOLoss.forward),
+            "apply": parameters(LigerFusedLinearGRPOFunction.forward)[1:],  # without ctx
+            "fused_selective_log_softmax": parameters(fused_selective_log_softmax),
         },
+        "log_softmax": log_softmax(fused_selective_log_softmax),
     }
     torch.save(results, path)
 
@@ -166,6 +178,23 @@ def test_fused_linear_loss_equals_ligers(theirs, case):
     assert_same(run_linear(liger.LigerFusedLinearGRPOLoss, case), theirs["linear"][case])
 
 
+def test_log_softmax_equals_ligers(theirs):
+    ours = log_softmax(liger.fused_selective_log_softmax)
+    assert ours.dtype == torch.float32
+    mask = tensors()["mask"].bool()  # Liger leaves what it allocated at masked positions: 0, as ours
+    torch.testing.assert_close(ours, theirs["log_softmax"], rtol=1e-5, atol=1e-6)
+    assert (ours[~mask] == 0).all()
+
+
+def test_function_is_the_module():
+    t = tensors()
+    tensors_ = (t["hidden"], t["weight"], t["ids"], t["mask"], t["advantages"], None, t["ref"], t["old"])
+    loss, metrics = liger.LigerFusedLinearGRPOFunction.apply(*tensors_, None, None, None, 0.1, 0.1, 0.3, "bnpo")
+    module = liger.LigerFusedLinearGRPOLoss(beta=0.1, epsilon_low=0.1, epsilon_high=0.3, loss_type="bnpo")
+    wanted, wanted_metrics = module(*tensors_)
+    assert_same([loss, *metrics], [wanted, *wanted_metrics])
+
+
 def test_signatures_are_ligers(theirs):
     def plain(signature):
         return [(name, "empty" if default is inspect.Parameter.empty else default) for name, default, _ in signature]
@@ -174,6 +203,8 @@ def test_signatures_are_ligers(theirs):
         "triton_grpo_loss": liger.triton_grpo_loss,
         "LigerFusedLinearGRPOLoss": liger.LigerFusedLinearGRPOLoss,
         "forward": liger.LigerFusedLinearGRPOLoss.forward,
+        "apply": liger.LigerFusedLinearGRPOFunction.apply,
+        "fused_selective_log_softmax": liger.fused_selective_log_softmax,
     }
     for name, function in ours.items():
         assert plain(parameters(function)) == plain(theirs["signatures"][name]), name
@@ -211,12 +242,23 @@ def test_settings_that_are_not_computed_raise_and_say_why():
         liger.LigerFusedLinearGRPOLoss(loss_type="vespo")
     with pytest.raises(ValueError, match="did you mean 'grpo'"):
         liger.triton_grpo_loss(*arguments, loss_type="grpoo")
-    with pytest.raises(ValueError, match=r"delta must be None for loss_type='cispo'"):
+    with pytest.raises(ValueError, match=r"delta \(two-sided clipping\) is not supported for loss_type='cispo'"):
         liger.triton_grpo_loss(*arguments, loss_type="cispo", delta=2.0)
-    with pytest.raises(ValueError, match=r"importance_sampling_level must be 'token' for loss_type='sapo'"):
+    with pytest.raises(ValueError, match=r"Sequence-level importance sampling is not supported for loss_type='sapo'"):
         liger.LigerFusedLinearGRPOLoss(loss_type="sapo", importance_sampling_level="sequence")
     with pytest.raises(ValueError, match=r"logits must be \[B, L\+1, V\] with B = 3 and L = 6"):
         liger.triton_grpo_loss(t["logits"][:, :-1], *arguments[1:])
+    with pytest.raises(ValueError, match="sapo_temperature_neg must be positive, got 0"):
+        liger.LigerFusedLinearGRPOLoss(sapo_temperature_neg=0)
+    with pytest.raises(ValueError, match="delta must be positive, got -1"):
+        liger.LigerFusedLinearGRPOLoss(delta=-1.0)
+    with pytest.warns(UserWarning, match=r"Both .* are provided\. Using ref_per_token_logps"):
+        liger.LigerFusedLinearGRPOLoss()(
+            *(t[name] for name in ("hidden", "weight", "ids", "mask", "advantages")),
+            ref_per_token_logps=t["ref"],
+            ref_input=t["ref_input"],
+            ref_weight=t["weight"],
+        )
     with pytest.raises(ValueError, match="ref_per_token_logps or ref_input"):
         liger.LigerFusedLinearGRPOLoss()(t["hidden"], t["weight"], t["ids"], t["mask"], t["advantages"])
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import runpy
+from functools import partial
 
 import pytest
 import tiny_trl
@@ -11,8 +12,9 @@ import torch
 import trl.trainer.utils
 from peft import LoraConfig
 from tiny_trl import assert_same_steps
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from mr1fast import kl_weight
 from mr1fast.integrations import trl as integration
@@ -254,6 +256,50 @@ def test_patch_an_existing_trainer_and_undo_it(model, tmp_path, monkeypatch):
     assert trainer.beta == 0.2
     for mine, his in zip(back, theirs):
         assert {k: v for k, v in mine.items() if k != "step_time"} == {k: v for k, v in his.items() if k != "step_time"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_entropy_quantile": 0.5}], ids=["one pass", "TRL's loss"])
+def test_a_beta_that_a_callback_sets_is_kept_and_said_once(model, tmp_path, settings):
+    class Sets(TrainerCallback):
+        trainer = None
+
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step >= 1:
+                self.trainer.beta = [0.05, 0.1, 0.3][state.global_step - 1]
+
+    def before(trainer, patch=False):
+        Sets.trainer = patch_trl(trainer) if patch else trainer
+        trainer.add_callback(Sets())
+
+    theirs, _ = tiny_trl.train(model, GRPOTrainer, GRPOConfig, tmp_path, before=before, beta=0.2, **settings)
+    with pytest.warns(UserWarning, match=r"trainer\.beta was set to 0\.05, .* \(0\.2\)") as warned:
+        ours, trainer = tiny_trl.train(
+            model, GRPOTrainer, GRPOConfig, tmp_path, before=partial(before, patch=True), beta=0.2, **settings
+        )
+    assert_same_steps(ours, theirs)
+    assert [step["beta"] for step in ours] == [0.2, 0.05, 0.1, 0.3]
+    assert sum("trainer.beta was set" in str(warning.message) for warning in warned) == 1
+    assert unpatch(trainer).beta == 0.3
+
+
+def test_a_trainer_with_an_objective_of_its_own_keeps_it(model, tmp_path):
+    """GMPO's loss is TRL's own, on our log-probabilities."""
+    theirs, _ = tiny_trl.train(model, GMPOTrainer, GMPOConfig, tmp_path, beta=0.2)
+    ours, trainer = tiny_trl.train(model, GMPOTrainer, GMPOConfig, tmp_path, beta=0.2, before=patch_trl)
+    assert integration.outside_one_pass(trainer) == ["GMPOTrainer._compute_loss"]
+    assert_same_steps(ours, theirs)
+    plain, _ = tiny_trl.train(model, GRPOTrainer, GRPOConfig, tmp_path, beta=0.2)
+    assert plain[1]["loss"] != pytest.approx(ours[1]["loss"], rel=0.05)  # where the objectives differ
+
+    class ScalesLogprobs(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return 0.5 * logps, entropies, aux_loss
+
+    theirs, _ = tiny_trl.train(model, ScalesLogprobs, GRPOConfig, tmp_path, beta=0.2)
+    ours, trainer = tiny_trl.train(model, ScalesLogprobs, GRPOConfig, tmp_path, beta=0.2, before=patch_trl)
+    assert integration.outside_one_pass(trainer) == ["ScalesLogprobs._get_per_token_logps_and_entropies"]
+    assert_same_steps(ours, theirs)
 
 
 def test_patch_with_a_schedule(model, tmp_path):

@@ -5,9 +5,11 @@ The numbers are restated here in float64, one token at a time, from verl 0.9.1's
 
 import inspect
 import math
+import pickle
 import sys
 import types
 from dataclasses import FrozenInstanceError, dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -69,9 +71,10 @@ def restated(t, low, high, dual_clip, mode, *, dp_size=1, tokens=None, sequences
             if not mask[b][i]:
                 continue
             a = t["advantages"][b, i].item()
-            log_ratio = (t["log_prob"] - t["old_log_prob"])[b, i].item()
+            difference = (t["log_prob"] - t["old_log_prob"])[b, i].item()
+            log_ratio = min(max(difference, -20.0), 20.0)
             ratio = math.exp(log_ratio)
-            value, slope = -a * ratio, -a * ratio
+            value, slope = -a * ratio, -a * ratio if log_ratio == difference else 0.0
             is_clipped = ratio > 1 + high if a > 0 else ratio < 1 - low
             if is_clipped:
                 value, slope = -a * (1 + high if a > 0 else 1 - low), 0.0
@@ -129,6 +132,17 @@ def test_dual_clip_bites_and_can_be_left_out(tensors):
     check(tensors, ActorConfig(clip_ratio_c=None), "token-mean", low=0.2, high=0.2, dual_clip=None)
 
 
+@pytest.mark.parametrize("dual_clip", [1.05, 1.2, 3.0])
+def test_any_dual_clip_above_1_and_extreme_ratios(tensors, dual_clip):
+    """Also within the clipped range, where the bound alone counts, and beyond the log-ratio's of verl."""
+    tensors["log_prob"][1] = tensors["old_log_prob"][1] + torch.tensor([30.0, 25, 19.9, 0.1, -0.1, -25, -30]).double()
+    for sign in (1, -1):
+        tensors["log_prob"] = tensors["log_prob"].detach()
+        tensors["advantages"][1] = sign * tensors["advantages"][1].abs()
+        config = ActorConfig(clip_ratio_c=dual_clip, clip_ratio_high=0.3)
+        check(tensors, config, "token-mean", low=0.2, high=0.3, dual_clip=dual_clip)
+
+
 def test_without_config_and_as_a_mapping(tensors):
     tensors["rollout_is_weights"] = None
     loss, metrics = verl.grpo_d(*(tensors[k] for k in ("old_log_prob", "log_prob", "advantages", "response_mask")))
@@ -137,6 +151,9 @@ def test_without_config_and_as_a_mapping(tensors):
     assert metrics == pytest.approx(wanted_metrics, rel=1e-6)
     mapping = {"clip_ratio": 0.1, "clip_ratio_low": None, "clip_ratio_high": 0.4}
     loss, _ = verl.grpo_d(**tensors, config=mapping)
+    # What a mapping leaves out has verl's default, which is 3 for the dual clip.
+    assert loss.item() == pytest.approx(restated(tensors, 0.1, 0.4, 3.0, "token-mean", weights=False)[0], rel=1e-12)
+    loss, _ = verl.grpo_d(**tensors, config={**mapping, "clip_ratio_c": None})
     assert loss.item() == pytest.approx(restated(tensors, 0.1, 0.4, None, "token-mean", weights=False)[0], rel=1e-12)
 
 
@@ -181,8 +198,8 @@ def test_bad_arguments_are_named(tensors):
         verl.grpo_d(**tensors, config=ActorConfig(global_batch_info={"dp_size": 2}))
     with pytest.raises(ValueError, match="global_batch_size must be given"):
         verl.grpo_d(**tensors, loss_agg_mode="seq-mean-token-sum", config={"global_batch_info": {"dp_size": 2}})
-    with pytest.raises(ValueError, match=r"clip_ratio_c must be above 1 \+ clip_ratio_high = 1.2"):
-        verl.grpo_d(**tensors, config=ActorConfig(clip_ratio_c=1.1))
+    with pytest.raises(ValueError, match=r"clip_ratio_c must be a finite number > 1, got 1.0"):
+        verl.grpo_d(**tensors, config=ActorConfig(clip_ratio_c=1.0))
 
 
 def test_controller_follows_the_schedule_as_verl_drives_it():
@@ -193,6 +210,16 @@ def test_controller_follows_the_schedule_as_verl_drives_it():
     resumed = verl.KLController(20, beta_min=0.04, beta_max=0.10)
     resumed.load_state_dict(controller.state_dict())
     assert resumed.value == controller.value == 0.10
+
+
+def test_controller_takes_its_step_from_the_trainer():
+    """As on resume, where verl makes a new controller and goes on at step 8."""
+    trainer = types.SimpleNamespace(global_steps=0)
+    controller = verl.KLController(20, trainer=trainer, beta_min=0.04, beta_max=0.10)
+    assert controller.value == kl_weight(0, 20, beta_min=0.04, beta_max=0.10)
+    for trainer.global_steps in range(8, 21):
+        assert controller.value == kl_weight(trainer.global_steps - 1, 20, beta_min=0.04, beta_max=0.10)
+        controller.update(current_kl=0.3, n_steps=512)
 
 
 def test_adaptive_controller_equals_verls():
@@ -217,6 +244,94 @@ def test_kl_loss_coef_of_a_frozen_config():
     assert config.kl_loss_coef == 0.07
     with pytest.raises(ValueError, match="kl_loss_coef"):
         verl.set_kl_loss_coef(object(), 0.07)
+
+
+class FakeWorker:
+    """verl's TrainingWorker as far as the KL weight goes; `train_mini_batch` is marked as verl's dispatch wants it."""
+
+    def __init__(self, config, steps_done):
+        self.loss_fn = partial(print, config=config)
+        self.engine = types.SimpleNamespace(lr_scheduler=types.SimpleNamespace(last_epoch=steps_done))
+
+    def train_mini_batch(self, data):
+        self.engine.lr_scheduler.last_epoch += 1
+        return self.loss_fn.keywords["config"].kl_loss_coef
+
+    train_mini_batch.mark = "dispatched"
+
+
+@dataclass
+class FakePolicyLossConfig:
+    loss_mode: str = "vanilla"
+
+
+@pytest.fixture
+def verl_with_workers(monkeypatch):
+    workers, config = types.ModuleType("verl.workers"), types.ModuleType("verl.workers.config")
+    workers.engine_workers = types.SimpleNamespace(TrainingWorker=type("Worker", (FakeWorker,), {}))
+    config.PolicyLossConfig = FakePolicyLossConfig
+    for module in (types.ModuleType("verl"), workers, config):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    caches = (verl._policy_loss_config, verl._follow_schedules)
+    for cached in caches:
+        cached.cache_clear()
+    yield workers.engine_workers
+    for cached in caches:
+        cached.cache_clear()
+
+
+def actor_config(policy_loss, **changes):
+    config = ActorConfig()
+    config.policy_loss, config.use_kl_loss = policy_loss, True
+    config.optim = types.SimpleNamespace(total_training_steps=10)
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    return config
+
+
+def test_grpo_d_by_configuration_alone(verl_with_workers):
+    made = verl.PolicyLossConfig
+    assert pickle.loads(pickle.dumps(made(loss_mode="grpo_d", beta_max=0.1))).beta_max == 0.1
+    settings = made(loss_mode="grpo_d", beta_min=0.02, beta_max=0.1, kl_schedule="linear")
+    worker = verl_with_workers.TrainingWorker(actor_config(settings), steps_done=4)  # a resumed run
+    assert worker.train_mini_batch.mark == "dispatched"
+    bounds = {"beta_min": 0.02, "beta_max": 0.1, "schedule": "linear"}
+    assert [worker.train_mini_batch(None) for _ in range(7)] == [kl_weight(s, 10, **bounds) for s in range(4, 11)]
+    untouched = verl_with_workers.TrainingWorker(actor_config(made(loss_mode="grpo_d")), steps_done=4)
+    assert untouched.train_mini_batch(None) == 0.001
+
+
+def test_grpo_d_by_configuration_refuses(verl_with_workers):
+    made = verl.PolicyLossConfig
+    with pytest.raises(ValueError, match="loss_mode must be 'grpo_d' with beta_max, got 'vanilla'"):
+        made(beta_max=0.1)
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        made(loss_mode="grpo_d", beta_max=0.1, kl_schedule="cosin")
+    settings = made(loss_mode="grpo_d", beta_max=0.1)
+    with pytest.raises(ValueError, match=r"actor\.use_kl_loss must be True"):
+        verl_with_workers.TrainingWorker(actor_config(settings, use_kl_loss=False), 0).train_mini_batch(None)
+    megatron = verl_with_workers.TrainingWorker(actor_config(settings), 0)
+    megatron.engine.lr_scheduler = object()
+    with pytest.raises(ValueError, match="needs a learning-rate schedule of torch"):
+        megatron.train_mini_batch(None)
+
+
+def test_linear_cross_entropy_is_verls_by_shape_and_numbers():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 6, 5, generator=g).requires_grad_()
+    weight = torch.randn(11, 5, generator=g).requires_grad_()
+    labels = torch.randint(11, (1, 6), generator=g)
+    logps, entropies = verl.linear_cross_entropy(hidden, weight, labels, 0.7, "none")
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    wanted = (leaves[0][0] @ leaves[1].T / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logps.double(), wanted[range(6), labels[0]], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies.double(), -(wanted.exp() * wanted).sum(-1), rtol=1e-6, atol=1e-6)
+    (logps.sum() + 0.3 * entropies.sum()).backward()
+    (wanted[range(6), labels[0]].sum() - 0.3 * (wanted.exp() * wanted).sum()).backward()
+    for ours, theirs in zip((hidden, weight), leaves):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="reduction must be one of none, got 'mean'"):
+        verl.linear_cross_entropy(hidden, weight, labels, 0.7, "mean")
 
 
 def fake_verl(monkeypatch, version, parameters):

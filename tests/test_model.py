@@ -17,13 +17,14 @@ from mr1fast.errors import UserError
 from mr1fast.model import load as loading
 from mr1fast.model.load import (
     EMBEDDED,
-    PROMPT_SUFFIX,
     encode_prompts,
     load_model,
     load_processor,
     longest_prompt,
     prompt_length,
+    prompt_text,
 )
+from mr1fast.options.prompt import PROMPT_SUFFIX
 from mr1fast.rewards import accuracy_reward, format_reward
 
 
@@ -122,6 +123,42 @@ def test_prompt_length_is_that_of_the_encoded_prompt(bounds):
     lengths = [prompt_length(processor, example) for example in examples]
     assert lengths == encode_prompts(processor, examples)["attention_mask"].sum(1).tolist()
     assert len(set(lengths)) > len(questions)
+    several = Example(Image.new("RGB", (31, 200)), "a <image> b <image>", "", more_images=(Image.new("RGB", (56, 56)),))
+    assert prompt_length(processor, several) == encode_prompts(processor, [several])["input_ids"].numel()
+
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.mark.parametrize(
+    ("problem", "images", "written"),
+    [
+        ("How many?", 1, IMAGE + "How many?"),
+        ("How many?", 0, "How many?"),
+        ("How many?", 3, 3 * IMAGE + "How many?"),
+        ("Is <image> like <image>?", 2, f"Is {IMAGE} like {IMAGE}?"),
+        ("<image><image>Which?", 2, 2 * IMAGE + "Which?"),
+        ("What is in <image>", 1, "What is in " + IMAGE),
+        ("Is <image> like this?", 2, 2 * IMAGE + "Is <image> like this?"),
+        ("<image>", 0, "<image>"),
+    ],
+)
+def test_image_markers_place_the_images_if_they_are_as_many(problem, images, written, processor):
+    start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_text(processor, problem, images) == f"{start}{written} {PROMPT_SUFFIX}{end}"
+
+
+def test_images_are_encoded_in_the_order_of_prompts_and_markers(processor):
+    images = [Image.new("RGB", (56, 56 * n), (n, 0, 0)) for n in (1, 2, 3, 4)]
+    examples = [
+        Example(images[0], "How many?", ""),
+        Example(None, "How many?", ""),
+        Example(images[1], "Is <image> like <image> and <image>?", "", more_images=tuple(images[2:])),
+    ]
+    inputs = encode_prompts(processor, examples)
+    alone = [encode_prompts(processor, [Example(image, "", "")]) for image in images]
+    for name in ("image_grid_thw", "pixel_values"):
+        assert torch.equal(inputs[name], torch.cat([one[name] for one in alone]))
 
 
 def test_the_longest_prompt_leaves_room_for_the_completion(embedded):
@@ -155,7 +192,10 @@ def test_questions_that_cannot_be_encoded_are_named(problem, says, processor):
         (lambda folder: folder, "holds no model"),
         (lambda folder: (folder / "config.json").write_text("{") and folder, "config.json is not valid JSON"),
         (lambda folder: (folder / "config.json").write_text("[]") and folder, "config.json is not a JSON object"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder, "'llama'"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}') and folder,
+            "of type 'llama', which is not of these families: Qwen2-VL, Qwen2.5-VL$",
+        ),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,
             "cannot be loaded",
@@ -190,7 +230,7 @@ def test_a_folder_without_one_of_its_files_is_named(file, says, tmp_path):
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("looked up"))
     with pytest.raises(ValueError, match="model folder 'runs/missing' does not exist"):
         load_model("runs/missing")
 
@@ -199,7 +239,7 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch):
     def fail(*_, **__):
         raise OSError("no connection\nat all")
 
-    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", fail)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(
         ValueError, match=r"'no/model' cannot be loaded: no connection at all, and there is no such folder$"
     ):

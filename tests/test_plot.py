@@ -21,6 +21,8 @@ def drawn(monkeypatch):
         draw(axis, panel, series)
         panels[panel.title] = [np.asarray(line.get_xydata()) for line in axis.lines]
         panels[panel.title + "/limits"] = axis.get_ylim()
+        panels[panel.title + "/steps"] = axis.get_xlim()
+        panels[panel.title + "/ticks"] = [tick for tick in axis.get_xticks() if 0 <= tick <= axis.get_xlim()[1]]
         panels[panel.title + "/dashed"] = [line.is_dashed() for line in axis.lines]
 
     monkeypatch.setattr(curves, "_draw_panel", spy)
@@ -93,6 +95,9 @@ def test_any_length_of_run(tmp_path, drawn, steps):
         warnings.simplefilter("error")
         draw_curves([run], tmp_path / "a.png")
     assert len(drawn["Reward"][-1]) == steps
+    left, right = drawn["Reward/steps"]
+    assert -0.1 * steps < left <= 0 < steps <= right < 1.1 * steps
+    assert all(float(tick).is_integer() for tick in drawn["Reward/ticks"])
 
 
 def test_what_a_broken_run_leaves_behind(tmp_path, drawn):

@@ -11,6 +11,7 @@ from report_page import SETTINGS, Page, answered
 
 from mr1fast.data.dataset import load_split
 from mr1fast.data.example import Example
+from mr1fast.evaluation.evaluate import _judged
 from mr1fast.evaluation.report import write_report
 from mr1fast.evaluation.result import EvalResult
 
@@ -44,6 +45,32 @@ def test_page_shows_every_mistake_and_nothing_from_elsewhere(tmp_path):
     assert [image.size for image in shown] == [(6, 4), (480, 240), (6, 4)]
     assert shown[0].getpixel((0, 0)) == (10, 20, 30)
     assert len(re.findall('class="problem wrong"', text)) == 2
+
+
+def test_page_shows_all_images_of_a_problem_in_order(tmp_path):
+    first, *others = (Image.new("RGB", (6, 4), (shade, 2, 3)) for shade in (10, 20, 30))
+    examples = [Example(first, "?", "4", more_images=tuple(others)), Example(None, "?", "4")]
+    found = [answered("4", "5", 0), answered("4", "5", 1)]
+    page = Page(write_report(tmp_path / "r.html", EvalResult.of(found), SETTINGS, examples).read_text("utf-8"))
+    shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.images]
+    assert [image.getpixel((0, 0))[0] for image in shown] == [10, 20, 30]
+    assert page.text.count("(no image)") == 1
+
+
+def test_right_but_untagged_answers_are_a_gallery_of_their_own(tmp_path):
+    problem = Example(None, "How many?", "4")
+    texts = ["<think>4</think><answer>4</answer>", "4", "5", "There are 4."]
+    found = [_judged(index, problem, text, []) for index, text in enumerate(texts)]
+    result = EvalResult.of(found)
+    assert (result.greedy_accuracy, result.accuracy_when_formatted) == (0.25, 1.0)  # it counts nowhere
+    text = write_report(tmp_path / "r.html", result, SETTINGS, [problem] * 4).read_text(encoding="utf-8")
+    titles = re.findall("<h2>(.*answers? .*|Wrong.*|Right.*)</h2>", text)
+    assert titles == [
+        "Wrong answers (1)",
+        "Right, but not in answer tags: counted as wrong (2)",
+        "Right answers, for comparison (1)",
+    ]
+    assert re.findall('class="problem (.*?)"', text) == ["wrong", "untagged", "untagged", "right"]
 
 
 def test_nothing_stops_the_page(tmp_path, broken, folder):

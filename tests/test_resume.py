@@ -13,6 +13,7 @@ import torch
 from train_program import SMALL, main, metrics, program
 
 from mr1fast.data.tasks import TASKS
+from mr1fast.evaluation.evaluate import _Asked
 from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
@@ -107,6 +108,42 @@ def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path, capsys, monke
     assert f"to continue: python -m mr1fast.train --resume {run}" in capsys.readouterr().err
     assert main("--resume", run) == 0
     assert json.loads((run / "result.json").read_text())["steps"] == {"vc": 1}
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(tmp_path, capsys, monkeypatch):
+    """Before training and after it; neither is begun again, but for the training that another checkpoint leads to."""
+    calls, answers = [], _Asked.answers
+    fails_at = 2
+
+    def out_of_memory(self, batch):
+        calls.append(len(batch))
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return answers(self, batch)
+
+    run = tmp_path / "run"
+    before, after = (run / "answers" / when / "vc.jsonl" for when in ("before-training", "trained-on-vc"))
+    options = ["--task=vc", "--max-steps=1", *SMALL, "--eval-steps=0", "--eval-sampled=0", "--eval-batch-size=2"]
+    monkeypatch.setattr(_Asked, "answers", out_of_memory)
+    assert main(*options, "--output-dir", run) == 1
+    error = capsys.readouterr().err
+    assert "there is too little memory" in error
+    assert "a smaller --eval-batch-size" in error
+    assert f"to continue: python -m mr1fast.train --resume {run}" in error
+    assert len(before.read_text().splitlines()) == 2
+    calls, fails_at = [], 8  # before: 2 of vc, 4 of gr; after: the second of vc
+    assert main("--resume", run, "--eval-batch-size=1") == 1
+    assert calls == [1] * 8
+    assert len(before.read_text().splitlines()) == 4
+    kept = after.read_text()
+    assert len(kept.splitlines()) == 1
+    calls, fails_at = [], 0
+    assert main("--resume", run, "--eval-batch-size=3") == 0
+    assert calls == [3, 3, 1]  # and none for the pictures
+    assert after.read_text().startswith(kept)
+    figures = json.loads((run / "result.json").read_text())["after"]["vc"]
+    assert figures["n"] == len(after.read_text().splitlines()) == 4
+    assert "sampled_accuracy" not in figures
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_survives(tmp_path, capsys):

@@ -2,7 +2,11 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from mr1fast.data.example import Example
+from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
+from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.policy import Policy
 from mr1fast.model.rollout import Rollout, Sampler, likeliest
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, slice_prompts, split_batch
 from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model, tiny_policy
@@ -65,6 +69,36 @@ def test_logps_equal_a_plain_forward(attention, temperature):
         ours = batch_logps(policy, Batch(inputs, 3, ids, mask), temperature)
     torch.testing.assert_close(rollout.per_token_logps.double(), expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_prompts_with_no_image_and_with_three_share_their_prefix_too():
+    """One with three images, one with none, one with one: each as if it stood alone, whole and in pieces."""
+    policy = Policy(load_model().eval(), load_processor())
+    images = [TASKS["vc"].example("test", index).image.resize((56, 56 + 28 * index)) for index in range(4)]
+    examples = [
+        Example(images[0], "Are <image>, <image> and <image> alike?", "", more_images=tuple(images[1:3])),
+        Example(None, "How many?", ""),
+        Example(images[3], "How many?", ""),
+    ]
+    inputs = policy.encode(examples)
+    rollout = sample(policy, inputs, G=2, L=6, temperature=1.0)
+    batch = Batch(inputs, 2, rollout.completion_ids, rollout.completion_mask)
+    with torch.no_grad():
+        whole = batch_logps(policy, batch)
+        pieces = torch.cat([batch_logps(policy, piece) for piece in split_batch(batch, 3)])
+        for row, example in enumerate(examples):
+            alone, each = encode_prompts(policy.processor, [example]), slice(2 * row, 2 * row + 2)
+            ids, mask = batch.completion_ids[each], batch.completion_mask[each]
+            expected = torch.cat([plain_row(policy.model, alone, ids[i : i + 1], mask[i : i + 1]) for i in range(2)])
+            torch.testing.assert_close(whole[each].double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(pieces, whole, atol=2e-5, rtol=1e-5)
+
+
+def plain_row(model, inputs, ids, mask):
+    if "image_grid_thw" in inputs:
+        return plain_logps(model, inputs, ids, mask, 1, 1.0)
+    logits = model(input_ids=torch.cat([inputs["input_ids"], ids], 1)).logits[:, -ids.shape[1] - 1 : -1].double()
+    return logits.log_softmax(-1).gather(2, ids[..., None])[..., 0] * mask
 
 
 def test_the_shared_prefix_has_the_gradient_of_whole_sequences():

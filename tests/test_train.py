@@ -179,6 +179,9 @@ def test_local_data(tmp_path, capsys):
     assert set(result["before"]) == set(result["after"]) == {"shapes"}
     assert {row["task"] for row in metrics(run)} == {"shapes"}
     load_processor(run / "shapes" / "model")
+    card = (run / "shapes" / "model" / "README.md").read_text()
+    assert "# The embedded model of mr1fast, trained with GRPO-D on shapes\n" in card
+    assert f"| shapes | {result['before']['shapes']['n']} | greedy accuracy |" in card
     output = capsys.readouterr().out
     rest = "(cut from the unnamed rows)"
     assert re.search(rf"shapes: train \d+, validation 2 {re.escape(rest)}, test \d+ {re.escape(rest)}\n", output)

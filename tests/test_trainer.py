@@ -14,7 +14,7 @@ from mr1fast.training import scoring
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.checkpoint import load_state, save_checkpoint, save_model
 from mr1fast.training.run_folder import checkpoints
-from mr1fast.training.trainer import Trainer, needs_reference, sft_target
+from mr1fast.training.trainer import Trainer, sft_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -45,7 +45,7 @@ def processor():
 
 def make_trainer(processor, folder=None, **options) -> Trainer:
     config = TrainConfig(**{**SMALL, **options}).for_task("vc")
-    reference = Policy(load_model(), processor).freeze() if needs_reference(config) else None
+    reference = Policy(load_model(), processor).freeze() if config.needs_reference else None
     policy = Policy(load_model() if folder is None else load_model(folder), processor)
     trainer = Trainer(config, policy, reference, Drawings())
     if folder is not None:
@@ -190,14 +190,6 @@ def test_the_reference_does_not_move(processor):
         metrics = trainer.step()
     assert all(torch.equal(before[name], value) for name, value in trainer.reference.model.state_dict().items())
     assert metrics["kl"] > 0
-
-
-def test_no_reference_where_the_kl_weight_is_0():
-    assert not needs_reference(TrainConfig(method="sft").for_task("vc"))
-    assert not needs_reference(TrainConfig(method="grpo", beta=0.0).for_task("vc"))
-    assert not needs_reference(TrainConfig(beta_max=0.0).for_task("vc"))
-    assert needs_reference(TrainConfig(method="grpo").for_task("vc"))
-    assert needs_reference(TrainConfig().for_task("gr"))
 
 
 def test_the_kl_weight_follows_the_schedule(processor):

@@ -1,11 +1,13 @@
-"""The rows of Parquet files and of folders that `datasets` has saved.
+"""The rows of Parquet files, of folders that `datasets` has saved, and of data sets on the Hugging Face hub.
 
 They stay memory-mapped: images are read when they are needed. Nothing else needs the package `datasets`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +30,10 @@ class ArrowRows(Sequence):
         import datasets
 
         self.columns = frozenset(columns)  # all columns of the file; `dataset` has only those that are used
-        for column, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-        self._dataset = dataset
+        features = datasets.Features({name: _undecoded(feature) for name, feature in dataset.features.items()})
+        # Not cast(), which would write all rows anew: they are stored alike.
+        info = datasets.DatasetInfo(features=features)
+        self._dataset = datasets.Dataset(dataset.data, info, indices_table=dataset._indices)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -41,6 +41,19 @@ class ArrowRows(Sequence):
     def __getitem__(self, index):
         features = self._dataset.features
         return {column: _meant(value, features[column]) for column, value in self._dataset[index].items()}
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with its images, wherever they are in it, as they are stored."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(each) for name, each in feature.items()}
+    return feature
 
 
 def _meant(value: Any, feature: Any) -> Any:
@@ -113,7 +126,24 @@ def read_saved(folder: Path) -> dict[str, Sequence[dict[str, Any]]]:
     return {str(name): ArrowRows(part, part.column_names) for name, part in parts.items()}
 
 
-def _import_datasets(source: Path) -> Any:
+@cache  # each split asks for it
+def read_hub(name: str) -> dict[str, Sequence[dict[str, Any]]]:
+    """The splits of a data set on the hub, which `datasets` downloads, or finds where it has put it before.
+
+    Raises UserError, which says how to have it as a folder.
+    """
+    datasets = _import_datasets(name)
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # of the hub, the network, the disk or the data set
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        save = f"where there is a network, hf download {name} --repo-type dataset --local-dir DIR, then give --data DIR"
+        what = "is no path here, and as a data set on the Hugging Face hub it cannot be had"
+        raise UserError(f"data {name!r} {what} ({reason}): {save}") from None
+    return {str(split): ArrowRows(part, part.column_names) for split, part in loaded.items()}
+
+
+def _import_datasets(source: Path | str) -> Any:
     try:
         import datasets
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Examples to train on and to evaluate: the embedded tasks, or local data with the columns image, problem, solution.
+"""Examples to train on and to evaluate: the embedded tasks, or local data.
 
 Data that is not clean is repaired or left out, counted by reason, and never stops a run: what can be seen from the rows
 and the images' headers up front, the rest when an image is decoded.
@@ -6,38 +6,27 @@ and the images' headers up front, the rest when an image is decoded.
 
 from __future__ import annotations
 
+import random
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mr1fast.checks import nearest
-from mr1fast.data.cells import BadRow, answer_of, choices_of, image_of, others_of, question_of
+from mr1fast.data.columns import Reading
 from mr1fast.data.example import Example, Examples
-from mr1fast.data.identity import Place
-from mr1fast.data.images import BadImage, check_image, load_image
-from mr1fast.data.splits import all_places, share_of
-from mr1fast.data.tables import Table, check_columns, read_tables
+from mr1fast.data.identity import Place, image_keys, shared
+from mr1fast.data.images import BadImage, load_image
+from mr1fast.data.records import Checked
+from mr1fast.data.sources import data_name, is_hub_name
+from mr1fast.data.splits import Share, all_places, share_of
+from mr1fast.data.tables import Table, check_columns, columns_of, read_tables
 from mr1fast.data.tasks import SPLITS, TASKS
-from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.rewards import check_solutions
 
+USUAL = Reading()
 ENDLESS = 2**31 - 1  # the length of a split that is drawn on the fly, unless `count` limits it
-
-
-@dataclass(frozen=True)
-class Record:
-    """A checked row: everything but the decoded image."""
-
-    name: str
-    problem: str
-    solution: str
-    image: Callable[[], Path | bytes]  # read again when needed, rather than all held in memory
-    choices: tuple[str, ...] | None
-    columns: Callable[[], dict[str, Any]]  # the other cells, of which there may be many
 
 
 class ImageTextDataset:
@@ -45,7 +34,11 @@ class ImageTextDataset:
 
     name: "vc", "gr", or the folder's or file's name. skipped, notes: what was left out and what was repaired, as
     reason -> number of rows; both may grow while images are decoded. cut_from: the rows that the split was cut from, ""
-    for a named split. shown_in: for each held-out split, the number of train rows that show one of its images.
+    for a named split. shown_in, asked_in: for each held-out split, the number of train rows that show one of its
+    images, and of text-only rows that ask one of its questions. columns: what was taken for what, where the names are
+    not ours. tables, places: where the examples stand. pixels: of each image. rows, cut_from_rows: how many rows the
+    split has and how many those that it was cut from, with unreadable ones and those beyond `count`; rows is None where
+    the supply is endless.
     """
 
     def __init__(
@@ -54,7 +47,14 @@ class ImageTextDataset:
         self.name = name
         self.split = split
         self.cut_from = cut_from
+        self.rows: int | None = length
+        self.cut_from_rows = length
         self.shown_in: Counter[str] = Counter()
+        self.asked_in: Counter[str] = Counter()
+        self.columns = ""
+        self.pixels: array[int] = array("q")
+        self.tables: Sequence[Table] = ()
+        self.places: list[Place] = []
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self._length = length
@@ -104,6 +104,16 @@ class ImageTextDataset:
 
         self._load = checked
 
+    def count_shared(self, name: str, images: Collection[Place], texts: Collection[Place]) -> None:
+        """Of these rows, which a held-out split or a data set to test on shares, count those that are examples here."""
+        self.shown_in += Counter({name: sum(place in images for place in self.places)})
+        self.asked_in += Counter({name: sum(place in texts for place in self.places)})
+
+    @property
+    def is_remarkable(self) -> bool:
+        """Whether `summary` says more than the number of examples."""
+        return any((self.skipped, self.notes, self.shown_in, self.asked_in, self.columns))
+
     def summary(self) -> str:
         """One line, such as "shapes/train: 80 examples; skipped 2: 2 x no answer; handled: 1 x ..."."""
         number = "endless" if self._length == ENDLESS else f"{self._length - len(self._broken)}"
@@ -112,8 +122,20 @@ class ImageTextDataset:
             parts.append(f"skipped {self.skipped.total()}: {_listed(self.skipped)}")
         if self.notes:
             parts.append(f"handled: {_listed(self.notes)}")
-        parts += [f"warning: {rows} of them show an image of the {name} split" for name, rows in self.shown_in.items()]
+        parts += [f"columns: {self.columns}"] if self.columns else []
+        for counts, what in ((self.shown_in, "show an image"), (self.asked_in, "ask a question")):
+            for name, rows in counts.items():
+                whose = f"the {name} split" if name in SPLITS else name
+                parts.append(f"warning: {rows} of them {what} of {whose}")
         return "; ".join(parts)
+
+
+def count_shared(train: ImageTextDataset, other: ImageTextDataset) -> None:
+    """Count the examples to train on that have an image, or in text alone a question, of data to test on."""
+    offset = len(train.tables)
+    theirs = [(table + offset, row) for table, row in other.places]
+    keys = image_keys([*train.tables, *other.tables], [*train.places, *theirs])
+    train.count_shared(other.name, *shared(keys, train.places, theirs))
 
 
 def split_sizes(splits: Sequence[ImageTextDataset]) -> str:
@@ -127,37 +149,57 @@ def _listed(reasons: Counter[str]) -> str:
 
 
 def load_split(
-    source: str | Path, split: str | None, *, count: int | None = None, used: Collection[str] = SPLITS
+    source: str | Path,
+    split: str | None,
+    *,
+    count: int | None = None,
+    sample_seed: int | None = None,
+    used: Collection[str] = SPLITS,
+    cut: bool = True,
+    reading: Reading = USUAL,
 ) -> ImageTextDataset:
     """The split "train", "validation" or "test" of an embedded task or of local data, at most `count` examples.
 
-    source: "vc" or "gr"; else a folder or a .jsonl, .json, .csv or .parquet file, see `tables`. Files and folders named
-    after a split belong to that split; all others are train, see `splits.share_of`. "all" is every row. None is "test",
-    or "all" for a single file that is not named test.
+    source: "vc" or "gr"; else a folder, a .jsonl, .json, .csv or .parquet file, or a name on the hub, see `tables`.
+    Files and folders named after a split belong to that split; all others are train, see `splits.share_of`. "all" is
+    every row. None is "test", or "all" for a single file that is not named test; without `cut`, also for a folder that
+    has no test split.
+    sample_seed: the `count` examples are not the first ones, but drawn by this seed.
     used: the splits that the caller uses; `train` is cut for these only, and its images are compared with these only.
+    reading: what the columns of local data are called, and where its images are.
 
     Raises UserError (a ValueError) for an unknown split, for a source that is missing, empty or has no readable row in
     the split, and if a package is missing that its format or its solutions need.
     """
     if str(source) in TASKS and split in (None, *SPLITS):
-        return _embedded(str(source), split or "test", count)
+        return _embedded(str(source), split or "test", count, sample_seed)
     if split not in (None, *SPLITS, "all") or str(source) in TASKS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = Path(source)
-    if not path.exists():
+    if not path.exists() and not is_hub_name(str(source)):
         hint = nearest(str(source), TASKS)
         raise UserError(f"data {str(source)!r} does not exist{hint}")
-    tables = read_tables(path)
+    tables = read_tables(path, reading)
     check_columns(path, tables)
     if split is None:
-        split = "all" if path.is_file() and tables[0].split != "test" else "test"
-    return _local(path, split, tables, count, used)
+        has_test = any(table.split == "test" for table in tables)
+        split = "test" if has_test or (cut and not path.is_file()) else "all"
+    share = share_of(tables, split, used)
+    if sample_seed is not None:
+        random.Random(f"samples/{sample_seed}").shuffle(share.places)
+    return _local(path, split, tables, share, count)
 
 
-def _embedded(name: str, split: str, count: int | None) -> ImageTextDataset:
+def _embedded(name: str, split: str, count: int | None, sample_seed: int | None) -> ImageTextDataset:
     task = TASKS[name]
-    length = min(task.splits[split] or ENDLESS, ENDLESS if count is None else count)
-    return ImageTextDataset(name, split, length, lambda index: (task.example(split, index), []))
+    there = task.splits[split] or ENDLESS
+    length = there if count is None else min(there, count)
+    drawn: Sequence[int] = range(length)
+    if sample_seed is not None:
+        drawn = random.Random(f"samples/{sample_seed}").sample(range(there), length)
+    dataset = ImageTextDataset(name, split, length, lambda index: (task.example(split, drawn[index]), []))
+    dataset.rows = task.splits[split]
+    return dataset
 
 
 def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
@@ -181,77 +223,45 @@ def problem_at(dataset: Examples, index: int) -> Example | None:
     return dataset.own(index) if isinstance(dataset, ImageTextDataset) else dataset[index]
 
 
-# ---- local data: from rows to records -------------------------------------------------------------------------------
+# ---- local data -----------------------------------------------------------------------------------------------------
 
 
-def _local(
-    path: Path, split: str, tables: Sequence[Table], count: int | None, used: Collection[str]
-) -> ImageTextDataset:
-    share = share_of(tables, split, used)
-    records, skipped, notes = _checked(tables, share.places, count)
+def _local(path: Path, split: str, tables: Sequence[Table], share: Share, count: int | None) -> ImageTextDataset:
+    checked = Checked.of(tables, share.places, count)
+    skipped, records = checked.skipped, checked.records
     skipped.update(table.unreadable for table in share.tables if table.unreadable)
-    notes.update(table.note for table in share.tables if table.note)
     if not records:
         raise UserError(f"data {str(path)!r} has no readable row for {split}: {_why_none(tables, split, skipped)}")
     check_solutions(record.solution for record in records)
 
     def load(index: int) -> tuple[Example, list[str]]:
         record = records[index]
-        image, image_notes = load_image(record.image())
+        loaded = [load_image(image) for image in record.images()]
+        images = tuple(image for image, _ in loaded)
         cells = (record.problem, record.solution, record.name, record.choices, record.columns())
-        return Example(image, *cells), image_notes
+        example = Example(images[0] if images else None, *cells, more_images=images[1:])
+        return example, [note for _, notes in loaded for note in notes]
 
-    name = path.resolve().stem if path.is_file() else path.resolve().name
-    dataset = ImageTextDataset(whole_characters(name), split, len(records), load, share.cut_from)
+    dataset = ImageTextDataset(data_name(str(path)), split, len(records), load, share.cut_from)
+    dataset.rows, dataset.cut_from_rows = len(share.places), sum(len(table.rows) for table in share.tables)
     dataset.skipped.update(skipped)
-    dataset.notes.update(notes)
-    dataset.shown_in.update(share.shown_in)
+    dataset.notes.update(checked.notes)
+    dataset.notes.update(table.note for table in share.tables if table.note)
+    dataset.tables, dataset.places = tables, checked.places
+    for held_out, (images, texts) in share.shared.items():
+        dataset.count_shared(held_out, images, texts)
+    dataset.columns = tables[0].reading.described(columns_of(share.tables))
+    dataset.pixels = checked.pixels
     return dataset
-
-
-def _checked(
-    tables: Sequence[Table], places: Sequence[Place], count: int | None = None
-) -> tuple[list[Record], Counter[str], Counter[str]]:
-    """At most `count` good rows; what was left out, and what was repaired."""
-    records: list[Record] = []
-    skipped: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    for t, r in places:
-        if count is not None and len(records) == count:
-            break
-        try:
-            record, row_notes = _record(tables[t], r)
-            check_image(record.image())
-        except (BadRow, BadImage) as error:
-            skipped[str(error)] += 1
-            continue
-        records.append(record)
-        notes.update(row_notes)
-    return records, skipped, notes
 
 
 def _why_none(tables: Sequence[Table], split: str, skipped: Counter[str]) -> str:
     """Why a split has no good row; skipped: its bad rows."""
     if skipped:
         return _listed(skipped)
-    records, skipped, _ = _checked(tables, all_places(tables))
-    splits = {table.split for table in tables}
-    if records and split not in splits:
+    checked, splits = Checked.of(tables, all_places(tables)), {table.split for table in tables}
+    if checked.records and split not in splits:
         of_others = f"all rows are of {', '.join(sorted(map(str, splits)))}"
         return "there are too few rows for it" if splits & {None, "train"} else of_others
-    skipped.update(table.unreadable for table in tables if table.unreadable)
-    return _listed(skipped) or "there are no rows"
-
-
-def _record(table: Table, row: int) -> tuple[Record, list[str]]:
-    """Raises BadRow."""
-    values = table.rows[row]
-    if isinstance(values, str):
-        raise BadRow(values)
-    notes: list[str] = []
-    problem = question_of(values.get("problem"), notes)
-    solution = answer_of(values.get("solution"), notes)
-    choices = choices_of(values.get("choices"), notes)
-    image_of(table, row)
-    image, others = partial(image_of, table, row), partial(others_of, table, row)
-    return Record(f"{table.name}, row {row + 1}", problem, solution, image, choices, others), notes
+    checked.skipped.update(table.unreadable for table in tables if table.unreadable)
+    return _listed(checked.skipped) or "there are no rows"

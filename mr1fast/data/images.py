@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +31,11 @@ class BadImage(ValueError):
     """An image that cannot be used; the message is the reason, short enough to be counted."""
 
 
-def check_image(source: Path | bytes) -> None:
-    """Look at the header and the checksums, without decoding. Raises BadImage."""
+def check_image(source: Path | bytes) -> int:
+    """The number of pixels, after a look at the header and the checksums, without decoding. Raises BadImage."""
     with _opened(source) as image:
         image.verify()
+        return image.width * image.height
 
 
 def load_image(source: Path | bytes) -> tuple[Image.Image, list[str]]:
@@ -106,3 +107,25 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode != "F" and low >= 0 and high < 2**16:
         low, high = 0.0, next(2.0**bits - 1 for bits in (8, 10, 12, 16) if high < 2**bits)
     return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
+
+
+def thumbnail(image: Image.Image | None, side: int) -> Image.Image | None:
+    """A copy in RGB of at most `side` x `side` pixels; None if there is no image, or none that can be shown."""
+    try:
+        copy = image and image.convert("RGB")
+        if copy is not None:
+            copy.thumbnail((side, side))
+        return copy
+    except Exception:  # whatever is wrong with an image costs no more than the image
+        return None
+
+
+def side_by_side(images: Sequence[Image.Image], side: int) -> Image.Image | None:
+    """Those that can be shown, each of at most `side` x `side` pixels, in a row on white; None if there is none."""
+    shown = [small for image in images if (small := thumbnail(image, side)) is not None]
+    if len(shown) < 2:
+        return shown[0] if shown else None
+    row = Image.new("RGB", (sum(image.width for image in shown), max(image.height for image in shown)), "white")
+    for number, image in enumerate(shown):
+        row.paste(image, (sum(before.width for before in shown[:number]), 0))
+    return row

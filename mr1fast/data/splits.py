@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from mr1fast.data.identity import Place, image_keys
+from mr1fast.data.identity import Place, connected, image_keys, shared
 from mr1fast.data.tables import Table
 
 HELD_OUT = ("test", "validation")  # in the order in which they get their shares
@@ -20,15 +19,16 @@ class Share:
     places: list[Place]
     tables: list[Table]  # to which these rows belong, or from which they were cut
     cut_from: str = ""  # "train" or "the unnamed rows", if the split is a tenth of these
-    shown_in: Counter[str] = field(default_factory=Counter)  # held-out split -> number of rows whose image is in it too
+    # Held-out split -> rows with an image that is in it too, and rows without images whose question is in it too.
+    shared: dict[str, tuple[set[Place], set[Place]]] = field(default_factory=dict)
 
 
 def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Share:
     """The rows of "train", "validation", "test" or "all"; `used`: the splits that training must not learn from.
 
     If tables are named after "validation" or "test", that split is all of their rows. If none is, it is a tenth of the
-    other rows, by one fixed permutation of their images, so that questions about an image stay together. "train" is the
-    other rows without the tenths of the splits that are used.
+    other rows, by one fixed permutation of their images, so that rows which share an image, or which others connect by
+    the images they share, stay together. "train" is the other rows without the tenths of the splits that are used.
     """
     if split == "all":
         return Share(all_places(tables), list(tables))
@@ -38,36 +38,35 @@ def share_of(tables: Sequence[Table], split: str, used: Collection[str]) -> Shar
     others = [table for table in tables if table.split not in HELD_OUT]
     rest = _places_of(tables, None, "train")
     watched = {name: _places_of(tables, name) for name in named if split == "train" and name in used}
+    if split == "train" and not watched and all(name in named or name not in used for name in HELD_OUT):
+        return Share(rest, others)  # nothing is cut, and no image need be looked at
     keys = image_keys(tables, [*rest, *(place for places in watched.values() for place in places)])
-    cuts = _cut(list(dict.fromkeys(keys[place] for place in rest)), named)
+    groups = connected({place: keys[place] for place in rest})
+    cuts = _cut(list(dict.fromkeys(groups[place] for place in rest)), named)
     if split in HELD_OUT:
         cut_from = "train" if any(table.split == "train" for table in tables) else "the unnamed rows"
-        return Share(_with_images(cuts[split], rest, keys), others, cut_from)
-    kept = [key for name, cut in cuts.items() if name == "train" or name not in used for key in cut]
-    places = _with_images(kept, rest, keys)
-    shown_in: Counter[str] = Counter()
-    for name, theirs in watched.items():
-        images = {keys[place] for place in theirs}
-        shown_in[name] = sum(keys[place] in images for place in places)
-    return Share(places, others, shown_in=+shown_in)
+        return Share(_of_groups(cuts[split], rest, groups), others, cut_from)
+    kept = [group for name, cut in cuts.items() if name == "train" or name not in used for group in cut]
+    places = _of_groups(kept, rest, groups)
+    return Share(places, others, shared={name: shared(keys, places, theirs) for name, theirs in watched.items()})
 
 
-def _cut(images: list[Hashable], named: Collection[str]) -> dict[str, list[Hashable]]:
-    """A tenth of the images for each held-out split that no table is named after; nothing if there are fewer than 3."""
-    images = images.copy()
-    random.Random("split/0").shuffle(images)
-    size = max(1, round(len(images) / 10)) if len(images) >= 3 else 0
+def _cut(groups: list[Hashable], named: Collection[str]) -> dict[str, list[Hashable]]:
+    """A tenth of the groups for each held-out split that no table is named after; nothing if there are fewer than 3."""
+    groups = groups.copy()
+    random.Random("split/0").shuffle(groups)
+    size = max(1, round(len(groups) / 10)) if len(groups) >= 3 else 0
     unnamed = [name for name in HELD_OUT if name not in named]
-    cuts = {name: images[size * i : size * (i + 1)] for i, name in enumerate(unnamed)}
-    return {**cuts, "train": images[size * len(unnamed) :]}
+    cuts = {name: groups[size * i : size * (i + 1)] for i, name in enumerate(unnamed)}
+    return {**cuts, "train": groups[size * len(unnamed) :]}
 
 
-def _with_images(images: Sequence[Hashable], rest: Sequence[Place], keys: dict[Place, Hashable]) -> list[Place]:
-    """The rows that show these images, in the images' order."""
-    rows: dict[Hashable, list[Place]] = {image: [] for image in images}
+def _of_groups(groups: Sequence[Hashable], rest: Sequence[Place], group_of: dict[Place, Hashable]) -> list[Place]:
+    """The rows of these groups, in the groups' order."""
+    rows: dict[Hashable, list[Place]] = {group: [] for group in groups}
     for place in rest:
-        if keys[place] in rows:
-            rows[keys[place]].append(place)
+        if group_of[place] in rows:
+            rows[group_of[place]].append(place)
     return [place for places in rows.values() for place in places]
 
 

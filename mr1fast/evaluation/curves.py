@@ -214,6 +214,34 @@ def _labels(series: Sequence[Series]) -> list[str]:
 
 
 def _draw_panel(axis: Axes, panel: Panel, series: Sequence[Series]) -> None:
+    bottom, top = _draw_lines(axis, panel, series)
+    axis.set_title(panel.title, fontsize=11.5, fontweight="bold", loc="left", pad=20)
+    axis.set_ylabel(panel.unit, fontsize=9)
+    axis.set_xlabel("optimizer step", fontsize=9)
+    axis.tick_params(labelsize=8.5)
+    # The same steps in all panels, and from the first to the last, even where there is only one.
+    last = max(one.rows[-1]["step"] for one in series) or 1
+    axis.set_xlim(-0.02 * last, 1.02 * last)
+    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if panel.percent:
+        axis.set_ylim(0, 103)
+    else:
+        span = (top - bottom) or 1.0
+        axis.set_ylim(bottom - (0.08 * span if bottom < 0 else 0), top + 0.1 * span)
+    styles = [curve for curve in panel.curves if curve.label]
+    handles = [Line2D([], [], color="0.3", ls=curve.style, lw=2, label=curve.label) for curve in styles]
+    if panel is PANELS[0] and any(one.test_accuracy("before") is not None for one in series):
+        handles.append(Line2D([], [], label="greedy, test split", **_TEST_MARK, color="0.3"))
+    if handles:  # between title and axes: a curve may go anywhere inside
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": len(handles)}
+        axis.legend(handles=handles, **place, fontsize=8.5, frameon=False, columnspacing=1.2, handlelength=1.8)
+
+
+def _draw_lines(axis: Axes, panel: Panel, series: Sequence[Series]) -> tuple[float, float]:
+    """Draw each curve of each series; the range that they take, which 0 is always in."""
     tops, bottoms = [0.0], [0.0]
     for index, one in enumerate(series):
         if panel is PANELS[0]:
@@ -226,43 +254,13 @@ def _draw_panel(axis: Axes, panel: Panel, series: Sequence[Series]) -> None:
             line = smoothed(values) if curve.smooth else values
             if curve.smooth and len(values) > 1:
                 axis.plot(steps, values, color=_colour(index), lw=0.7, alpha=0.22)
-            marker = "o" if len(steps) <= 12 else None
-            axis.plot(
-                steps, line, ls=_dashes(curve.style, index), color=_colour(index), lw=2, marker=marker, markersize=3.5
-            )
+            marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(steps) <= 12 else {}
+            style = _dashes(curve.style, index)
+            axis.plot(steps, line, ls=style, color=_colour(index), lw=2, clip_on=False, **marker)  # all of a point at 0
             # The range covers the raw values except outliers, such as a first step that compiles.
             tops.append(max(line.max(), np.quantile(values, 0.97)))
             bottoms.append(min(line.min(), np.quantile(values, 0.03)))
-    axis.set_title(panel.title, fontsize=11.5, fontweight="bold", loc="left", pad=20)
-    axis.set_ylabel(panel.unit, fontsize=9)
-    axis.set_xlabel("optimizer step", fontsize=9)
-    axis.tick_params(labelsize=8.5)
-    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.02)
-    if panel.percent:
-        axis.set_ylim(0, 103)
-    else:
-        top, bottom = max(tops), min(bottoms)
-        span = (top - bottom) or 1.0
-        axis.set_ylim(bottom - (0.08 * span if bottom < 0 else 0), top + 0.1 * span)
-    styles = [curve for curve in panel.curves if curve.label]
-    handles = [Line2D([], [], color="0.3", ls=curve.style, lw=2, label=curve.label) for curve in styles]
-    if panel is PANELS[0] and any(one.test_accuracy("before") is not None for one in series):
-        handles.append(Line2D([], [], label="greedy, test split", **_TEST_MARK, color="0.3"))
-    if handles:  # between title and axes: a curve may go anywhere inside
-        axis.legend(
-            handles=handles,
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 0.98),
-            ncols=len(handles),
-            fontsize=8.5,
-            frameon=False,
-            columnspacing=1.2,
-            handlelength=1.8,
-        )
+    return min(bottoms), max(tops)
 
 
 _TEST_MARK: dict[str, Any] = {"ls": "", "marker": "D", "markersize": 6, "markerfacecolor": "white"}

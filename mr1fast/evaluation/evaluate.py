@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,20 +16,14 @@ from tqdm import tqdm
 from mr1fast.data.dataset import problems
 from mr1fast.data.example import Example, Examples
 from mr1fast.errors import UserError
+from mr1fast.evaluation.answers import append_answers, read_answers
 from mr1fast.evaluation.result import Answered, EvalResult
 from mr1fast.model.load import is_small
 from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
-from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, judged_as_r1v
-
-
-class EvaluationStopped(KeyboardInterrupt):
-    """Ctrl-C in the middle of an evaluation; `result` covers the problems answered until then."""
-
-    def __init__(self, result: EvalResult):
-        super().__init__()
-        self.result = result
+from mr1fast.options.recipes import default_eval_batch_size
+from mr1fast.rewards import accuracy_reward, extract_answer, format_reward, is_right_untagged, judged_as_r1v
 
 
 def evaluate(
@@ -36,37 +33,54 @@ def evaluate(
     max_completion_length: int,
     sampled: int = 1,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     batch_size: int | None = None,
     progress: str | None = None,
     seed: int = 0,
+    file: Path | None = None,
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
-    max_completion_length: tokens. batch_size: problems at a time; None to choose by the model's size. progress: title
-    of a progress bar, None for no bar. The result depends on `seed`, not on global random state; the policy keeps
-    its mode. Raises EvaluationStopped (a KeyboardInterrupt) if interrupted after some problems are answered, and
-    UserError if there is no problem.
+    top_k, top_p: of the sampled ones, see `Sampler.generate`. max_completion_length: tokens. batch_size: problems at a
+    time; None to choose by the model's size. progress: title of a progress bar, None for no bar. The result depends on
+    `seed` (and, where sampled, on the batches), not on global random state; the policy keeps its mode. file: gets the
+    answers of each batch as soon as they are there, see `answers`; a problem that it has the answers to already is not
+    asked again. Raises UserError if there is no problem.
     """
-    total = len(dataset) * (1 + sampled)
-    bar = tqdm(total=total, desc=progress, unit="completion", leave=False, disable=progress is None)
-    generator = torch.Generator(policy.device).manual_seed(seed)
+    bar = tqdm(total=len(dataset) * (1 + sampled), desc=progress, unit="completion", leave=False, disable=not progress)
+    generator = torch.Generator(policy.device)
     sampler = Sampler(policy, max_completion_length=max_completion_length, generator=generator)
-    asked = _Asked(policy, sampler, sampled, temperature, bar)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked = _Asked(policy, sampler, generator, seed, sampled, sampling, bar)
+    known = {one.index: one for one in (read_answers(file) if file else ())}
     answered: list[Answered] = []
-    left, training = problems(dataset), policy.model.training
+
+    def unanswered() -> Iterator[tuple[int, Example]]:
+        for index, example in problems(dataset):
+            if (one := known.get(index)) is not None and one.answers(example, sampled):
+                answered.append(one)
+                bar.update(1 + sampled)
+            else:
+                yield index, example
+
+    left, training = unanswered(), policy.model.training
     policy.model.eval()
     try:
         with bar:
-            while batch := list(itertools.islice(left, batch_size or (64 if is_small(policy.model) else 8))):
-                answered += asked.answers(batch)
-        answered = _judged_as_r1v(answered)
-    except KeyboardInterrupt:
-        if not answered:
-            raise
-        raise EvaluationStopped(EvalResult.of(answered)) from None
+            while batch := list(itertools.islice(left, batch_size or default_eval_batch_size(is_small(policy.model)))):
+                new = asked.answers(batch)
+                answered += new
+                if file is not None:
+                    append_answers(file, new)
     finally:
         policy.model.train(training)
-    return EvalResult.of(answered)
+    return result_of(answered)
+
+
+def result_of(answered: Sequence[Answered]) -> EvalResult:
+    """The figures of these problems, with R1-V's verdicts where they can be had."""
+    return EvalResult.of(_judged_as_r1v(sorted(answered, key=lambda one: one.index)))
 
 
 @dataclass(frozen=True)
@@ -75,29 +89,33 @@ class _Asked:
 
     policy: Policy
     sampler: Sampler
+    generator: torch.Generator  # the sampler's
+    seed: int
     sampled: int
-    temperature: float
+    sampling: dict[str, Any]  # keywords of Sampler.generate
     bar: tqdm
 
     def answers(self, batch: Sequence[tuple[int, Example]]) -> list[Answered]:
         examples = [example for _, example in batch]
+        # A seed for each batch, so that an evaluation that is interrupted and goes on draws as one in a piece does.
+        self.generator.manual_seed(random.Random(f"{self.seed}/{batch[0][0]}").getrandbits(63))
         with torch.no_grad():
             prefix = self.policy.encode_prefix(self.policy.encode(examples))
         G = self.sampled
-        greedy = self._complete(examples, prefix, 1, 0.0)
-        drawn = self._complete(examples, prefix, G, self.temperature) if G else []
+        greedy = self._complete(examples, prefix, 1, {"temperature": 0.0})
+        drawn = self._complete(examples, prefix, G, self.sampling) if G else []
         return [
             _judged(index, example, greedy[row], drawn[row * G : (row + 1) * G])
             for row, (index, example) in enumerate(batch)
         ]
 
-    def _complete(self, examples: list[Example], prefix: Prefix, num_generations: int, at: float) -> list[str]:
-        rollout = self.sampler.generate(examples, num_generations=num_generations, temperature=at, prefix=prefix)
+    def _complete(self, examples: list[Example], prefix: Prefix, G: int, sampling: dict[str, Any]) -> list[str]:
+        rollout = self.sampler.generate(examples, num_generations=G, prefix=prefix, **sampling)
         self.bar.update(len(rollout.completions))
         return rollout.completions
 
 
-def _judged_as_r1v(answered: list[Answered]) -> list[Answered]:
+def _judged_as_r1v(answered: Sequence[Answered]) -> list[Answered]:
     """With R1-V's verdicts, which depend on all solutions; without, where math-verify cannot be asked for them."""
     try:
         verdicts = judged_as_r1v([one.completion for one in answered], [one.solution for one in answered])
@@ -105,7 +123,7 @@ def _judged_as_r1v(answered: list[Answered]) -> list[Answered]:
         warnings.warn(f"no accuracy as R1-V counts: {error}", stacklevel=2)
         verdicts = None
     if verdicts is None:
-        return answered
+        return list(answered)
     return [replace(one, correct_as_r1v=verdict) for one, verdict in zip(answered, verdicts)]
 
 
@@ -120,4 +138,5 @@ def _judged(index: int, example: Example, completion: str, drawn: Sequence[str])
         correct=accuracy_reward(completion, example.solution, choices=example.choices) > 0,
         formatted=format_reward(completion) > 0,
         sampled_correct=tuple(accuracy_reward(text, example.solution, choices=example.choices) > 0 for text in drawn),
+        right_untagged=is_right_untagged(completion, example.solution, choices=example.choices),
     )

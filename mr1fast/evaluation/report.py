@@ -14,6 +14,7 @@ from PIL import Image
 
 from mr1fast.data.dataset import problem_at
 from mr1fast.data.example import Examples
+from mr1fast.data.images import thumbnail
 from mr1fast.evaluation.figures import answer_rows, figure_rows, heading, percent
 from mr1fast.evaluation.result import Answered, EvalResult
 
@@ -32,7 +33,8 @@ class Picture:
 
 def write_report(file: Path, result: EvalResult, settings: dict[str, Any], dataset: Examples) -> Path:
     """One page that needs no other file, no network and no script. Everything from data and model is escaped."""
-    wrong = [one for one in result.answered if not one.correct]
+    wrong = [one for one in result.answered if not (one.correct or one.right_untagged)]
+    untagged = [one for one in result.answered if one.right_untagged]
     right = [one for one in result.answered if one.correct]
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -49,6 +51,7 @@ def write_report(file: Path, result: EvalResult, settings: dict[str, Any], datas
         confusions=result.confusions(),
         galleries=[
             ("Wrong answers", len(wrong), _cards(wrong[:MAX_WRONG], dataset)),
+            ("Right, but not in answer tags: counted as wrong", len(untagged), _cards(untagged[:MAX_WRONG], dataset)),
             ("Right answers, for comparison", len(right), _cards(right[:MAX_RIGHT], dataset)),
         ],
         settings=settings,
@@ -57,23 +60,20 @@ def write_report(file: Path, result: EvalResult, settings: dict[str, Any], datas
     return file
 
 
-def _cards(answered: Sequence[Answered], dataset: Examples) -> list[tuple[Answered, Picture | None]]:
-    """Each problem with its image, None if there is none that can be shown."""
+def _cards(answered: Sequence[Answered], dataset: Examples) -> list[tuple[Answered, list[Picture | None]]]:
+    """Each problem with its images, None for one that cannot be shown."""
     cards = []
     for one in answered:
         example = problem_at(dataset, one.index)
-        cards.append((one, None if example is None or example.image is None else _picture(example.image)))
+        cards.append((one, [] if example is None else [_picture(image) for image in example.images]))
     return cards
 
 
 def _picture(image: Image.Image) -> Picture | None:
     small = max(image.size) <= SMALL
-    stream = io.BytesIO()
-    try:
-        image = image.convert("RGB")
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-        image.save(stream, "PNG" if small else "JPEG", quality=85)
-    except Exception:  # a broken image costs the page no more than this image
+    shown, stream = thumbnail(image, MAX_SIDE), io.BytesIO()
+    if shown is None:
         return None
+    shown.save(stream, "PNG" if small else "JPEG", quality=85)
     content = base64.b64encode(stream.getvalue()).decode()
     return Picture(f"data:image/{'png' if small else 'jpeg'};base64,{content}", small)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mr1fast.data.example import Example
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -21,7 +23,13 @@ class Answered:
     correct: bool
     formatted: bool
     sampled_correct: tuple[bool, ...]
+    right_untagged: bool = False  # there are no answer tags, but the completion ends in the right answer
     correct_as_r1v: bool | None = None  # None: not judged
+
+    def answers(self, example: Example, sampled: int) -> bool:
+        """Whether this very problem was answered, and so many completions of it sampled."""
+        asked = (example.name, example.problem, example.solution, sampled)
+        return (self.name, self.problem, self.solution, len(self.sampled_correct)) == asked
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,19 @@ def evaluation_table(result: EvalResult, settings: dict[str, Any]) -> str:
 def training_table(result: dict[str, Any]) -> str:
     """`result` is that of result.json."""
     lines = [f"{'':34}{'before':>9}{'after':>9}{'change':>9}"]
+    trained_on = [data for data in result["before"] if data in result["cross_task"]]
     for data, before in result["before"].items():
-        if data not in result["cross_task"]:  # not trained on: its line follows
+        if trained_on and data not in trained_on:  # its line follows
             continue
         after = result["after"][data]
         lines.append(f"{data}, test split, {before['n']} problems")
         for name, title in FIGURES.items():
             if name in before and name in after:
                 lines.append(_line(f"  {title}", before[name], after[name]))
-    for trained_on, others in result["cross_task"].items():
-        for data, after in others.items():
+    for name in trained_on:
+        for data, after in result["cross_task"][name].items():
             before = result["before"][data]["greedy_accuracy"]
-            lines.append(_line(f"trained on {trained_on}, tested on {data}", before, after["greedy_accuracy"]))
+            lines.append(_line(f"trained on {name}, tested on {data}", before, after["greedy_accuracy"]))
     return "\n".join(lines)
 
 

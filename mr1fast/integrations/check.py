@@ -1,10 +1,11 @@
-"""Compare the numbers that TRL or Liger computes with those that mr1fast computes in their place.
+"""Compare the numbers that TRL, Liger or verl computes with those that mr1fast computes in their place.
 
-    python -m mr1fast.integrations.check --trl --liger
+    python -m mr1fast.integrations.check --trl --liger --verl
 
 `--trl` trains the embedded Qwen2-VL for a few steps with TRL's GRPOTrainer and with GRPODTrainer from the same seed, on
-drawings and a reward that varies; `--liger` compares one random batch per loss type. For your own model, data and
-settings, call `compare_trl(trainer)`. The exit code is 1 if anything differs by more than rounding.
+drawings and a reward that varies; `--liger` compares one random batch per loss type, `--verl` one per aggregation. For
+your own model, data and settings, call `compare_trl(trainer)`. The exit code is 1 if anything differs by more than
+rounding.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def train(
     from transformers import PrinterCallback
 
     from mr1fast.data.tasks import TASKS
-    from mr1fast.model.load import EMBEDDED, PROMPT_SUFFIX, load_processor
+    from mr1fast.model.load import EMBEDDED, load_processor
+    from mr1fast.options.prompt import PROMPT_SUFFIX
 
     examples = [TASKS["vc"].example("train", i) for i in range(8)]
     data = {
@@ -197,10 +199,44 @@ def check_liger(loss_types: Sequence[str]) -> list[Row]:
     return rows
 
 
+def check_verl() -> list[Row]:
+    """One random batch per aggregation through verl's clipped policy loss and `grpo_d`: loss, metrics, gradient."""
+    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+    from verl.workers.config import ActorConfig
+
+    from mr1fast.integrations.verl import AGGREGATIONS, grpo_d
+
+    B, L = 4, 16
+    g = torch.Generator().manual_seed(0)
+    old = -3 * torch.rand(B, L, generator=g)
+    batch = {
+        "old_log_prob": old,
+        "advantages": torch.randn(B, L, generator=g),
+        "response_mask": torch.arange(L) < torch.tensor([[16], [9], [1], [12]]),
+        "rollout_is_weights": 0.5 + torch.rand(B, L, generator=g),
+    }
+    log_prob = old + torch.randn(B, L, generator=g)
+    log_prob[0, :2] = old[0, :2] + torch.tensor([25.0, -25.0])  # beyond verl's clamp
+    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.28)
+
+    def measure(loss_function: Any, mode: str) -> dict[str, float]:
+        leaf = log_prob.clone().requires_grad_()
+        loss, metrics = loss_function(**batch, log_prob=leaf, loss_agg_mode=mode, config=config)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return {"loss": loss.item(), **metrics, "gradient norm": gradient.norm().item()}
+
+    rows = []
+    for mode in AGGREGATIONS:
+        theirs, ours = measure(compute_policy_loss_vanilla, mode), measure(grpo_d, mode)
+        rows += [Row(f"{mode}: {name}", value, ours[name]) for name, value in theirs.items()]
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog("integrations.check"), description=__doc__.split("\n")[0])
     parser.add_argument("--trl", action="store_true", help="train for a few steps with TRL's trainer and with ours")
     parser.add_argument("--liger", action="store_true", help="compute one batch per loss type with Liger and with us")
+    parser.add_argument("--verl", action="store_true", help="compute one batch per aggregation with verl and with us")
     parser.add_argument(
         "--steps", type=at_least(1), default=4, metavar="N", help="optimizer steps for --trl [default: 4]"
     )
@@ -211,21 +247,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="loss types to compare [default: grpo for --trl, all for --liger]",
     )
     options = parser.parse_args(argv)
-    if not (options.trl or options.liger):
-        parser.error("choose --trl, --liger or both")
     if options.liger and options.loss_type == ["luspo"]:
         parser.error("--liger cannot compare luspo, which Liger defines differently: see mr1fast.integrations.liger")
+    checks: dict[str, Callable[[], list[Row]]] = {
+        "TRL": lambda: check_trl(options.steps, options.loss_type or ["grpo"]),
+        "Liger": lambda: check_liger(options.loss_type or LOSS_TYPES),
+        "verl": check_verl,
+    }
+    chosen = [library for library in checks if getattr(options, library.lower())]
+    if not chosen:
+        parser.error("choose --trl, --liger, --verl or several of them")
     different = 0
-    for library, wanted in (("TRL", options.trl), ("Liger", options.liger)):
-        if not wanted:
-            continue
+    for library in chosen:
         try:
-            if library == "TRL":
-                rows = check_trl(options.steps, options.loss_type or ["grpo"])
-            else:
-                rows = check_liger(options.loss_type or LOSS_TYPES)
+            rows = checks[library]()
         except ModuleNotFoundError as error:
-            print(f"error: --{library.lower()}: {missing_package(error, 'integrations')}", file=sys.stderr)
+            why = missing_package(error, "integrations")
+            if library == "verl":  # it is in no extra of ours: its requirements include an engine for a GPU
+                why = f"the package {error.name!r} is not installed for {sys.executable}; see verl's documentation"
+            print(f"error: --{library.lower()}: {why}", file=sys.stderr)
             return 2
         print(table(rows, library))
         different += sum(row.difference > TOLERANCE for row in rows)

@@ -16,6 +16,7 @@ Signatures, defaults and return values are Liger's, and so are the numbers, exce
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from mr1fast.checks import choice
 from mr1fast.kernels.reference import LOSS_TYPES
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.layout import floating
-from mr1fast.losses.logits import GRPOLossOutput, grpo_loss
+from mr1fast.losses.logits import GRPOLossOutput, grpo_loss, token_logprobs
 
 
 def triton_grpo_loss(
@@ -113,6 +114,18 @@ def triton_grpo_loss(
     return out.loss[:, :L], None if out.kl is None else out.kl[:, :L], is_clipped
 
 
+def fused_selective_log_softmax(logits, input_ids, temperature=0.9, mask=None):
+    """`mr1fast.token_logprobs` in the shape of `liger_kernel.ops.grpo_loss.fused_selective_log_softmax`.
+
+    logits: [B, L + 1, V], the last position unused; input_ids and mask: the last L columns of [B, >= L]. Returns
+    float32 [B, L], 0 where masked, without a gradient.
+    """
+    L = logits.shape[1] - 1
+    mask = None if mask is None else mask[:, -L:]
+    with torch.no_grad():
+        return token_logprobs(logits[:, :-1], input_ids[:, -L:], temperature=temperature, mask=mask)
+
+
 class LigerFusedLinearGRPOLoss(nn.Module):
     """`mr1fast.linear_grpo_loss` in the shape of `liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`.
 
@@ -143,6 +156,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     ):
         super().__init__()
         _refuse_unsupported(loss_type, importance_sampling_level, None)
+        positive = {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg}
+        for name, value in {**positive, "delta": delta}.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         self.beta = beta
         self.compiled = compiled
         self.use_ref_model = use_ref_model
@@ -185,6 +202,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         the policy is its own: the KL is 0.
         """
         has_kl = isinstance(self.beta, Tensor) or self.beta != 0
+        if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
+            warnings.warn(
+                "Both ref_per_token_logps and ref_input are provided. Using ref_per_token_logps.", stacklevel=2
+            )
         if not (has_kl and self.use_ref_model):
             ref_per_token_logps = None
         elif ref_per_token_logps is None:
@@ -228,6 +249,84 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         return out.loss, tuple(metrics)
 
 
+class LigerFusedLinearGRPOFunction:
+    """`LigerFusedLinearGRPOLoss` as `liger_kernel.chunked_loss.grpo_loss.LigerFusedLinearGRPOFunction.apply`.
+
+    It is no autograd function of its own: `apply` calls the loss, through which gradients flow.
+    """
+
+    @staticmethod
+    def apply(
+        _input,
+        weight,
+        selected_token_ids,
+        attention_mask,
+        advantages,
+        bias=None,
+        ref_per_token_logps=None,
+        old_per_token_logps=None,
+        ref_input=None,
+        ref_weight=None,
+        ref_bias=None,
+        beta=0.04,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        loss_type="dapo",
+        max_completion_length=None,
+        importance_sampling_level="token",
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        temperature=1.0,
+        compiled=True,
+        use_ref_model=True,
+        chunk_size=1,
+        vllm_is_ratio=None,
+        delta=None,
+        use_bias_correction_kl=False,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
+        num_items_in_batch=None,
+    ):
+        """(loss, metrics) of `LigerFusedLinearGRPOLoss`, whose settings and tensors these are, in Liger's order."""
+        loss = LigerFusedLinearGRPOLoss(
+            beta,
+            compiled,
+            use_ref_model,
+            chunk_size,
+            epsilon_low,
+            epsilon_high,
+            loss_type,
+            max_completion_length,
+            importance_sampling_level,
+            sapo_temperature_pos,
+            sapo_temperature_neg,
+            temperature,
+            delta,
+            use_bias_correction_kl,
+            vespo_k_pos,
+            vespo_lambda_pos,
+            vespo_k_neg,
+            vespo_lambda_neg,
+        )
+        return loss(
+            _input,
+            weight,
+            selected_token_ids,
+            attention_mask,
+            advantages,
+            bias,
+            ref_per_token_logps,
+            old_per_token_logps,
+            ref_input,
+            ref_weight,
+            ref_bias,
+            vllm_is_ratio,
+            num_items_in_batch,
+        )
+
+
 def _refuse_unsupported(loss_type: str, importance_sampling_level: str, delta: float | None) -> None:
     if loss_type == "vespo":
         raise ValueError(
@@ -237,9 +336,12 @@ def _refuse_unsupported(loss_type: str, importance_sampling_level: str, delta: f
     choice("loss_type", loss_type, LOSS_TYPES)
     if loss_type in ("cispo", "sapo"):
         if importance_sampling_level == "sequence":
-            raise ValueError(f"importance_sampling_level must be 'token' for loss_type={loss_type!r}, got 'sequence'")
+            raise ValueError(
+                f"Sequence-level importance sampling is not supported for loss_type={loss_type!r}. Use "
+                "importance_sampling_level='token' instead."
+            )
         if delta is not None:
-            raise ValueError(f"delta must be None for loss_type={loss_type!r} (it has no two-sided clip), got {delta}")
+            raise ValueError(f"delta (two-sided clipping) is not supported for loss_type={loss_type!r}.")
 
 
 def _one_more(values: Any) -> Any:

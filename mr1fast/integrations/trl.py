@@ -4,13 +4,14 @@
     from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer             # after
 
 The loss is computed by `linear_grpo_loss` from the hidden states, log-probabilities by `linear_token_logprobs`; TRL
-keeps everything else, and the names of its metrics. Settings outside the one-pass form (see `outside_one_pass`) keep
-TRL's own `_compute_loss`, on our log-probabilities.
+keeps everything else, and the names of its metrics. What is outside the one-pass form (see `outside_one_pass`) keeps
+the trainer's own `_compute_loss`, on our log-probabilities.
 """
 
 from __future__ import annotations
 
 import types
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,9 +114,15 @@ def _checked_schedule(args: Any) -> dict[str, Any]:
     return keywords
 
 
+# What the one-pass form takes the place of. An override of one of them by a trainer's own class is that class's method.
+_REPLACED = ("_compute_loss", "_get_per_token_logps_and_entropies")
+
+
 def outside_one_pass(trainer: Any) -> list[str]:
-    """The settings with which TRL's own `_compute_loss` is kept, by name; empty for the one-pass form."""
+    """Why the trainer's own `_compute_loss` is kept, by setting or method; empty for the one-pass form."""
+    overrides = {name: _owner(type(trainer), name) for name in _REPLACED}
     reasons = {
+        **{f"{owner.__name__}.{name}": owner is not GRPOTrainer for name, owner in overrides.items()},
         f"loss_type={trainer.loss_type!r}": trainer.loss_type not in LOSS_TYPES,
         f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1.0,
         f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": trainer.off_policy_mask_threshold is not None,
@@ -126,13 +133,23 @@ def outside_one_pass(trainer: Any) -> list[str]:
     return [name for name, outside in reasons.items() if outside]
 
 
+def _owner(trainer_class: type, method: str) -> type:
+    """The class whose method `super()` reaches from `_GRPOD`."""
+    classes = trainer_class.__mro__
+    below = classes[classes.index(_GRPOD) + 1 :] if _GRPOD in classes else classes
+    return next(each for each in below if method in vars(each))
+
+
 class _GRPOD(GRPOTrainer):
     """What GRPODTrainer adds to GRPOTrainer, and `patch_trl` to any trainer derived from it."""
 
     args: Any  # GRPOConfig or GRPODConfig
     model: Any
+    beta: float
     _head: trl_head.Head | None = None
     _patched_schedule: dict[str, Any] | None = None
+    _last_beta: float | None = None  # the last value of the schedule; None before the first
+    _keeps_beta: bool = False  # beta is somebody else's, such as a callback's
 
     @property
     def kl_schedule(self) -> dict[str, Any]:
@@ -144,10 +161,27 @@ class _GRPOD(GRPOTrainer):
         total = max(self.state.max_steps, 1)
         return kl_weight(min(self.state.global_step, total), total, **self.kl_schedule)
 
+    def _move_beta(self) -> None:
+        """beta to its value for the next update, unless it was set to one that is not the schedule's."""
+        expected = self.args.beta if self._last_beta is None else self._last_beta
+        if not self._keeps_beta and self.beta != expected:
+            self._keeps_beta = True
+            warnings.warn(
+                f"trainer.beta was set to {self.beta}, which is not the KL schedule's value ({expected}); it is kept, "
+                "and the schedule no longer moves it",
+                stacklevel=3,
+            )
+        if not self._keeps_beta:
+            self.beta = self._last_beta = self.kl_weight()
+
     def _generate_and_score_completions(self, inputs):
         # TRL asks for reference log-probs only where beta is not 0, but a later update may need those of this batch.
-        self.beta = self.kl_schedule["beta_max"]
-        return super()._generate_and_score_completions(inputs)
+        beta = self.beta
+        self.beta = max(beta, self.kl_schedule["beta_max"])
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         def run() -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -164,7 +198,7 @@ class _GRPOD(GRPOTrainer):
             return run()
 
     def _compute_loss(self, model, inputs):
-        self.beta = self.kl_weight()
+        self._move_beta()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["beta"].append(self.beta)
         if outside_one_pass(self):
@@ -313,15 +347,21 @@ def patch_trl(
         )
     trainer.__class__ = type(f"GRPOD{original.__name__}", (_GRPOD, original), {"_original_class": original})
     trainer._patched_schedule = schedule
+    trainer._last_beta = None if schedule is None else trainer.beta  # a schedule that is asked for starts from any beta
     return trainer
 
 
 def unpatch(trainer: Any) -> Any:
-    """Undo `patch_trl`: TRL's loss and the constant beta of the trainer's arguments. Returns the trainer."""
+    """Undo `patch_trl`: the trainer's own loss, and the constant beta of its arguments (or what a callback set).
+
+    Returns the trainer.
+    """
     original = getattr(type(trainer), "_original_class", None)
     if original is None:
         raise ValueError(f"trainer must be one that patch_trl was given, got a {type(trainer).__name__}")
+    if not trainer._keeps_beta:
+        trainer.beta = trainer.args.beta
     trainer.__class__ = original
-    del trainer._patched_schedule
-    trainer.beta = trainer.args.beta
+    for name in ("_patched_schedule", "_last_beta", "_keeps_beta"):
+        vars(trainer).pop(name, None)
     return trainer

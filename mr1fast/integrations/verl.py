@@ -5,26 +5,32 @@
 
 Importing this module registers the loss where verl is installed; it works without verl, too (`grpo_d` is a function of
 tensors). The KL weight comes in where verl has it: `KLController` for the penalty in the reward
-(`trainer.kl_ctrl_in_reward`), `set_kl_loss_coef` for the term in the loss (`use_kl_loss`), which is the paper's.
+(`trainer.kl_ctrl_in_reward`), and for the term in the loss (`use_kl_loss`), which is the paper's, either
+`PolicyLossConfig`, by configuration alone, or `set_kl_loss_coef`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mr1fast.checks import choice
+from mr1fast.checks import choice, number
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels import reference
 from mr1fast.losses import arguments
-from mr1fast.losses.kl_weight import KLSchedule
+from mr1fast.losses.hidden import linear_token_logprobs
+from mr1fast.losses.kl_weight import KLSchedule, kl_weight
 from mr1fast.losses.layout import layout_of
 from mr1fast.losses.options import LossOptions, completed
 
 TESTED = "0.9.1"
+_LARGEST_LOG_RATIO = 20.0  # verl's, against overflow
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
 
@@ -44,25 +50,24 @@ def grpo_d(
         advantages: [B, L] or [B].
         loss_agg_mode: one of `AGGREGATIONS`.
         config: verl's ActorConfig, or any object or mapping with `clip_ratio`, `clip_ratio_low`, `clip_ratio_high`,
-            `clip_ratio_c` (dual clip: bounds the ratio, which matters where the advantage is negative; None for the
-            paper's loss) and `global_batch_info`; what is missing or None has verl's meaning. Without a config: 0.2
-            and no dual clip.
+            `clip_ratio_c` (dual clip: bounds the ratio where the advantage is negative; above 1; 3 if it is missing,
+            as in verl; None for the paper's loss, without one) and `global_batch_info`; what else is missing or None
+            has verl's meaning. Without a config: 0.2 and no dual clip.
         rollout_is_weights: [B, L] or [B, 1], correction for the rollout engine; multiplies the policy term.
 
-    Returns the loss (0-d, differentiable in log_prob) and verl's metrics as floats: actor/pg_clipfrac, actor/ppo_kl,
-    actor/pg_clipfrac_lower. Raises ValueError for a bad argument, by name.
+    As in verl the log-ratio is cut at +-20. Returns the loss (0-d, differentiable in log_prob) and verl's metrics as
+    floats: actor/pg_clipfrac, actor/ppo_kl, actor/pg_clipfrac_lower. Raises ValueError for a bad argument, by name.
     """
     log_prob, layout = layout_of("log_prob", log_prob)
     choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
     epsilon = _setting(config, "clip_ratio", 0.2)
     epsilon_high = _setting(config, "clip_ratio_high", epsilon)
-    dual_clip = _setting(config, "clip_ratio_c", None)
-    if dual_clip is not None and dual_clip <= 1 + epsilon_high:
-        raise ValueError(f"clip_ratio_c must be above 1 + clip_ratio_high = {1 + epsilon_high}, got {dual_clip}")
+    dual_clip = None if config is None else _get(config, "clip_ratio_c", 3.0)
+    if dual_clip is not None:
+        number("clip_ratio_c", dual_clip, above=1)
     options: LossOptions = {
         "epsilon_low": _setting(config, "clip_ratio_low", epsilon),
         "epsilon_high": epsilon_high,
-        "delta": dual_clip,
         "completion_mask": response_mask,
         "old_per_token_logps": old_log_prob,
         "importance_sampling_ratio": rollout_is_weights,
@@ -71,18 +76,23 @@ def grpo_d(
     no_ids = torch.zeros_like(log_prob, dtype=torch.int64)  # the log-probabilities are there already
     spec, batch = arguments.loss_call(dtype, layout, no_ids, advantages, completed(grpo_d, options))
     mask = torch.ones_like(log_prob, dtype=torch.bool) if batch.mask is None else batch.mask
+    assert batch.old_logps is not None
+    assert batch.advantages is not None
+    negative = batch.advantages < 0
     logps = torch.where(mask, log_prob.to(dtype), 0)
+    old_logps = torch.where(mask, batch.old_logps, 0)
+    log_ratio = logps - old_logps
+    bounded = log_ratio = log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    if dual_clip is not None:
+        # verl: min(-A c, max(-A r, -A clip(r))) where A < 0, which is the clipped objective of the ratio min(r, c).
+        bounded = torch.where(negative, log_ratio.clamp(max=math.log(dual_clip)), log_ratio)
+    logps = torch.where(bounded == logps - old_logps, logps, old_logps + bounded)  # bit for bit where nothing is cut
     per_token, _, is_low, is_high = reference.objective(logps, batch, spec)
     loss = _aggregate(per_token, mask, loss_agg_mode, **(_setting(config, "global_batch_info", None) or {}))
 
     with torch.no_grad():
-        assert batch.old_logps is not None
-        assert batch.advantages is not None
         tokens = mask.sum().clamp(min=1)
-        log_ratio = torch.where(mask, logps - batch.old_logps, 0)
-        above = torch.zeros_like(mask)
-        if dual_clip is not None:
-            above = (reference.saturating_exp(log_ratio) > dual_clip) & (batch.advantages < 0) & mask
+        above = log_ratio > bounded
         means = torch.stack([(is_low | is_high).sum(), -log_ratio.sum(), above.sum()]) / tokens
     names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
     return loss, dict(zip(names, means.tolist()))
@@ -122,21 +132,42 @@ def _aggregate(
     return per_completion.sum() / count * dp_size
 
 
+def _get(config: Any, name: str, default: Any) -> Any:
+    """The entry of a mapping, or the attribute of any other object; `default` where there is none."""
+    return config.get(name, default) if hasattr(config, "get") else getattr(config, name, default)
+
+
 def _setting(config: Any, name: str, default: Any) -> Any:
-    value = config.get(name) if hasattr(config, "get") else getattr(config, name, None)
+    value = _get(config, name, None)
     return default if value is None else value
 
 
 class KLController(KLSchedule):
     """`KLSchedule` as verl's trainer drives its controllers: `.value`, and `.update(...)` once per training step.
 
-    >>> trainer.kl_ctrl_in_reward = KLController(total_training_steps, beta_min=0.0, beta_max=0.02)
+    >>> trainer.kl_ctrl_in_reward = KLController(total_training_steps, trainer=trainer, beta_min=0.0, beta_max=0.02)
+
+    trainer: verl's trainer (anything with `global_steps`, which counts from 1). The step is taken from it, and so is
+    right after a resume, too: verl saves no controller. Without it the steps are the updates; then, and for the weight
+    of schedule="adaptive" in any case, it is for you to save `state_dict()` and to load it.
     """
+
+    def __init__(self, total_steps: int, *, trainer: Any = None, **options: Any):
+        super().__init__(total_steps, **options)
+        self.trainer = trainer
+
+    @property
+    def value(self) -> float:
+        """The weight of the step that the trainer is at."""
+        if self.trainer is not None:
+            self.steps_done = max(int(self.trainer.global_steps) - 1, 0)
+        return super().value
 
     def update(self, current_kl: float, n_steps: int) -> None:
         """Count one training step. current_kl (nats per token) and n_steps matter to schedule="adaptive" alone."""
         super().update(current_kl, n_steps)
-        self.step()
+        if self.trainer is None:
+            self.step()
 
 
 def set_kl_loss_coef(config: Any, value: float) -> None:
@@ -148,6 +179,107 @@ def set_kl_loss_coef(config: Any, value: float) -> None:
     if not hasattr(config, "kl_loss_coef"):
         raise ValueError(f"config must have a field kl_loss_coef (verl's ActorConfig), got {type(config).__name__}")
     object.__setattr__(config, "kl_loss_coef", float(value))
+
+
+@functools.cache
+def _policy_loss_config() -> type:
+    """A class, since what it is derived from exists only where verl does."""
+    from verl.workers.config import PolicyLossConfig as Base
+
+    @dataclass
+    class PolicyLossConfig(Base):
+        """verl's settings of a policy loss and the keywords of `kl_weight`, for `loss_mode="grpo_d"`.
+
+        With beta_max the weight of verl's KL loss (`actor.use_kl_loss`) follows the schedule, over the training steps
+        that verl's own learning-rate schedule counts and its checkpoints keep. Without, it stays `kl_loss_coef`.
+        """
+
+        kl_schedule: str = "paper"
+        beta_min: float = 0.0
+        beta_max: float | None = None
+        explore_fraction: float = 0.3
+
+        def __post_init__(self) -> None:
+            if self.beta_max is None:
+                return
+            if self.loss_mode != "grpo_d":
+                raise ValueError(f"policy_loss.loss_mode must be 'grpo_d' with beta_max, got {self.loss_mode!r}")
+            _weight(self, 0, 1)
+            _follow_schedules()
+
+    PolicyLossConfig.__qualname__ = "PolicyLossConfig"  # as it is found by pickle
+    return PolicyLossConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PolicyLossConfig":
+        return _policy_loss_config()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _weight(policy_loss: Any, step: int, total_steps: int) -> float:
+    return kl_weight(
+        step,
+        total_steps,
+        schedule=policy_loss.kl_schedule,
+        beta_min=policy_loss.beta_min,
+        beta_max=policy_loss.beta_max,
+        explore_fraction=policy_loss.explore_fraction,
+    )
+
+
+@functools.cache
+def _follow_schedules() -> None:
+    """From now on every training step of a worker in this process begins with setting its KL weight."""
+    from verl.workers import engine_workers
+
+    worker: Any = engine_workers.TrainingWorker
+    original = worker.train_mini_batch
+
+    @functools.wraps(original)  # with the marks that verl's dispatch looks for
+    def train_mini_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _set_weight(self)
+        return original(self, *args, **kwargs)
+
+    worker.train_mini_batch = train_mini_batch
+
+
+def _set_weight(worker: Any) -> None:
+    config: Any = getattr(worker.loss_fn, "keywords", {}).get("config")
+    policy_loss = getattr(config, "policy_loss", None)
+    if getattr(policy_loss, "beta_max", None) is None:
+        return
+    if not config.use_kl_loss:
+        raise ValueError("actor.use_kl_loss must be True with policy_loss.beta_max, which is the weight of that loss")
+    done = getattr(worker.engine.lr_scheduler, "last_epoch", None)
+    if done is None:
+        raise ValueError(
+            "policy_loss.beta_max needs a learning-rate schedule of torch, which counts the steps (verl's FSDP "
+            f"engine), got {type(worker.engine.lr_scheduler).__name__}; call set_kl_loss_coef instead"
+        )
+    set_kl_loss_coef(config, _weight(policy_loss, done, config.optim.total_training_steps))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [T] in the shape of verl's `verl.utils.kernel.linear_cross_entropy`.
+
+    hidden: [..., H], T rows in all; weight: [V, H]; labels: T of them. Both results are float32 and differentiable in
+    hidden and weight. Raises ValueError for another reduction than "none" (verl asks for no other) and for a vocabulary
+    that is divided among processes.
+    """
+    choice("reduction", reduction, ["none"])
+    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
+        raise ValueError("dist_process_group must be None or of one process: weight must hold the whole vocabulary")
+    rows = hidden.reshape(1, -1, hidden.shape[-1])
+    logps, entropies = linear_token_logprobs(rows, weight, labels.reshape(1, -1), temperature=temperature, entropy=True)
+    return logps[0], entropies[0]
 
 
 def register() -> None:

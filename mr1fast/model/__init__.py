@@ -1,4 +1,4 @@
-"""What is the policy? A Qwen2-VL, its processor, its prompts, and how it completes them."""
+"""What is the policy? A Qwen2-VL or Qwen2.5-VL, its processor, its prompts, and how it completes them."""
 
 from mr1fast.model.load import encode_prompts, load_model, load_processor
 from mr1fast.model.policy import Policy

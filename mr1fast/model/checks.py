@@ -12,14 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from mr1fast.errors import UserError
+from mr1fast.model.family import FAMILIES, Model, family
+from mr1fast.options.recipes import adapter_base
 
-# Fields of config.json, each with the token of Qwen2-VL's tokenizer whose id it must hold.
+# Fields of config.json, each with the token of the tokenizer whose id it must hold.
 VISION_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
+# Fields of the two parts of config.json that say how large a model is.
+TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+VISION_SIZES = ("depth", "embed_dim", "hidden_size", "num_heads", "patch_size", "spatial_merge_size")
 # Parts of the names of weights that change what other weights mean, so that it would be wrong to leave them out.
 FOREIGN_WEIGHTS = {
     "lora_": "an adapter that is not merged into its base; merge it (PEFT's merge_and_unload) and save that",
@@ -31,7 +43,7 @@ FOREIGN_WEIGHTS = {
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise UserError unless the folder (or the hub name, which is not looked at) may hold a Qwen2-VL."""
+    """Raise UserError unless the folder (or the hub name, which is not looked at) may hold a model of FAMILIES."""
     folder = Path(path)
     if not folder.exists():
         if isinstance(path, Path) or path.startswith((".", "/")) or path.count("/") != 1:
@@ -40,13 +52,10 @@ def check_folder(path: str | Path) -> None:
             why = f"it is not looked up on the hub, because there is a folder {str(folder.parent)!r}"
             raise UserError(f"model folder {path!r} does not exist; {why}")
         return
-    _check_adapter(folder)
     config = _read_json(folder, "config.json")
     if config is None:
         raise UserError(f"{str(path)!r} holds no model: it has no config.json in Hugging Face format")
-    model_type = config.get("model_type")
-    if model_type != "qwen2_vl":
-        raise UserError(f"{str(path)!r} holds a model of type {model_type!r}; it must be 'qwen2_vl'")
+    family(path, config.get("model_type"))
     check_not_quantised(path, config)
     _check_ids(folder, config)
 
@@ -59,13 +68,14 @@ def check_not_quantised(path: str | Path, config: dict[str, Any]) -> None:
         raise UserError(f"model {str(path)!r} is quantised{f' ({method})' if method else ''}: {what}")
 
 
-def check_weights(path: str | Path, model: nn.Module, found: dict[str, Any]) -> None:
+def check_weights(path: str | Path, model: Model, found: dict[str, Any]) -> None:
     """Raise UserError for weights that are missing or have the wrong shape; transformers would use random ones instead.
 
     `found`: what transformers reports about loading. Weights that the model has no place for only cause a warning.
     """
+    known = FAMILIES[model.config.model_type].name
     missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    stranger = f"{_count(unknown, 'weight')} that Qwen2-VL does not know ({_some(unknown)})"
+    stranger = f"{_count(unknown, 'weight')} that {known} does not know ({_some(unknown)})"
     for part, meaning in FOREIGN_WEIGHTS.items():
         if any(part in name for name in unknown):
             raise UserError(f"model {str(path)!r} has {stranger}: it holds {meaning}")
@@ -90,7 +100,7 @@ def check_finite(path: str | Path, model: nn.Module) -> None:
 
 
 def check_fit(config: Any, processor: Any) -> None:
-    """Raise UserError unless the model with this Qwen2VLConfig and the processor agree on tokens and patches."""
+    """Raise UserError unless the model with this config and the processor agree on tokens and patches."""
     tokenizer, vocabulary = processor.tokenizer, config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {vocabulary}"
@@ -115,11 +125,27 @@ def check_fit(config: Any, processor: Any) -> None:
             raise UserError(f"model and image processor do not match: {what}")
 
 
+def check_same_kind(path: str | Path, theirs: Any, ours: Any, their_processor: Any, processor: Any) -> None:
+    """Raise UserError unless the reference at `path`, of which these are config and processor, is like the model."""
+    what = f"--reference-model {path} must have the architecture and the vocabulary of --model"
+    parts = {
+        "": (theirs, ours, ("model_type",)),
+        "text_config.": (theirs.get_text_config(), ours.get_text_config(), TEXT_SIZES),
+        "vision_config.": (theirs.vision_config, ours.vision_config, VISION_SIZES),
+    }
+    for part, (their_config, our_config, fields) in parts.items():
+        for field in fields:
+            there, here = getattr(their_config, field, None), getattr(our_config, field, None)
+            if there != here:
+                raise UserError(f"{what}: its {part}{field} is {there}, and the model's is {here}")
+    if their_processor.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise UserError(f"{what}: its tokenizer has other tokens")
+
+
 def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
     """Raise UserError unless each image has as many tokens, in one piece, as the vision tower will make of it."""
     is_image = inputs["input_ids"] == config.image_token_id
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
-    have = starts.flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
+    have = image_starts(is_image).flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
     grids = inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
     wanted = (grids.prod(1) // config.vision_config.spatial_merge_size**2).tolist()
     if have != wanted or not torch.equal(is_image, inputs["mm_token_type_ids"] == 1):
@@ -127,17 +153,27 @@ def check_image_tokens(inputs: dict[str, Tensor], config: Any) -> None:
         raise UserError(f"{what}: check image_token_id in config.json, the chat template and the questions")
 
 
-def _check_adapter(folder: Path) -> None:
-    adapter = _read_json(folder, "adapter_config.json")
+def image_starts(is_image: Tensor) -> Tensor:
+    """Where an image begins: [P, T] bool, of whether a token is an image's. Between two images are other tokens."""
+    return is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter. Raises UserError if it holds a model as well, or does not name the base."""
+    folder = Path(path)
+    adapter = _read_json(folder, "adapter_config.json") if folder.is_dir() else None
     if adapter is None:
-        return
+        return False
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    merge = "merge it into its base (PEFT's merge_and_unload) and give that"
     if any(not file.name.startswith("adapter_") for file in files):
-        which = f"if the adapter is in the weights already, move adapter_config.json away, else {merge}"
+        which = "move adapter_config.json away if the adapter is in the weights already, else the weights"
         raise UserError(f"{str(folder)!r} holds both a model and an adapter, and it is not clear what to load: {which}")
-    base = adapter.get("base_model_name_or_path")
-    raise UserError(f"{str(folder)!r} holds only an adapter of {base!r}, which cannot be loaded here yet: {merge}")
+    if not files:
+        raise UserError(f"{str(folder)!r} holds an adapter without weights: adapter_model.safetensors is missing")
+    if adapter_base(folder) is None:
+        what = "base_model_name_or_path in adapter_config.json must be the folder, or the hub name, of its base"
+        raise UserError(f"{str(folder)!r} holds an adapter that names no base: {what}")
+    return True
 
 
 def _check_ids(folder: Path, config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Loading Qwen2-VL from any folder in Hugging Face format, and turning examples into its inputs."""
+"""Loading a model from any folder in Hugging Face format, and turning examples into its inputs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
-from mr1fast.data.example import Example
+from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
-from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights
+from mr1fast.model.adapter import load_adapter
+from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights, is_adapter
+from mr1fast.model.family import Model, family
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options import recipes
+from mr1fast.options.prompt import Prompt, recorded_prompt
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
-
-# The paper's, appended to every question.
-PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
 
 # What torch.compile, DDP, FSDP, activation checkpointing and PEFT add to the names of the weights they wrap.
 _WRAPPERS = {
@@ -63,7 +64,7 @@ def choose_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
+def choose_threads(model: Model) -> int:
     """CPU threads for a model of this size: for a small one, a second thread costs more than it gains.
 
     For other models it is OMP_NUM_THREADS if that is set, else the number of processors that this process may use.
@@ -75,7 +76,7 @@ def choose_threads(model: Qwen2VLForConditionalGeneration) -> int:
     return (int(wanted) if wanted.isdecimal() else 0) or usable or 1
 
 
-def is_small(model: Qwen2VLForConditionalGeneration) -> bool:
+def is_small(model: Model) -> bool:
     """The embedded model, one trained from it, or one of its size."""
     return recipes.is_small(model.config.to_dict())
 
@@ -86,15 +87,22 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-) -> Qwen2VLForConditionalGeneration:
-    """A Qwen2-VL, in training mode, from a folder (or a hub name) in Hugging Face format.
+) -> Any:
+    """A model of FAMILIES, in training mode, from a folder (or a hub name) in Hugging Face format.
 
-    Raises UserError (a ValueError) if there is no model, or if some of its weights are missing.
+    From an adapter's folder, a PeftModel on its base. Raises UserError (a ValueError) if there is no model, or if some
+    of its weights are missing.
     """
+    if is_adapter(path):
+        adapted = load_adapter(_load_base(path, device=device, dtype=dtype, attention=attention), Path(path))
+        check_finite(path, adapted)
+        adapted.name_or_path = str(path)  # type: ignore[assignment]  # else it would be the base's
+        return adapted.train()
     check_folder(path)
     try:
+        kind = family(path, AutoConfig.from_pretrained(path).model_type)
         with _without_loading_report():
-            loaded: Any = Qwen2VLForConditionalGeneration.from_pretrained(
+            loaded: Any = kind.model_class.from_pretrained(
                 path,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -102,16 +110,60 @@ def load_model(
                 ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
             )
+    except (UserError, ModuleNotFoundError):  # a package that is missing is named by the program
+        raise
     except Exception as error:  # what transformers meets in other people's folders can be of any type
-        nowhere = "" if Path(path).exists() else ", and there is no such folder"
-        raise UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}") from error
+        raise _cannot_be_loaded(path, error) from error
     model, found = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has found an adapter on the hub
+        advice = f"download it (hf download {path} --local-dir DIR) and give its folder"
+        raise UserError(f"model {str(path)!r} is an adapter: {advice}")
     check_not_quantised(path, model.config.to_dict())
     check_weights(path, model, found)
     model._weight_conversions = None  # with them, transformers would save the weights under the wrappers' names
     model.to(device).train()
     check_finite(path, model)
     return model
+
+
+def load_config(path: str | Path) -> Any:
+    """A model's configuration, or that of an adapter's base. Raises UserError as `load_model` does."""
+    path = recipes.adapter_base(path) or path
+    check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # as above
+        raise _cannot_be_loaded(path, error) from error
+    family(path, config.model_type)
+    return config
+
+
+def most_pixels(path: str | Path) -> int:
+    """Of an image after resizing, by the image processor's settings; transformers' default where there are none."""
+    try:
+        size = Qwen2VLImageProcessorPil.from_pretrained(recipes.adapter_base(path) or path).size
+    except (OSError, ValueError):
+        size = Qwen2VLImageProcessorPil().size
+    return size.get("longest_edge") or size.get("max_pixels") or Qwen2VLImageProcessorPil().size["longest_edge"]
+
+
+def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
+    nowhere = "" if Path(path).exists() else ", and there is no such folder"
+    return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
+
+
+def _load_base(folder: str | Path, **keywords: Any) -> Any:
+    base = recipes.adapter_base(folder)
+    assert base is not None
+    try:
+        if is_adapter(base):
+            raise UserError("it is an adapter itself")
+        return load_model(base, **keywords)
+    except UserError as error:
+        where = "see base_model_name_or_path in its adapter_config.json"
+        raise UserError(f"the base of the adapter {str(folder)!r} cannot be loaded ({where}): {error}") from error
 
 
 @contextmanager
@@ -129,21 +181,30 @@ def _without_loading_report() -> Iterator[None]:
         logger.removeFilter(wanted)
 
 
-def load_processor(path: str | Path = EMBEDDED, *, max_pixels: int | None = None) -> Qwen2VLTextImageProcessor:
+def load_processor(
+    path: str | Path = EMBEDDED, *, max_pixels: int | None = None, prompt: Prompt | None = None
+) -> Qwen2VLTextImageProcessor:
     """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
 
-    Raises UserError (a ValueError) if one of them is missing or cannot be used, or if `max_pixels` is less than one
-    image token.
+    prompt: how questions are put to the model; by default as it was trained, as far as the folder says.
+
+    Where an adapter's folder has neither, they are those of its base. Raises UserError (a ValueError) if one of them is
+    missing or cannot be used, or if `max_pixels` is less than one image token.
     """
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        if base := recipes.adapter_base(folder):
+            return load_processor(base, max_pixels=max_pixels, prompt=prompt or recorded_prompt(folder))
         # transformers would make an empty tokenizer.
         raise UserError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # as above
         raise UserError(f"model {str(path)!r} has no usable tokenizer and image processor: {_reason(error)}") from error
     tokenizer = processor.tokenizer
+    processor.prompt = prompt or recorded_prompt(path)
     processor.chat_template = processor.chat_template or tokenizer.chat_template
     _check_chat_template(path, processor)
     tokenizer.padding_side = "left"
@@ -162,13 +223,14 @@ def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor)
         where = "neither chat_template.jinja nor tokenizer_config.json has one"
         raise UserError(f"model {str(path)!r} has no chat template: {where}")
     try:
-        texts = [prompt_text(processor, "a question", has_image) for has_image in (True, False)]
+        texts = [prompt_text(processor, "a question", images) for images in (1, 0)]
     except Exception as error:  # a template is a program
         raise UserError(f"model {str(path)!r} has a chat template that cannot be used: {_reason(error)}") from error
+    said = ("a question", processor.prompt.system or "")
     if [text.count(processor.image_token) for text in texts] != [1, 0] or not all(
-        "a question" in text for text in texts
+        part in text for part in said for text in texts
     ):
-        what = f"it must write the question and, for an image, one {processor.image_token}"
+        what = f"it must write the system prompt, the question and, for an image, one {processor.image_token}"
         raise UserError(f"model {str(path)!r} has a chat template that is not Qwen2-VL's: {what}")
 
 
@@ -198,11 +260,24 @@ def _reason(error: Exception) -> str:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, has_image: bool = True) -> str:
-    """The chat the model sees: one user turn with the image, the question and the suffix, and an open answer."""
-    content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
-    content.append({"type": "text", "text": f"{problem} {PROMPT_SUFFIX}"})
+def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
+    """The chat the model sees: `processor.prompt`'s system turn, if it has one, a user turn, and an open answer.
+
+    The user's turn has the images, the question and the suffix.
+
+    `images`: their number; `Example.problem` says where they stand.
+    """
+    texts = problem.split(IMAGE_MARKER)
+    if len(texts) - 1 != images:
+        texts = [""] * images + [problem]
+    texts[-1] = processor.prompt.after(texts[-1])
+    content: list[dict[str, str]] = []
+    for number, text in enumerate(texts):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": text}] if text else []
     messages: list[Any] = [{"role": "user", "content": content}]
+    if processor.prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": processor.prompt.system}]})
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -213,19 +288,18 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
     [patches, C * 2 * patch * patch] float32 and image_grid_thw [images, 3] int64. Raises UserError for a question that
     cannot be encoded.
     """
-    images = [example.image for example in examples if example.image is not None]
+    images = [image for example in examples for image in example.images]
     texts = [_prompt_of(processor, example) for example in examples]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return {name: inputs[name] for name in inputs}
 
 
 def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
-    """Number of tokens that `encode_prompts` makes of this example, found without looking at the image's pixels."""
+    """Number of tokens that `encode_prompts` makes of this example, found without looking at the images' pixels."""
     tokens = len(processor.tokenizer(_prompt_of(processor, example), verbose=False)["input_ids"])
-    if example.image is None:
-        return tokens
-    images, (width, height) = processor.image_processor, example.image.size
-    return tokens - 1 + images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
+    images = processor.image_processor
+    patches = sum(images.get_number_of_image_patches(image.height, image.width, {}) for image in example.images)
+    return tokens - len(example.images) + patches // images.merge_size**2
 
 
 def longest_prompt(model: Any, max_completion_length: int) -> int:
@@ -258,10 +332,10 @@ def end_of_turn(processor: Qwen2VLTextImageProcessor) -> int | None:
 
 
 def _prompt_of(processor: Qwen2VLTextImageProcessor, example: Example) -> str:
-    """The example's prompt as text, with one image token for its image."""
-    text = prompt_text(processor, example.problem, example.image is not None)
+    """The example's prompt as text, with one image token for each image."""
+    text = prompt_text(processor, example.problem, len(example.images))
     name = example.name or "an example"
-    if (text.count(processor.image_token), text.count(processor.video_token)) != (int(example.image is not None), 0):
+    if (text.count(processor.image_token), text.count(processor.video_token)) != (len(example.images), 0):
         markers = f"{processor.image_token} or {processor.video_token}"
         raise UserError(f"the question of {name} contains {markers}, which stand for pixels; remove them")
     try:

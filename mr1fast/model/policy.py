@@ -1,4 +1,4 @@
-"""The policy: a Qwen2-VL and its processor. Only this file knows how such a model is built inside.
+"""The policy: a model and its processor. Only this file knows how such a model is built inside.
 
 Each prompt, with its image, runs once for all of its completions. That is exact, with gradients: completions attend to
 the prompt's keys and values, which are repeated and not computed again, and a gradient flows back through them into
@@ -10,27 +10,31 @@ adjacent, L tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, Qwen2VLForConditionalGeneration
+from transformers import Cache, DynamicCache
 
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
-from mr1fast.model.checks import check_fit, check_image_tokens
+from mr1fast.model.adapter import merged, save_adapter, without_adapter
+from mr1fast.model.checks import VISION_TOKENS, check_fit, check_image_tokens
+from mr1fast.model.family import Model, known
 from mr1fast.model.load import encode_prompts, end_of_turn
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.save import make_readable, save_model, save_processor
 
 
 class Policy:
-    """A Qwen2-VL with its processor.
+    """A model with its processor.
 
-    model: a Qwen2VLForConditionalGeneration, or a PeftModel on one whose adapters are layers within it (LoRA and its
-    kin). Raises UserError if model and processor do not match.
+    model: of FAMILIES, or a PeftModel on one whose adapters are layers within it (LoRA and its kin). Raises UserError
+    for another model, or if model and processor do not match.
     """
 
     def __init__(self, model: nn.Module, processor: Qwen2VLTextImageProcessor):
@@ -40,17 +44,13 @@ class Policy:
         self._head = _head(self._base)
         check_fit(self._base.config, processor)
         ends = _end_ids(self._base, processor)
-        config, device = self._base.config, self._base.device
-        # Images in an answer have no pixels, and padding is no answer.
-        vision = {
-            config.image_token_id,
-            config.video_token_id,
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        }
         self.pad_id: int = processor.tokenizer.pad_token_id
+        config, device = self._base.config, self._base.device
+        # Images in an answer have no pixels, padding is no answer, and the last rows of the head are no tokens.
+        banned = {getattr(config, field) for field in VISION_TOKENS}
+        banned |= {self.pad_id, *range(len(processor.tokenizer), config.get_text_config().vocab_size)}
         self.end_ids = torch.tensor(ends, device=device)  # [N] int64: any of them ends a completion; the first, a turn
-        self.banned_ids = torch.tensor(sorted({*vision, self.pad_id} - {*ends}), device=device)  # never sampled
+        self.banned_ids = torch.tensor(sorted(banned - {*ends}), device=device)  # never sampled
 
     @property
     def device(self) -> torch.device:
@@ -61,12 +61,35 @@ class Policy:
         self.model.eval().requires_grad_(False)
         return self
 
-    def freeze_parts(self, parts: Iterable[str]) -> Policy:
-        """Not to be trained, of PARTS: vision (the tower), merger (its last layers), language (with the head).
+    def offload(self) -> Policy:
+        """Keep the model in the CPU's memory; `on` lends it to a device. Returns the policy itself."""
+        self.model.to("cpu")
+        return self
 
-        Weights of an adapter within them are not trained either. Where nothing before a layer is trained, it runs
-        without a graph.
-        """
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Within the context the model is on this device, then where it was before; its weights must not change."""
+        home = self.device
+        if device == home:
+            yield
+            return
+        weights = [(weight, weight.data) for weight in self.model.parameters()]
+        self.model.to(device)
+        try:
+            yield
+        finally:
+            for weight, data in weights:  # what was copied is still there, and need not be copied back
+                weight.data = data
+            self.model.to(home)  # the buffers
+
+    def freeze_parts(self, parts: Iterable[str]) -> Policy:
+        """Do not train these parts, nor adapters on their layers. Layers before the first trained one need no graph."""
+        for weight in self.weights_of(parts):
+            weight.requires_grad_(False)
+        return self
+
+    def weights_of(self, parts: Iterable[str]) -> set[nn.Parameter]:
+        """The weights of these PARTS: vision (the tower), merger (its last layers), language (with the head)."""
         visual = self._base.model.visual
         merger = set(visual.merger.parameters())
         weights = {
@@ -74,18 +97,32 @@ class Policy:
             "merger": merger,
             "language": {*self._base.model.language_model.parameters(), self._head.weight},
         }
-        for part in parts:
-            for weight in weights[part]:
-                weight.requires_grad_(False)
-        return self
+        return {weight for part in parts for weight in weights[part]}
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.model is not self._base
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within the context the policy computes what the base under its adapter does."""
+        return without_adapter(self.model)
+
+    def merge(self) -> Policy:
+        """A policy that has the adapter in its weights, an ordinary Qwen2-VL. This one cannot be used any more."""
+        return Policy(merged(self.model), self.processor)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Model and processor in Hugging Face format, which `load_model` and transformers read."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        """Model (if it has an adapter, only that) and processor in Hugging Face format, as `load_model` reads them."""
+        if self.has_adapter:
+            save_adapter(self.model, folder)
+        else:
+            save_model(self.model, folder)
+        save_processor(self.processor, folder, self._base.config.model_type)
+        make_readable(folder)
+        self.processor.prompt.record(folder)
 
     # ---- text and tokens --------------------------------------------------------------------------------------------
 
@@ -194,16 +231,18 @@ class Policy:
         return {"full_attention": torch.cat([prompt_mask[:, None].expand(B, N, T), allowed], 2)[:, None]}
 
 
-def _base_model(model: Any) -> Qwen2VLForConditionalGeneration:
+def _base_model(model: Any) -> Model:
     """The model itself, into whose layers PEFT has put those of an adapter, if there is one."""
-    if isinstance(model, Qwen2VLForConditionalGeneration):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise UserError(f"adapters of type {model.active_peft_config.peft_type.value} cannot be trained here; use LoRA")
-    return model.get_base_model()
+    if (adapter := getattr(model, "active_peft_config", None)) is not None:
+        if adapter.is_prompt_learning:
+            raise UserError(f"adapters of type {adapter.peft_type.value} cannot be trained here; use LoRA")
+        model = model.get_base_model()
+    if not isinstance(model, Model):
+        raise UserError(f"a {type(model).__name__} cannot be trained here: it is {known()}")
+    return model
 
 
-def _head(model: Qwen2VLForConditionalGeneration) -> nn.Linear:
+def _head(model: Model) -> nn.Linear:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:  # the loss takes its weight, and would not see the adapter's
         raise UserError(
@@ -212,7 +251,7 @@ def _head(model: Qwen2VLForConditionalGeneration) -> nn.Linear:
     return head
 
 
-def _end_ids(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor) -> list[int]:
+def _end_ids(model: Model, processor: Qwen2VLTextImageProcessor) -> list[int]:
     """The ids that end a completion: the chat template's end of a turn, the generation config's and the tokenizer's."""
     named = model.generation_config.eos_token_id
     named = model.config.get_text_config().eos_token_id if named is None else named

@@ -1,4 +1,4 @@
-"""The processor of Qwen2-VL for text and images, on machines with and without torchvision."""
+"""The processor of Qwen2-VL and Qwen2.5-VL for text and images, on machines with and without torchvision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
+
+from mr1fast.options.prompt import Prompt
 
 
 class Qwen2VLTextImageProcessor(Qwen2VLProcessor):
@@ -15,6 +17,8 @@ class Qwen2VLTextImageProcessor(Qwen2VLProcessor):
     it is not, `AutoProcessor` returns the tokenizer alone, and `Qwen2VLProcessor` does not load.) Pass it as
     `processing_class` to train Qwen2-VL with TRL on such a machine.
     """
+
+    prompt = Prompt()  # in which questions are put to the model
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         self.image_token = "<|image_pad|>"

@@ -6,18 +6,32 @@ Nothing here imports torch, so that a mistake is reported at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.data.columns import Reading, parse_columns
+from mr1fast.data.sources import source_of, sources_of
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
-from mr1fast.options.fields import check_choice, check_value, option_string
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES, default_pieces, recipe_name
+from mr1fast.options.fields import MANY, check_choice, check_value, option_string
+from mr1fast.options.prompt import Prompt, chosen_prompt
+from mr1fast.options.recipes import (
+    KL_DEFAULTS,
+    R1_V,
+    RECIPES,
+    TASK_NAMES,
+    adapter_base,
+    default_eval_batch_size,
+    default_pieces,
+    lora_learning_rate,
+    recipe_name,
+)
 from mr1fast.options.reward_weights import parse_reward_weights
-from mr1fast.options.train_options import BY_TASK, PARTS, TrainOptions
+from mr1fast.options.train_options import BY_TASK, LOGGERS, PARTS, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,17 @@ class TrainConfig(TrainOptions):
                 if each is not None:
                     check_value(field, each, option_string(field.name))
         self._check_tasks()
+        self._check_data()
         self._check_kl()
         for part in self.frozen_parts:
             check_choice("--freeze: a part", part, PARTS)
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
+        self._check_loggers()
+        if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
+            raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
+        if self.merge and not self.trains_adapter and (self.model is None or Path(self.model).is_dir()):
+            raise UserError("--merge needs --lora-rank, or the folder of an adapter as --model")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
         for name in self.names:
@@ -48,6 +68,17 @@ class TrainConfig(TrainOptions):
                     "--gradient-accumulation-steps must divide --prompts-per-step, "
                     f"got {task.gradient_accumulation_steps} and {task.prompts_per_step}"
                 )
+
+    def _check_data(self) -> None:
+        if (self.data, self.test_data) == (None, None):
+            check_no_reading(self.columns, self.image_root)
+        read_as(self.columns, self.image_root)
+        if len(set(self.test_sources)) < len(self.test_sources):
+            raise UserError(f"--test-data {self.test_data} names the same data twice")
+        if self.epochs is not None and self.max_steps is not None:
+            raise UserError("--epochs and --max-steps exclude each other; give one")
+        if self.epochs is not None and self.data is None and self.train_samples is None:
+            raise UserError("--epochs needs --data or --train-samples: the drawings of a task never end")
 
     def _check_tasks(self) -> None:
         if self.data is not None and self.task is not None:
@@ -63,6 +94,14 @@ class TrainConfig(TrainOptions):
                     raise UserError(f"{option_string(name)} must be one value with --data, got {value}")
                 for task in value:
                     check_choice(f"{option_string(name)}: a task", task, TASK_NAMES)
+
+    def _check_loggers(self) -> None:
+        for name in self.loggers:
+            check_choice("--report-to: a logger", name, (*LOGGERS, "none"))
+        if len(set(self.loggers)) < len(self.loggers):
+            raise UserError(f"--report-to {self.report_to} names a logger twice")
+        if "none" in self.loggers:
+            raise UserError(f"--report-to {self.report_to}: none is given with something else")
 
     def _check_kl(self) -> None:
         for method, names in KL_DEFAULTS.items():
@@ -82,6 +121,8 @@ class TrainConfig(TrainOptions):
             low, high = (self._filled_in(self.names[0])[name] for name in ("beta_min", "beta_max"))
             if low > high:
                 raise UserError(f"--beta-min must not be above --beta-max, got {low} and {high}")
+        if self.reference_model is not None and not self.for_task(self.names[0]).needs_reference:
+            raise UserError("--reference-model is of no use: the KL weight is 0 throughout; leave it out")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -95,9 +136,35 @@ class TrainConfig(TrainOptions):
         return () if self.freeze is None else tuple(part.strip() for part in self.freeze.split(","))
 
     @property
+    def loggers(self) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in self.report_to.split(","))
+        return () if names == ("none",) else names
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained: a new one, or the one that --model is."""
+        return self.lora_rank is not None or (self.model is not None and adapter_base(self.model) is not None)
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        return () if self.lora_targets is None else tuple(name.strip() for name in self.lora_targets.split(","))
+
+    @property
     def rewards(self) -> dict[str, float]:
         """Name -> weight, without those of weight 0."""
         return parse_reward_weights(self.reward_weights, "--reward-weights")
+
+    @property
+    def prompt(self) -> Prompt:
+        return chosen_prompt(self.model, self.prompt_suffix, self.system_prompt)
+
+    @property
+    def reading(self) -> Reading:
+        return read_as(self.columns, self.image_root)
+
+    @property
+    def test_sources(self) -> tuple[str, ...]:
+        return () if self.test_data is None else sources_of(self.test_data)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,6 +193,24 @@ class TrainConfig(TrainOptions):
         chosen: dict[str, Any] = {field.name: values.get(field.name) for field in dataclasses.fields(TaskConfig)}
         return TaskConfig(**chosen)
 
+    def with_steps(self, examples: Mapping[str, int]) -> TrainConfig:
+        """--epochs as --max-steps, given the number of examples that each model is trained on."""
+        if self.epochs is None:
+            return self
+        steps = {name: self._steps(name, number) for name, number in examples.items()}
+        max_steps: int | Mapping[str, int] = steps if self.data is None else next(iter(steps.values()))
+        return dataclasses.replace(self, epochs=None, max_steps=max_steps)
+
+    def _steps(self, name: str, examples: int) -> int:
+        assert self.epochs is not None
+        batches = math.ceil(round(self.epochs * examples / self.for_task(name).prompts_per_step, 9))
+        steps = max(1, batches) * self.num_iterations
+        if steps > MANY:
+            raise UserError(
+                f"--epochs {self.epochs:g} of {examples:,} examples are {steps:,} steps, more than {MANY:,}"
+            )
+        return steps
+
     def resolved(self) -> dict[str, Any]:
         """The options of the run with every default filled in: what config.json records, and --config reads.
 
@@ -143,8 +228,12 @@ class TrainConfig(TrainOptions):
     def _filled_in(self, name: str) -> dict[str, Any]:
         """The options in use for a task, with the defaults of its recipe and of the method."""
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
+        if self.trains_adapter:
+            defaults["learning_rate"] = lora_learning_rate(defaults["learning_rate"])
         if self.kl_schedule not in (None, *EXPLORING):
             defaults.pop("explore_fraction", None)
+        if self.epochs is not None:
+            defaults.pop("max_steps")
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -153,6 +242,9 @@ class TrainConfig(TrainOptions):
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
         if values["gradient_accumulation_steps"] is None:
             values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
+        values |= {"prompt_suffix": self.prompt.suffix, "system_prompt": self.prompt.system}
+        if values["eval_batch_size"] is None:
+            values["eval_batch_size"] = default_eval_batch_size(self.recipe(name) != R1_V)
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -176,17 +268,42 @@ class TaskConfig:
     target_kl: float | None  # of the adaptive schedule
     learning_rate: float
     warmup_steps: int
-    max_steps: int
+    max_steps: int  # None until `TrainConfig.with_steps` knows it
     num_iterations: int
     gradient_accumulation_steps: int
     max_grad_norm: float
+    eval_batch_size: int
+    eval_sampled: int
     eval_steps: int
     save_steps: int
     save_total_limit: int
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the KL term ever has weight."""
+        return self.beta_max > 0
+
+
+def check_no_reading(columns: str | None, image_root: str | None) -> None:
+    """Raises UserError for options about the user's own data, where there is none."""
+    for name, value in (("--columns", columns), ("--image-root", image_root)):
+        if value is not None:
+            raise UserError(f"{name} is about your own data, and there is no --data")
+
+
+def read_as(columns: str | None, image_root: str | None) -> Reading:
+    """What --columns and --image-root say. Raises UserError."""
+    named = {} if columns is None else parse_columns(columns, "--columns")
+    return Reading(named, None if image_root is None else Path(os.path.abspath(image_root)))
+
 
 def canonical(name: str, value: Any) -> Any:
     """An option's value in the form that is recorded: paths are absolute, so that they can be read from any folder."""
-    if name == "data" or (name == "model" and Path(value).is_dir()):
+    if name == "data":
+        return source_of(value)
+    if name == "test_data":
+        return ",".join(sources_of(value))
+    if name == "image_root" or (name in ("model", "reference_model") and Path(value).is_dir()):
         return os.path.abspath(value)
-    return "".join(value.split()) if name in ("freeze", "task", "reward_weights") else value
+    lists = ("columns", "freeze", "lora_targets", "report_to", "reward_weights", "task")
+    return "".join(value.split()) if name in lists else value

@@ -28,16 +28,19 @@ def option(
     why: str = "",
     shown: str | None = None,
     machine: bool = False,
+    several: bool = False,
+    blank: bool = False,
 ) -> Any:
     """A field of a dataclass of options.
 
     group: the heading in --help under which it is listed. why: the reason for its bounds, given in the error for a
     value outside them. shown: the default as --help gives it, if that is not the value itself. machine: the option says
-    where a run computes, not what, so that a resumed run may use another value.
+    where a run computes, not what, so that a resumed run may use another value. several: it may be given several times.
+    blank: it may be a text of nothing.
     """
     said = {"help": help, "group": group, "metavar": metavar, "unit": unit, "choices": choices, "shown": shown}
-    bounds = {"at_least": at_least, "at_most": at_most, "below": below, "why": why}
-    return dataclasses.field(default=default, metadata={**said, **bounds, "machine": machine})
+    bounds = {"at_least": at_least, "at_most": at_most, "below": below, "why": why, "blank": blank}
+    return dataclasses.field(default=default, metadata={**said, **bounds, "machine": machine, "several": several})
 
 
 def option_string(name: str) -> str:
@@ -56,7 +59,7 @@ def check_value(field: dataclasses.Field, value: Any, name: str) -> None:
     if limits["choices"] is not None:
         check_choice(name, value, limits["choices"])
     if isinstance(value, str):
-        if not value.strip() or "\0" in value:
+        if not (value.strip() or limits["blank"]) or "\0" in value:
             raise UserError(f"{name} must be text, got {value!r}")
         return
     if isinstance(value, float) and not math.isfinite(value):

@@ -18,20 +18,24 @@ from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import check_value, option_string
-from mr1fast.options.program import Parser, prog
+from mr1fast.options.preset import PRESETS, beneath, preset_file
+from mr1fast.options.program import Parser, at_least, prog
 from mr1fast.options.recipes import SMALL_MODEL
 from mr1fast.options.reward_weights import DEFAULT_REWARDS, add_rewards
 from mr1fast.options.train_options import BY_TASK, GROUPS
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
+THIS_DEVICE = 0  # what --plan is without a number
+# Options that cannot be given with one.
+EXCLUDE = {"epochs": ("max_steps",), "max_steps": ("epochs",)}
 
 
 def field_type(name: str) -> type:
-    """int, float or str, also where None or a value for each task is allowed."""
+    """bool, int, float or str, also where None or a value for each task is allowed."""
     hint = _HINTS[name]
     return next(kind for kind in _TYPE_NAMES if kind is hint or kind in typing.get_args(hint))
 
@@ -40,9 +44,13 @@ def convert(name: str, value: Any, source: str) -> Any:
     """Convert a value from the command line or a YAML file to the option's type, and check its range."""
     if isinstance(value, dict) and name in BY_TASK:
         return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
+    if isinstance(value, list) and FIELDS[name].metadata["several"]:
+        value = ",".join(map(str, value))
     wanted = field_type(name)
+    if wanted is bool and isinstance(value, bool):
+        return value
     try:
-        if isinstance(value, bool | list | dict):
+        if wanted is bool or isinstance(value, bool | list | dict):
             raise ValueError
         converted = wanted(str(value))
     except ValueError:
@@ -58,6 +66,14 @@ class _Once(argparse.Action):
         if hasattr(namespace, self.dest):
             parser.error(f"{option_string} is given twice")
         setattr(namespace, self.dest, values)
+
+
+class _Several(argparse.Action):
+    """Makes one list, separated by commas, of an option that is given several times."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
 
 
 def build_parser() -> Parser:
@@ -77,9 +93,26 @@ def build_parser() -> Parser:
         help="YAML file that sets any of the options below; the command line takes precedence",
     )
     run.add_argument(
+        "--preset",
+        action=_Once,
+        metavar="NAME",
+        help="options of an experiment of the paper, over which --config and the command line take precedence: "
+        f"{', '.join(PRESETS)}; vc is visual counting, gr geometry reasoning, 2b and 7b the size of Qwen2-VL",
+    )
+    run.add_argument(
         "--print-config",
         action="store_true",
         help="print such a file with the value that every option would have, defaults included, and exit",
+    )
+    run.add_argument(
+        "--plan",
+        action=_Once,
+        metavar="GB",
+        nargs="?",
+        const=THIS_DEVICE,
+        type=at_least(1),
+        help="say what a step will hold in memory and whether that fits this device, or a GPU with so many GB; if not, "
+        "say which options make it fit, and exit with 1. No weights are read",
     )
     run.add_argument(
         "--resume",
@@ -99,12 +132,18 @@ def build_parser() -> Parser:
         f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
     )
     for name, field in FIELDS.items():
-        groups[field.metadata["group"]].add_argument(
-            option_string(name),
-            metavar=field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}[field_type(name)],
-            help=_help(field).replace("%", "%%"),
-        )
+        add_option(groups[field.metadata["group"]], name)
     return parser
+
+
+def add_option(group: argparse._ArgumentGroup, name: str, **keywords: Any) -> None:
+    """Add an option as it is declared; its value is text, for `convert`. keywords: more of add_argument's."""
+    field, kind = FIELDS[name], field_type(name)
+    metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
+    value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
+    if field.metadata["several"]:
+        value["action"] = _Several
+    group.add_argument(option_string(name), help=_help(field).replace("%", "%%"), **value, **keywords)
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -123,18 +162,29 @@ class Request:
     config: TrainConfig | None  # of a new run; a resumed one has its own
     resume: str | None = None  # None: a new run; "": the newest checkpoint; else a run or a checkpoint
     print_config: bool = False
+    plan: int | None = None  # gigabytes of a GPU, or THIS_DEVICE
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """The command line, and the YAML file it may name. Raises UserError; --help prints and exits as argparse does."""
     flags = vars(build_parser().parse(arguments))
-    resume, config_file = flags.pop("resume", None), flags.pop("config", None)
+    resume, config_file, preset, plan = (flags.pop(name, None) for name in ("resume", "config", "preset", "plan"))
     print_config, rewards = flags.pop("print_config", False), flags.pop("reward", [])
     given = {} if config_file is None else read_yaml(config_file)
-    given |= {name: convert(name, value, option_string(name)) for name, value in flags.items()}
+    given = layered(given, {name: convert(name, value, option_string(name)) for name, value in flags.items()})
+    if preset is not None:
+        if resume is not None:
+            raise UserError("--preset is for a new run, and --resume continues one with its own options")
+        given = layered(beneath(read_yaml(str(preset_file(preset))), given), given)
     if rewards:
         given["reward_weights"] = add_rewards(given.get("reward_weights", DEFAULT_REWARDS), rewards)
-    return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config)
+    return Request(given, TrainConfig(**given) if resume is None else None, resume, print_config, plan)
+
+
+def layered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """The options of both, where those of `upper` take precedence, also over what they exclude."""
+    excluded = {other for name in upper for other in EXCLUDE.get(name, ())}
+    return {name: value for name, value in lower.items() if name not in excluded} | upper
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from mr1fast.data.tasks import TASKS
 TASK_NAMES = tuple(TASKS)
 SMALL_MODEL = 10_000_000  # parameters; the smallest Qwen2-VL that was published has two billion
 
+DEFAULT_EVAL_SAMPLES = 400  # problems of a task, whose drawings never end
+
 R1_V = "r1-v"
 RECIPES: dict[str, dict[str, Any]] = {
     **{name: task.recipe for name, task in TASKS.items()},
@@ -42,9 +44,21 @@ def default_pieces(recipe: str, prompts_per_step: int) -> int:
     return prompts_per_step if recipe == R1_V else 1
 
 
+def lora_learning_rate(full: float) -> float:
+    """The default for an adapter, given that for all weights: ten times as much (LoRA Without Regret, 2025)."""
+    return float(f"{10 * full:.12g}")
+
+
+def default_eval_batch_size(small: bool) -> int:
+    """`eval_batch_size`, the problems that are answered at once, by whether the model is small."""
+    return 64 if small else 8
+
+
 def is_small_folder(model: str | None) -> bool:
+    """For an adapter's folder, whether its base is small."""
     if model is None:
         return True
+    model = adapter_base(model) or model
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,13 +66,29 @@ def is_small_folder(model: str | None) -> bool:
     return isinstance(config, dict) and is_small(config)
 
 
+def adapter_base(folder: str | Path) -> str | None:
+    """The model that an adapter's folder names as its base; None if the folder does not hold an adapter.
+
+    A relative path is taken from that folder if it leads to something there, else from the current one.
+    """
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if not isinstance(base, str) or not base:
+        return None
+    beside = Path(folder) / base
+    return str(beside) if beside.exists() else base
+
+
 def is_small(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json of a Qwen2-VL describes a model with fewer than SMALL_MODEL parameters."""
+    """Whether this config.json describes a model with fewer than SMALL_MODEL parameters."""
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     try:
         vocabulary, hidden = int(text["vocab_size"]), int(text["hidden_size"])
         layers, intermediate = int(text["num_hidden_layers"]), int(text["intermediate_size"])
-        blocks, width = int(vision["depth"]), int(vision["embed_dim"])
+        blocks, width = int(vision["depth"]), int(vision.get("embed_dim") or vision["hidden_size"])  # or Qwen2.5-VL's
     except (KeyError, TypeError, ValueError):
         return False
     # Counts the matrices; norms and biases are negligible. A head that is not tied counts as a second embedding.

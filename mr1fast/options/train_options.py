@@ -8,10 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mr1fast.data.columns import EXAMPLE
 from mr1fast.data.tasks import TASKS
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
 from mr1fast.options.fields import MANY, option
-from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
+from mr1fast.options.recipes import (
+    DEFAULT_EVAL_SAMPLES,
+    KL_DEFAULTS,
+    R1_V,
+    RECIPES,
+    TASK_NAMES,
+    default_eval_batch_size,
+)
 from mr1fast.options.reward_weights import DEFAULT_REWARDS
 from mr1fast.rewards.own import FORM
 
@@ -21,6 +29,8 @@ BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
 # What --freeze knows; `Policy.freeze_parts` says which weights they are.
 PARTS = ("vision", "merger", "language")
+# What --report-to knows.
+LOGGERS = ("tensorboard", "wandb", "trackio")
 # The headings of --help, in this order.
 GROUPS = {
     "model": "model and method",
@@ -31,6 +41,7 @@ GROUPS = {
     "optimizer": "optimizer",
     "evaluation": "evaluation",
     "files": "files and checkpoints",
+    "logging": "logging (may be changed when a run is resumed)",
     "device": "device (may be changed when a run is resumed)",
 }
 
@@ -69,7 +80,7 @@ class TrainOptions:
     )
     model: str | None = option(
         None,
-        "Qwen2-VL to start from: a folder, or a name on the Hugging Face hub",
+        "Qwen2-VL or Qwen2.5-VL to start from: a folder, or a name on the Hugging Face hub",
         group="model",
         metavar="DIR",
         shown="the embedded model",
@@ -82,6 +93,34 @@ class TrainOptions:
         metavar="LIST",
         shown="none",
     )
+    lora_rank: int | None = option(
+        None,
+        "train a LoRA adapter of this rank, and none of the model's own weights",
+        group="model",
+        at_least=1,
+        at_most=4096,
+        shown="none",
+    )
+    lora_alpha: float | None = option(
+        None,
+        "the adapter is scaled by --lora-alpha / --lora-rank",
+        group="model",
+        at_least=1e-3,
+        at_most=1e6,
+        shown="2 x --lora-rank",
+    )
+    lora_targets: str | None = option(
+        None,
+        "linear layers on which the adapter is, separated by commas, such as q_proj,v_proj",
+        group="model",
+        metavar="LIST",
+        shown="all those of the language model",
+    )
+    merge: bool = option(
+        False,
+        "after LoRA, save the model with the adapter merged into its weights as model/, and the adapter as adapter/",
+        group="model",
+    )
     task: str | None = option(
         None,
         f"embedded task to train on: {' or '.join(f'{name} ({task.title})' for name, task in TASKS.items())}; "
@@ -92,11 +131,57 @@ class TrainOptions:
     )
     data: str | None = option(
         None,
-        "your own data instead of a task: a folder, or a .jsonl, .json, .csv or .parquet file, with the columns "
-        "image, problem and solution",
+        "your own data instead of a task: a folder, a .jsonl, .json, .csv or .parquet file, or a name on the Hugging "
+        "Face hub; with the columns image, problem and solution, or others that docs/data.md names",
         group="data",
         metavar="PATH",
         shown="none",
+    )
+    columns: str | None = option(
+        None,
+        f"what the columns of your data are called, such as {EXAMPLE}",
+        group="data",
+        metavar="LIST",
+        shown="the names in docs/data.md",
+    )
+    image_root: str | None = option(
+        None,
+        "folder at which relative paths of images start",
+        group="data",
+        metavar="DIR",
+        shown="that of the file which names them",
+    )
+    train_samples: int | None = option(
+        None,
+        "few-shot: train on this many examples alone, drawn from those for training by --seed",
+        group="data",
+        at_least=1,
+        at_most=MANY,
+        shown="all",
+    )
+    test_data: str | None = option(
+        None,
+        "data to test on before and after training, like --data, or an embedded task; may be given several times, or "
+        "be a list separated by commas",
+        group="data",
+        metavar="PATH",
+        shown="the test split of --data",
+        several=True,
+    )
+    prompt_suffix: str | None = option(
+        None,
+        "text that follows every question; '' for none",
+        group="data",
+        metavar="TEXT",
+        shown="the paper's, which asks for <think> and <answer>, or what --model was trained with",
+        blank=True,
+    )
+    system_prompt: str | None = option(
+        None,
+        "text of the system turn before every question",
+        group="data",
+        metavar="TEXT",
+        shown="that of the model's chat template, or what --model was trained with",
     )
     max_pixels: int | None = option(
         None,
@@ -211,6 +296,14 @@ class TrainOptions:
         why="a lower target is lost in rounding, and a higher one is never reached",
         shown="none; --kl-schedule adaptive only, which requires it",
     )
+    reference_model: str | None = option(
+        None,
+        "model from which the KL term measures, a folder or a name on the hub; to train a model further, give the one "
+        "that its training began with",
+        group="kl",
+        metavar="DIR",
+        shown="--model; with LoRA, without its adapter",
+    )
 
     learning_rate: float | Mapping[str, float] | None = option(
         None,
@@ -219,7 +312,7 @@ class TrainOptions:
         at_least=1e-12,
         at_most=1.0,
         why="AdamW moves each weight by about that much in a step",
-        shown=_by_recipe("learning_rate"),
+        shown=f"{_by_recipe('learning_rate')}; ten times that for LoRA",
     )
     warmup_steps: int = option(
         10,
@@ -227,6 +320,14 @@ class TrainOptions:
         group="optimizer",
         at_least=0,
         at_most=MANY,
+    )
+    epochs: float | None = option(
+        None,
+        "passes over the training examples, in place of --max-steps",
+        group="optimizer",
+        at_least=1e-6,
+        at_most=1_000_000,
+        shown="none",
     )
     max_steps: int | Mapping[str, int] | None = option(
         None,
@@ -258,12 +359,14 @@ class TrainOptions:
         why="AdamW treats gradients far below 1e-8 as 0",
     )
 
-    eval_samples: int = option(
-        400,
-        f"number of test problems to answer before and after training{_at_most('test')}",
+    eval_samples: int | None = option(
+        None,
+        "largest number of test problems, of each data set, to answer before and after training; 0 turns this off"
+        f"{_at_most('test')}",
         group="evaluation",
-        at_least=1,
+        at_least=0,
         at_most=1_000_000,
+        shown=f"{DEFAULT_EVAL_SAMPLES} of a task or of --data, all of --test-data",
     )
     eval_steps: int = option(
         50,
@@ -278,6 +381,24 @@ class TrainOptions:
         group="evaluation",
         at_least=1,
         at_most=1_000_000,
+    )
+
+    eval_sampled: int = option(
+        1,
+        "completions to sample for each problem in all of these evaluations, besides the greedy one; 0 for none",
+        group="evaluation",
+        at_least=0,
+        at_most=4096,
+    )
+    eval_batch_size: int | None = option(
+        None,
+        "problems answered at once; fewer take less memory (may be changed when a run is resumed)",
+        group="evaluation",
+        at_least=1,
+        at_most=4096,
+        why="they are held in memory together",
+        shown="{} for small models, {} for others".format(*map(default_eval_batch_size, (True, False))),
+        machine=True,
     )
 
     output_dir: str | None = option(
@@ -296,6 +417,15 @@ class TrainOptions:
     )
     save_total_limit: int = option(
         2, "number of checkpoints to keep; older ones are deleted", group="files", at_least=1, at_most=MANY
+    )
+
+    report_to: str = option(
+        "tensorboard",
+        f"where metrics and samples of the completions are shown, separated by commas: {', '.join(LOGGERS)}, or none; "
+        "metrics.jsonl has the metrics in any case",
+        group="logging",
+        metavar="LIST",
+        machine=True,
     )
 
     device: str = option(

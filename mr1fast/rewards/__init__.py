@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mr1fast.rewards.accuracy import accuracy_reward, check_solutions, extract_answer
+from mr1fast.rewards.accuracy import accuracy_reward, check_solutions, extract_answer, is_right_untagged
 from mr1fast.rewards.format import format_reward
 from mr1fast.rewards.own import RewardFunction
 from mr1fast.rewards.r1v import judged_as_r1v, r1v_counting, r1v_geometry
@@ -35,6 +35,7 @@ __all__ = [
     "check_solutions",
     "extract_answer",
     "format_reward",
+    "is_right_untagged",
     "judged_as_r1v",
     "unanswered",
     "unanswered_summary",

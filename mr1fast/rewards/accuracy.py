@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from mr1fast.errors import UserError
 from mr1fast.rewards import worker
 from mr1fast.rewards.answers import needs_math_verify, same_answer
+
+_TAG = re.compile("</?(?:think|answer)>")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def accuracy_reward(completion: str, solution: str, *, choices: Sequence[str] | None = None) -> float:
@@ -22,6 +26,19 @@ def accuracy_reward(completion: str, solution: str, *, choices: Sequence[str] | 
         return float(same_answer(answer, solution.strip() if tagged is None else tagged, choices))
     except worker.Unanswered:
         return 0.0
+
+
+def is_right_untagged(completion: str, solution: str, *, choices: Sequence[str] | None = None) -> bool:
+    """Whether a completion without a tagged answer ends in one that is right: its last line, or the only number there.
+
+    For people who look at completions: rewards and accuracies ask for tags, and this counts nowhere.
+    """
+    lines = [line.strip() for line in _TAG.sub("\n", completion).splitlines() if line.strip()]
+    if extract_answer(completion) or not lines:
+        return False
+    numbers = _NUMBER.findall(lines[-1])
+    ends = [lines[-1], *(numbers if len(numbers) == 1 else [])]
+    return any(accuracy_reward(f"<answer>{end}</answer>", solution, choices=choices) > 0 for end in ends)
 
 
 def extract_answer(text: str) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.logits import GRPOLossOutput
+from mr1fast.model.checks import image_starts
 from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
 
@@ -99,13 +100,13 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
 
 
 def slice_prompts(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """The prompts start <= p < stop with their images; a prompt has one image or none."""
+    """The prompts start <= p < stop with their images."""
     rows = {
         name: tensor[start:stop] for name, tensor in inputs.items() if name not in ("pixel_values", "image_grid_thw")
     }
     if "image_grid_thw" in inputs:
-        has_image = (inputs["mm_token_type_ids"] == 1).any(1)
-        images = slice(int(has_image[:start].sum()), int(has_image[:stop].sum()))
+        counts = image_starts(inputs["mm_token_type_ids"] == 1).sum(1)  # [P], of images
+        images = slice(int(counts[:start].sum()), int(counts[:stop].sum()))
         patches = torch.cat([torch.zeros(1, dtype=torch.long), inputs["image_grid_thw"].prod(1).cpu().cumsum(0)])
         if images.stop > images.start:
             rows["image_grid_thw"] = inputs["image_grid_thw"][images]

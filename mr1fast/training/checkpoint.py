@@ -48,7 +48,8 @@ def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Poli
     try:
         policy, state = load(checkpoint), load_state(checkpoint)
         masters = state.get("optimizer", {}).get("masters", [])
-        if policy.model.dtype != torch.float32 and any(master is None for master in masters):
+        weights = policy.trainable_parameters()
+        if any(weight.dtype != torch.float32 and master is None for weight, master in zip(weights, masters)):
             # These are the weights of a float32 model, which this one, of less precision, has only rounded.
             exact = load(checkpoint, dtype=torch.float32).trainable_parameters()
             state["optimizer"]["masters"] = [

@@ -6,32 +6,27 @@ import dataclasses
 import shutil
 import sys
 import time
-from contextlib import suppress
-from itertools import islice
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from mr1fast.data.dataset import problems
-from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
 from mr1fast.rewards import unanswered, unanswered_summary
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
+from mr1fast.training.loggers import open_loggers
 from mr1fast.training.metrics import MetricsLog
+from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
+from mr1fast.training.pictures import Unfinished, draw_pictures
 from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versions, write_config, write_json
 from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.stop import Stopped, finishing_steps
-from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError, needs_reference
-
-if TYPE_CHECKING:
-    from mr1fast.evaluation.samples import BeforeAfter
-
-PICTURED = 8  # problems of each task in samples.png
+from mr1fast.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingError
 
 
 def run(opened: OpenRun, started: float) -> None:
@@ -89,21 +84,29 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
     result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
     folder.write_result(result)
     policy = train_task(setup, name, checkpoint)
+    if setup.config.merge:
+        save_model(policy, folder.adapter(name))
+        policy = policy.merge()
     save_model(policy, folder.model(name))
+    write_card(folder.model(name), setup, name, result)
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
-    result["after"] |= figures if len(setup.names) == 1 else {name: figures[name]}
+    own = figures.get(name, {})  # none where it is not tested on
+    result["after"] |= {name: own, **figures} if len(setup.names) == 1 else {name: own}
     result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
     result["steps"][name] = setup.config.for_task(name).max_steps
+    write_card(folder.model(name), setup, name, result)
     folder.write_result(result)
 
 
 def closing_words(setup: Setup, result: dict[str, Any]) -> str:
     folder = setup.folder
+    table = f"\n{training_table(result)}\n" if setup.tests else ""
     models = "\n".join(f"the model trained on {name} is in {folder.model(name)}" for name in setup.names)
     snippet = load_snippet(str(folder.model(setup.names[0])))
+    pictures = " and ".join(str(file) for file in (folder.curves, folder.samples) if file.exists())
     return (
-        f"\n{training_table(result)}\n\n{models}\nto load one (docs/training.md shows how to use it):\n\n{snippet}\n\n"
-        f"pictures: {folder.curves} and {folder.samples}"
+        f"{table}\n{models}\nto load one (docs/training.md shows how to use it):\n\n{snippet}\n\n"
+        f"pictures: {pictures or 'none'}"
     )
 
 
@@ -112,24 +115,28 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
-    policy, state = (
-        (setup.load(setup.base_path), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
-    )
-    trainer = Trainer(config, policy, setup.base if needs_reference(config) else None, dataset)
+    if not setup.base_is_reference(config):
+        setup.loaded_base = None
+    policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
+    trainer = Trainer(config, policy, setup.reference_for(policy, config), dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
     _remove_after(folder, trainer.finished_steps)
-    log = MetricsLog(setup.folder, name, first_step=0 if state is None else trainer.finished_steps + 1)
-    if validation is not None and state is None:
-        log.log(0, setup.validate(policy, validation, name))
+    if trainer.finished_steps < config.max_steps:  # else an evaluation may go on where it was interrupted
+        shutil.rmtree(setup.folder.answers(f"trained on {name}"), ignore_errors=True)
+    log = open_log(setup, name, first_step=0 if state is None else trainer.finished_steps + 1)
     bar = tqdm(total=config.max_steps, initial=trainer.finished_steps, desc=f"{config.method} on {name}", unit="step")
-    with finishing_steps() as stop, bar:
+    with closing(log), finishing_steps() as stop, bar:
+        if validation is not None and state is None:
+            log.log(0, setup.validate(policy, validation, name))
         while trainer.finished_steps < config.max_steps:
             metrics = trainer.step()
             step, last = trainer.finished_steps, trainer.finished_steps == config.max_steps
+            shows = step % config.save_steps == 0 or last
             if validation is not None and (step % config.eval_steps == 0 or last):
                 metrics |= setup.validate(policy, validation, name)
-            log.log(step, metrics)
+                shows = True
+            log.log(step, metrics, trainer.scored if shows else ())
             bar.set_postfix_str(postfix(metrics), refresh=False)
             bar.update()
             if trainer.skipped_sample is not None:
@@ -140,11 +147,17 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
                 state = trainer.state_dict()
                 save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
-                log.close()
-                draw_pictures(setup)
+                draw_pictures(setup, Unfinished(name, policy, step))
                 raise Stopped(stop.signal_number)
-    log.close()
     return policy
+
+
+def open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
+    """metrics.jsonl and the loggers of a task's training."""
+    config, folder = setup.config, setup.folder
+    recorded = {**config.resolved(), **dataclasses.asdict(config.for_task(name)), "versions": versions()}
+    loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
+    return MetricsLog(folder, name, first_step, loggers)
 
 
 def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
@@ -173,40 +186,10 @@ def postfix(metrics: dict[str, float]) -> str:
     return ", ".join(f"{title} {value:.3g}" for title, value in shown.items())
 
 
-def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, what: str) -> dict[str, float]:
-    """The figures of result.json."""
-    return setup.evaluate(policy, setup.tests[data], data, progress=f"test on {data}, {what}")
-
-
-def draw_pictures(setup: Setup) -> None:
-    """Draw curves.png, and samples.png of every model so far. A picture that fails does not end the run."""
-    try:
-        from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
-        from mr1fast.evaluation.samples import draw_samples
-
-        draw_curves([setup.folder.path], setup.folder.curves)
-        shown, title = _samples(setup)
-        if shown:
-            draw_samples(setup.folder.samples, shown, title)
-    except Exception as error:
-        print(f"the pictures could not be drawn: {error}", file=sys.stderr)
-
-
-def _samples(setup: Setup) -> tuple[list[BeforeAfter], str]:
-    """The first problems of the test splits as they were answered before and after, and a title."""
-    from mr1fast.evaluation.samples import before_and_after
-
-    folder, shown, titles = setup.folder, [], []
-    for name in setup.names:
-        trained = [folder.model(name)] if folder.model(name).exists() else checkpoints(folder.task(name))
-        if trained:
-            examples = [example for _, example in islice(problems(setup.tests[name]), PICTURED)]
-            longest = setup.config.for_task(name).max_completion_length
-            after = setup.load(trained[-1])
-            shown += before_and_after(setup.base, after, examples, max_completion_length=longest)
-            titles.append(TASKS[name].title if name in setup.config.tasks else name)
-    title = f"{' and '.join(titles)}, trained with {setup.config.method}"
-    return shown, title[:1].upper() + title[1:]
+def evaluate_on_test_split(setup: Setup, policy: Policy, data: str, when: str) -> dict[str, float]:
+    """The figures of result.json; `when`: "before training" or "trained on vc"."""
+    file = setup.folder.answers(when) / f"{data}.jsonl"
+    return setup.evaluate(policy, setup.tests[data], data, progress=f"test on {data}, {when}", file=file)
 
 
 def new_result(setup: Setup) -> dict[str, Any]:
@@ -232,7 +215,8 @@ def _remove_after(task_folder: Path, step: int) -> None:
     for sample in task_folder.glob("skipped/step-*.json"):
         if step_of(sample) > step:
             sample.unlink()
-    shutil.rmtree(task_folder / "model", ignore_errors=True)
+    for name in ("model", "adapter"):
+        shutil.rmtree(task_folder / name, ignore_errors=True)
 
 
 def _gave_up(reason: str, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, under TRL's names."""
+"""The metrics of a step under TRL's names, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,31 +12,37 @@ import torch
 from torch import Tensor
 
 from mr1fast.training.batch import Batch
+from mr1fast.training.loggers import Logger
 from mr1fast.training.run_folder import RunFolder, write_text
+from mr1fast.training.scoring import Scored
 
 
 class MetricsLog:
-    """One row per step. Rows from `first_step` on, which a resumed run writes again, are removed first."""
+    """One row per step. Rows from `first_step` on, which a resumed run writes again, are removed first.
 
-    def __init__(self, run: RunFolder, task: str, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
+    loggers: show the same.
+    """
 
-        self.file, self.task = run.metrics_file, task
+    def __init__(self, run: RunFolder, task: str, first_step: int, loggers: Sequence[Logger] = ()):
+        self.file, self.task, self.loggers = run.metrics_file, task, loggers
         if self.file.exists():
             kept = [row for row in _rows(self.file) if row["task"] != task or row["step"] < first_step]
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
-        self.tensorboard = SummaryWriter(str(run.tensorboard(task)), purge_step=first_step)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """`step` counts finished optimizer steps. JSON has no NaN and no inf: they are null there."""
+    def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored] = ()) -> None:
+        """`step` counts finished optimizer steps. JSON has no NaN and no inf: they are null there.
+
+        completions: of this step, for the loggers alone.
+        """
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"task": self.task, "step": step, **row}) + "\n")
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+        for logger in self.loggers:
+            logger.log(step, metrics, completions)
 
     def close(self) -> None:
-        self.tensorboard.close()
+        for logger in self.loggers:
+            logger.close()
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

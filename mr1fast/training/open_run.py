@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.checks import nearest
+from mr1fast.data.sources import is_hub_name
+from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig, canonical
 from mr1fast.options.fields import option_string
 from mr1fast.options.parse import FIELDS, Request, read_options, say_unknown
 from mr1fast.options.reward_weights import load_rewards
+from mr1fast.training.loggers import check_installed
 from mr1fast.training.run_folder import RUNS, ResumeError, RunFolder, is_checkpoint, new_folder
 
 
@@ -42,6 +46,7 @@ def open_run(request: Request) -> Iterator[OpenRun]:
         folder, checkpoint = _find_run(request)
         opened = OpenRun(folder, _recorded_config(request, folder), checkpoint)
         load_rewards(opened.config.rewards)
+        check_installed(opened.config.loggers)
     with _locked(opened.folder.path):
         yield opened
 
@@ -57,6 +62,7 @@ def requested_config(request: Request) -> TrainConfig:
 def _new_run(config: TrainConfig) -> OpenRun:
     _check_paths(config)
     load_rewards(config.rewards)
+    check_installed(config.loggers)
     default = RUNS / time.strftime("%Y-%m-%d-%H-%M-%S")
     return OpenRun(
         RunFolder(new_folder(config.output_dir, default=default, advice=", or continue with --resume")), config
@@ -64,10 +70,21 @@ def _new_run(config: TrainConfig) -> OpenRun:
 
 
 def _check_paths(config: TrainConfig) -> None:
-    if config.data is not None and not Path(config.data).exists():
-        raise UserError(f"--data {config.data} does not exist")
-    if config.model is not None and config.model.startswith((".", "/")) and not Path(config.model).is_dir():
-        raise UserError(f"--model {config.model} is not a folder")  # else it may be a name on the hub
+    check_data_paths(config.data, config.image_root)
+    for option, model in (("--model", config.model), ("--reference-model", config.reference_model)):
+        if model is not None and model.startswith((".", "/")) and not Path(model).is_dir():
+            raise UserError(f"{option} {model} is not a folder")  # else it may be a name on the hub
+    for source in config.test_sources:
+        if source not in TASKS and not Path(source).exists() and not is_hub_name(source):
+            raise UserError(f"--test-data {source} does not exist{nearest(source, TASKS)}")
+
+
+def check_data_paths(data: str | None, image_root: str | None) -> None:
+    """Raises UserError for what is not there."""
+    if data is not None and not Path(data).exists() and not is_hub_name(data):
+        raise UserError(f"--data {data} does not exist")
+    if image_root is not None and not Path(image_root).is_dir():
+        raise UserError(f"--image-root {image_root} is not a folder")
 
 
 # ---- a run that is resumed ------------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@
         metrics.jsonl          one line per step and task; step 0 is before training
         result.json            accuracies before and after
         curves.png, samples.png
+        answers/before-training/vc.jsonl
+        answers/trained-on-vc/vc.jsonl
         tensorboard/vc/
         vc/checkpoint-000050/  model, processor, trainer_state.pt
-        vc/model/              the trained model
+        vc/model/              the trained model; with LoRA, its adapter
+        vc/adapter/            with LoRA and --merge, the adapter; vc/model is the whole model
         vc/skipped/            samples of steps with NaN or inf
 
 Imports no torch, so that an unusable folder is reported at once.
@@ -51,8 +54,15 @@ class RunFolder:
     def model(self, name: str) -> Path:
         return self.task(name) / "model"
 
+    def adapter(self, name: str) -> Path:
+        return self.task(name) / "adapter"
+
     def tensorboard(self, name: str) -> Path:
         return self.path / "tensorboard" / name
+
+    def answers(self, when: str) -> Path:
+        """The folder of the answers to test problems, `when` being "before training" or "trained on vc"."""
+        return self.path / "answers" / when.replace(" ", "-")
 
     def read_result(self) -> dict[str, Any]:
         """The content of result.json, or {} if there is none yet. Raises ResumeError."""

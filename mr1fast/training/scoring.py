@@ -6,6 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,19 @@ from tqdm import tqdm
 from mr1fast.data.example import Example
 from mr1fast.options.reward_weights import Reward
 from mr1fast.rewards.own import Absent, as_numbers
+
+SHOWN = 32  # completions of a step
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A completion as loggers show it."""
+
+    example: Example
+    completion: str
+    rewards: dict[str, float]  # by name, not weighted; NaN where absent
+    advantage: float
+
 
 _absent: Counter[str] = Counter()  # rewards of this program, by name
 
@@ -28,6 +42,16 @@ def score(rewards: Sequence[Reward], completions: Sequence[str], examples: Seque
 def weighted_sum(rewards: Sequence[Reward], scores: dict[str, Tensor]) -> Tensor:
     """[B] float32, of the values that `score` returned; NaN where one of them is absent."""
     return torch.stack([reward.weight * scores[reward.name] for reward in rewards]).sum(0)
+
+
+def first_scored(
+    examples: Sequence[Example], completions: Sequence[str], scores: dict[str, Tensor], advantages: Tensor
+) -> list[Scored]:
+    """The first completions of a step, with what `score` returned and the advantages [B]."""
+    return [
+        Scored(examples[i], completions[i], {name: values[i].item() for name, values in scores.items()}, advantage)
+        for i, advantage in enumerate(advantages[:SHOWN].tolist())
+    ]
 
 
 def absent_summary() -> str:

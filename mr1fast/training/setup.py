@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,51 +13,84 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mr1fast.data.dataset import ImageTextDataset, load_split, split_sizes
+from mr1fast.data.dataset import ImageTextDataset
 from mr1fast.data.example import Example
-from mr1fast.data.tasks import SPLITS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
+from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
+from mr1fast.model.checks import check_same_kind
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
+from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
+from mr1fast.training.plan_run import plans_before
+from mr1fast.training.run_data import RunData, load_data
 from mr1fast.training.run_folder import RunFolder
 
-# Embedded tasks are endless; after this many drawings they repeat in another order. A run rarely gets that far.
-MAX_DRAWINGS = 1_000_000
 
-
-@dataclass(frozen=True)
-class Setup:
+@dataclass
+class Setup(RunData):
     config: TrainConfig
     folder: RunFolder
     base_path: str | Path
-    base: Policy  # frozen: what training starts from, and its reference
+    loaded_base: Policy | None  # see `base`
+    given_reference: Policy | None  # --reference-model
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
-    names: list[str]  # of the tasks, or of the data set
-    train: dict[str, ImageTextDataset]
-    validation: dict[str, ImageTextDataset]  # none with --eval-steps 0
-    tests: dict[str, ImageTextDataset]  # of both embedded tasks, whichever is trained on
+    offloads_reference: bool = False  # keep it in the CPU's memory but for its log-probabilities
 
     @property
-    def splits(self) -> list[ImageTextDataset]:
-        return [split for one in (self.train, self.validation, self.tests) for split in one.values()]
+    def base(self) -> Policy:
+        """What training starts from, frozen. Loaded where it has been released."""
+        if self.loaded_base is None:
+            self.loaded_base = self.load(self.base_path).freeze()
+        return self.loaded_base
 
-    def evaluate(
-        self, policy: Policy, dataset: ImageTextDataset, name: str, progress: str | None = None
-    ) -> dict[str, float]:
-        config = self.config.for_task(name)
+    def new_policy(self) -> Policy:
+        """What training starts from, ready to be trained: the base, with a new adapter if the options ask for one."""
+        policy, config = self.load(self.base_path), self.config
+        if config.lora_rank is None or policy.has_adapter:
+            return policy
+        model = add_adapter(
+            policy.model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_target_names,
+            seed=config.seed,
+        )
+        return Policy(model, policy.processor).freeze_parts(config.frozen_parts)
+
+    def base_is_reference(self, config: TaskConfig) -> bool:
+        """Whether the base itself is needed while a model is trained. Of an adapted policy it is a part."""
+        return config.needs_reference and self.given_reference is None and not self.config.trains_adapter
+
+    def reference_for(self, policy: Policy, config: TaskConfig) -> Policy | None:
+        """The frozen model of the KL term, None if there is no such term. The policy itself if it has an adapter."""
+        if not config.needs_reference:
+            return None
+        if self.given_reference is None and self.config.trains_adapter:
+            return policy
+        reference = self.given_reference or self.base
+        return reference.offload() if self.offloads_reference else reference
+
+    def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
+        """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
+        config = self.config.for_task(name if name in (*self.names, *TASK_NAMES) else self.names[0])
         result = evaluate(
             policy,
             dataset,
             max_completion_length=config.max_completion_length,
+            sampled=config.eval_sampled,
             temperature=config.temperature,
-            progress=progress,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            batch_size=config.eval_batch_size,
             seed=config.seed,
+            **keywords,
         )
         return result.figures()
 
@@ -74,9 +107,15 @@ class Setup:
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
+        if self.config.reference_model is not None:
+            lines += [f"the KL term measures from {self.config.reference_model}"]
+        if self.offloads_reference:
+            lines += ["the reference waits in the CPU's memory between its turns, as both models would not fit"]
         lines += [f"files go to {self.folder.path}"]
-        if self.config.data is not None:
-            lines += [split_sizes(self.splits), *summaries(self.splits)]
+        lines += self.sizes(own=self.config.data is not None)
+        lines += summaries(self.splits)
+        if scaled := scaled_down(self.splits, self.base.processor):
+            lines.append(scaled)
         steps, warmup = [self.config.for_task(name).max_steps for name in self.names], self.config.warmup_steps
         if warmup >= min(steps):
             what = f"--warmup-steps {warmup} is not below --max-steps {min(steps)}"
@@ -89,14 +128,22 @@ def _settings(config: TrainConfig, name: str) -> str:
     task = config.for_task(name)
     completions = f" x {task.num_generations} completions of up to {task.max_completion_length} tokens"
     batch = f"{task.prompts_per_step} prompts{completions if task.method != 'sft' else ''}"
-    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}"
+    lora = "" if config.lora_rank is None else f", LoRA of rank {config.lora_rank}"
+    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}{lora}"
     defaults = config.defaults_from(name)
     return f"{line} ({defaults})" if defaults else line
 
 
 def summaries(splits: Iterable[ImageTextDataset]) -> list[str]:
     """What was left out of the splits, what was repaired, and what is doubtful about them."""
-    return [split.summary() for split in splits if split.skipped or split.notes or split.shown_in]
+    return [split.summary() for split in splits if split.is_remarkable]
+
+
+def scaled_down(splits: Iterable[ImageTextDataset], processor: Qwen2VLTextImageProcessor) -> str:
+    """How many images the model is shown smaller than they are; "" if none."""
+    most = processor.image_processor.size["longest_edge"]
+    larger = sum(pixels > most for split in splits for pixels in split.pixels)
+    return f"{larger} images have more than {most} pixels (--max-pixels), and are scaled down to that" if larger else ""
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -110,32 +157,26 @@ def prepare(opened: OpenRun) -> Setup:
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
     )
+    plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
-    processor = models.load_processor(base_path, max_pixels=config.max_pixels)
+    processor = models.load_processor(base_path, max_pixels=config.max_pixels, prompt=config.prompt)
+    base = Policy(model, processor)
+    _check_adapter(config, base)
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
-    # An absolute path, so that a folder with the name of a task is not mistaken for the task.
-    data = None if config.data is None else os.path.abspath(config.data)
-    used = SPLITS if config.eval_steps else ("train", "test")
-    sources = [data] if data else TASK_NAMES
-    tests = [load_split(source, "test", count=config.eval_samples, used=used) for source in sources]
-    names = list(config.tasks) or [tests[0].name]
-
-    def splits(split: str, count: Callable[[TaskConfig], int | None]) -> dict[str, ImageTextDataset]:
-        return {name: load_split(data or name, split, count=count(config.for_task(name)), used=used) for name in names}
-
+    data = load_data(config)
+    config = config.with_steps({name: len(dataset) for name, dataset in data.train.items()})
     setup = Setup(
+        **vars(data),
         config=config,
         folder=opened.folder,
         base_path=base_path,
-        base=Policy(model, processor).freeze(),
-        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
-        names=names,
-        train=splits("train", lambda task: None if data else _drawings(task)),
-        validation=splits("validation", lambda task: config.eval_validation_samples) if config.eval_steps else {},
-        tests={dataset.name: dataset for dataset in tests},
+        loaded_base=base.freeze(),
+        given_reference=_given_reference(config, base, load_model),
+        load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
+        offloads_reference=any(plan.offload_reference for plan in plans),
     )
     longest = _longest_prompt(config, model)
     for split in setup.splits:
@@ -143,14 +184,40 @@ def prepare(opened: OpenRun) -> Setup:
         split[0]  # where no row can be used, it is said now
     if config.method != "sft":
         rewards = load_rewards(config.rewards)
-        for name in names:
+        for name in setup.names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
 
 
-def _drawings(config: TaskConfig) -> int:
-    """As many examples of an embedded task as the run can use."""
-    return min(-(-config.max_steps // config.num_iterations) * config.prompts_per_step, MAX_DRAWINGS)
+def _check_adapter(config: TrainConfig, base: Policy) -> None:
+    """Raises UserError if the options of LoRA do not fit the base, or the adapter that it has."""
+    if not config.trains_adapter:
+        return
+    if base.has_adapter:
+        there = lora_settings(base.model)
+        targets = ",".join(sorted(config.lora_target_names)) or None
+        given = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": targets}
+        for name, wanted in given.items():
+            if wanted is not None and wanted != there.get(name):
+                raise UserError(
+                    f"--model {config.model} is an adapter, which is trained further as it is: its {name} is "
+                    f"{there.get(name)}; leave out {option_string(name)} {wanted}"
+                )
+        trained: Sequence[torch.Tensor] = base.trainable_parameters()
+    else:
+        trained = target_weights(base.model, config.lora_target_names)
+    if base.weights_of(config.frozen_parts).issuperset(trained):
+        raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
+
+
+def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[str], Any]) -> Policy | None:
+    """Raises UserError if --reference-model is not of the base's kind."""
+    path = config.reference_model
+    if path is None:
+        return None
+    model = load_model(path)
+    check_same_kind(path, model.config, base.model.config, models.load_processor(path), base.processor)
+    return Policy(model, base.processor).freeze()
 
 
 # ---- what fits -------------------------------------------------------------------------------------------------------
@@ -172,7 +239,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
     lengths: dict[Any, int] = {}  # most examples of an embedded task have the same length, which is counted only once
 
     def reason(example: Example) -> str | None:
-        kind = (example.problem, example.image and example.image.size)
+        kind = (example.problem, *(image.size for image in example.images))
         if kind not in lengths:
             if len(lengths) == 1000:
                 lengths.clear()
@@ -191,18 +258,9 @@ def check_memory(config: TaskConfig, model: PreTrainedModel) -> None:
     keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * head * model.dtype.itemsize
     completions = config.prompts_per_step * config.num_generations
     needed = completions * (config.max_completion_length * keys_and_values + 4 * text.vocab_size)  # logits in float32
-    if needed > (there := _memory(model.device)):
+    if needed > (there := free_memory(model.device)):
         raise UserError(
             f"a step samples {completions:,} completions of up to {config.max_completion_length:,} tokens at a time, "
             f"which takes {needed / 2**30:,.0f} GiB of memory, but there are only {there / 2**30:,.0f}; lower "
             "--prompts-per-step, --num-generations or --max-completion-length"
         )
-
-
-def _memory(device: torch.device) -> float:
-    """The total memory of the GPU or of the machine, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")

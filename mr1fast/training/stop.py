@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, and say how to resume."""
+"""What ends a program early: Ctrl-C and SIGTERM, after which a step is finished and saved, and too little memory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ class Stopped(BaseException):
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of Python, of torch on a GPU, or of torch on a CPU."""
+    on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing it
+    return isinstance(error, MemoryError) or on_gpu or "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batc
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
-from mr1fast.training.scoring import score, weighted_sum
+from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -46,7 +47,8 @@ class StepData:
 class Trainer:
     """The state of training: it takes a step at a time, and can be saved to a checkpoint and restored.
 
-    `reference` is the frozen model of the KL term, or None if the KL weight is always 0.
+    `reference` is the frozen model of the KL term, or None if the KL weight is always 0. It may be the policy itself if
+    that has an adapter, which is switched off for the reference's log-probabilities.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Trainer:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.step_data: StepData | None = None
+        self.scored: list[Scored] = []  # the first completions of the last batch that was sampled
         self.skipped_sample: dict[str, Any] | None = None  # of the last step, if that was skipped
 
     def step(self) -> dict[str, float]:
@@ -126,25 +129,33 @@ class Trainer:
         )
         completions = rollout.completions
         unanswered_before = unanswered()
-        scores = score(self.rewards, completions, [example for example in examples for _ in range(G)])
+        repeated = [example for example in examples for _ in range(G)]
+        scores = score(self.rewards, completions, repeated)
         total = weighted_sum(self.rewards, scores)
+        advantages = group_advantages(total, G)
+        self.scored = first_scored(repeated, completions, scores, advantages)
         batch = Batch(
             inputs=inputs,
             num_generations=G,
             completion_ids=rollout.completion_ids,
             completion_mask=rollout.completion_mask,
-            advantages=group_advantages(total, G).to(self.policy.device),
+            advantages=advantages.to(self.policy.device),
             sampling_per_token_logps=rollout.per_token_logps,
             prefix=prefix if whole else None,
         )
         if self.reference is not None:
-            with torch.no_grad():
-                pieces = split_batch(batch, config.gradient_accumulation_steps)
-                reference = torch.cat([batch_logps(self.reference, piece, config.temperature) for piece in pieces])
-            batch = dataclasses.replace(batch, ref_per_token_logps=reference)
+            batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
         metrics = reward_metrics(scores, total, G) | completion_metrics(batch, self.policy.end_ids)
         metrics["rewards/unanswered"] = unanswered() - unanswered_before
         return StepData(batch, completions, total.tolist(), metrics)
+
+    @torch.no_grad()
+    def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
+        """[B, L] float32. A reference that is offloaded is on the policy's device only meanwhile."""
+        adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
+        with adapter_off, reference.on(self.policy.device):
+            pieces = split_batch(batch, self.config.gradient_accumulation_steps)
+            return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         """What supervised fine-tuning imitates: the solution in the required form."""
@@ -217,7 +228,7 @@ class Trainer:
         self.skipped_sample = {
             "step": self.finished_steps + 1,
             "reason": reason,
-            "examples": [dataclasses.asdict(dataclasses.replace(e, image=None, columns={})) for e in self.examples()],
+            "examples": [_without_images(e) for e in self.examples()],
             "completions": self.step_data.completions,
             "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
         }
@@ -256,16 +267,16 @@ def sft_target(solution: str) -> str:
     return f"<think>{solution}</think><answer>{solution}</answer>"
 
 
+def _without_images(example: Example) -> dict[str, Any]:
+    """The example for a JSON file."""
+    return dataclasses.asdict(dataclasses.replace(example, image=None, more_images=(), columns={}))
+
+
 def _useless(rewards: Sequence[float]) -> str:
     """Why nothing can be learnt from these weighted sums, of which NaN is an absent one; "" if something can."""
     if any(math.isinf(reward) for reward in rewards):
         return "a reward is not a finite number"
     return "no completion has a reward" if rewards and all(math.isnan(reward) for reward in rewards) else ""
-
-
-def needs_reference(config: TaskConfig) -> bool:
-    """Whether the KL term ever has weight."""
-    return config.beta_max > 0
 
 
 def _kl_schedule(config: TaskConfig) -> KLSchedule:
