@@ -36,7 +36,7 @@ def compilations(call: Call, lengths: Iterable[int], betas: Iterable[float], ker
 
 
 def ours(*, aligned: bool = True, packed: bool = False) -> Call:
-    """The one pass on full batches, in place; packed: [1, T]. Unaligned rows: a view that leaves out a column."""
+    """The one pass on full batches, in place. Unaligned rows: a view without the first column. Packed: [1, T]."""
     from benchmarks.compile_check import loss_call
 
     def call(length: int, beta: float) -> Callable[[], object]:

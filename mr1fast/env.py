@@ -16,6 +16,7 @@ from mr1fast.options.program import Parser, exit_code, prog
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "tokenizers", "accelerate", "datasets", "torchvision", "flash-attn"),
     *("peft", "trl", "liger-kernel", "verl", "math-verify", "pebble", "pillow", "matplotlib"),
+    *("tensorboard", "wandb", "trackio"),
 )
 # The prefixes of the environment variables that are shown.
 SETTINGS = ("MR1FAST_", "TRITON_", "CUDA_", "NVIDIA_", "PYTORCH_", "TORCH_", "OMP_")

@@ -162,7 +162,7 @@ def run(arguments: Sequence[str] | None) -> None:
     _check(options)
     from mr1fast.evaluation.answers import read_answers
     from mr1fast.evaluation.evaluate import evaluate, result_of
-    from mr1fast.model.load import longest_prompt
+    from mr1fast.model.prompts import longest_prompt
     from mr1fast.training.setup import too_long
 
     started = time.time()

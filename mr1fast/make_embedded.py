@@ -31,9 +31,10 @@ from mr1fast.data.dataset import load_split
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
 from mr1fast.evaluation.evaluate import evaluate
-from mr1fast.model.load import EMBEDDED, encode_prompts
+from mr1fast.model.load import EMBEDDED
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.prompts import encode_prompts
 from mr1fast.options.program import Parser, at_least, exit_code
 from mr1fast.options.prompt import PROMPT_SUFFIX
 from mr1fast.training.checkpoint import save_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.parse import parse_arguments, printed_config
 from mr1fast.options.program import missing_package
-from mr1fast.training.open_run import OpenRun, open_run, requested_config
+from mr1fast.training.open_run import OpenRun, how_to_continue, open_run, requested_config
 from mr1fast.training.run_folder import ResumeError
-from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm
+from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm, too_little_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if request.plan is not None:
             return _plan(requested_config(request), request.plan or None)
+        _check_one_process()
         with open_run(request) as opened:
             return _train(opened, started)
     except (UserError, OSError) as error:
@@ -58,10 +60,10 @@ def _train(opened: OpenRun, started: float) -> int:
                 run(opened, started)
             except TrainingError as error:
                 return _fail(f"error: {error}", 1, opened)
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, UserError) as error:  # UserError: of a file that was read or written
                 if not is_out_of_memory(error):
                     raise
-                return _fail(f"error: {OUT_OF_MEMORY}", 1, opened)
+                return _fail(f"error: {too_little_memory(opened.config)}", 1, opened)
     except ResumeError as error:
         return _fail(f"error: {error}", 2)
     except ModuleNotFoundError as error:
@@ -69,23 +71,29 @@ def _train(opened: OpenRun, started: float) -> int:
     except (UserError, OSError) as error:  # OSError: most often a full disk
         return _fail(f"error: {error}", 2, opened)
     except Stopped as stopped:
-        return _fail(f"stopped by {stopped}", stopped.exit_code, opened)
+        exit_code = _fail(f"stopped by {stopped}", stopped.exit_code, opened)
+        if opened.folder.metrics_file.exists():
+            print(f"to draw its curves: python -m mr1fast.plot {opened.folder.path}", file=sys.stderr)
+        return exit_code
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", 130, opened)
     return 0
 
 
-OUT_OF_MEMORY = (
-    "there is too little memory; try a larger --gradient-accumulation-steps, or smaller values of --num-generations, "
-    "--prompts-per-step, --max-completion-length or --max-pixels; if it was an evaluation, a smaller --eval-batch-size"
-)
+def _check_one_process() -> None:
+    """Raises UserError under torchrun and its kin, where each process would train the same model by itself."""
+    if (number := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(number) > 1:
+        raise UserError(
+            f"WORLD_SIZE is {number}, but training runs in one process, on one device: start it without torchrun or "
+            "accelerate launch; for several GPUs, TRL and verl can train with the loss of mr1fast (docs/drop-in.md)"
+        )
 
 
 def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:
     print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
     if opened is not None:
         if opened.folder.config_file.exists():
-            print(f"to continue: python -m mr1fast.train --resume {opened.folder.path}", file=sys.stderr)
+            print(how_to_continue(opened.folder), file=sys.stderr)
         elif not any(opened.folder.path.iterdir()):
             opened.folder.path.rmdir()
     return exit_code

@@ -13,7 +13,8 @@ from data_files import encoded, picture, row, write_jsonl
 
 from mr1fast.data.cells import BadRow, answer_of, number_text, question_of
 from mr1fast.data.dataset import load_split
-from mr1fast.model.load import encode_prompts, load_processor
+from mr1fast.model.load import load_processor
+from mr1fast.model.prompts import encode_prompts
 
 NUMBERS = [
     (3, "3"),

@@ -24,8 +24,9 @@ from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.evaluation.figures import answer_rows
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
-from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
+from mr1fast.model.prompts import encode_prompts
 from mr1fast.model.rollout import Sampler
 from mr1fast.rewards import accuracy_reward, format_reward
 

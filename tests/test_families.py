@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 from mr1fast import evaluate
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
-from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
+from mr1fast.model.prompts import encode_prompts
 from mr1fast.model.rollout import Sampler
 from mr1fast.rewards import REWARDS
 from mr1fast.training.batch import Batch, batch_logps

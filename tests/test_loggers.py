@@ -37,7 +37,8 @@ class Tracker(ModuleType):
             (Path(wandbs["dir"]) / "wandb").mkdir(exist_ok=True)
         return self
 
-    def log(self, row):
+    def log(self, row, step=None):
+        assert step == (None if self.__name__ == "wandb" else row["train/global_step"])
         if len(self.logs) + 1 == self.fails_at:
             raise OSError(28, "No space left on device")
         self.logs.append(row)

@@ -15,15 +15,8 @@ from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.model import load as loading
-from mr1fast.model.load import (
-    EMBEDDED,
-    encode_prompts,
-    load_model,
-    load_processor,
-    longest_prompt,
-    prompt_length,
-    prompt_text,
-)
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
+from mr1fast.model.prompts import encode_prompts, longest_prompt, prompt_length, prompt_text
 from mr1fast.options.prompt import PROMPT_SUFFIX
 from mr1fast.rewards import accuracy_reward, format_reward
 
@@ -198,7 +191,7 @@ def test_questions_that_cannot_be_encoded_are_named(problem, says, processor):
         ),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,
-            "cannot be loaded",
+            "has no weights",
         ),
     ],
 )
@@ -211,9 +204,9 @@ def test_a_folder_without_a_model_is_named(make, says, tmp_path):
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("model.safetensors", "cannot be loaded: .*header"),
+        ("model.safetensors", "model.safetensors is broken or was not copied to its end"),
         ("tokenizer.json", "no usable tokenizer: tokenizer.json is missing"),
-        ("processor_config.json", "no usable tokenizer and image processor"),
+        ("processor_config.json", "no usable image processor: preprocessor_config.json"),
         ("chat_template.jinja", "no chat template"),
     ],
 )

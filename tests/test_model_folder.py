@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from data_files import picture
+from model_folders import hub_folder
 from safetensors.torch import load_file, save_file
 from train_program import SMALL, main, program
 
@@ -15,6 +16,7 @@ from mr1fast.errors import UserError
 from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
 
+EXAMPLE = Example(picture(0).convert("RGB"), "How many?", "1", "")
 WEIGHTS = load_file(EMBEDDED / "model.safetensors")
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -135,18 +137,74 @@ def test_an_untied_head_that_is_not_there_is_named(copy):
         load_model(untied(copy))
 
 
-def test_a_missing_shard_is_named(copy):
-    sharded(copy)
-    gone = sorted(copy.glob("model-*.safetensors"))[1]
-    gone.unlink()
-    with pytest.raises(UserError, match=f"cannot be loaded: .*{gone.name}"):
-        load_model(copy)
-
-
 def test_unknown_weights_are_told_and_left_out(copy):
     write(copy, WEIGHTS | {"value_head.weight": torch.ones(3)})
     with pytest.warns(UserWarning, match=r"has 1 weight that Qwen2-VL does not know \(value_head.weight\), left out"):
         load_model(copy)
+
+
+# ---- files that are missing or broken --------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
+
+
+def gone(*files):
+    return lambda folder: [(folder / file).unlink() for file in files]
+
+
+def replaced(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+# Of a folder as it lies on the hub.
+FILES = {
+    "config": (gone("config.json"), "has no config.json"),
+    "a shard": (gone(SHARD), rf"lacks 1 of its 3 files with weights \({SHARD}\), which {INDEX} names"),
+    "the shards": (lambda folder: [file.unlink() for file in folder.glob("model-*")], "lacks 3 of its 3 files"),
+    "the index": (gone(INDEX), f"{INDEX} is missing, which says what is in model-00001"),
+    "the weights": (lambda folder: [file.unlink() for file in folder.glob("model*")], "has no weights: none of"),
+    "half an index": (replaced(INDEX, "{}"), f"{INDEX} has no weight_map"),
+    "a broken index": (replaced(INDEX, "{"), f"its {INDEX} is not valid JSON"),
+    "the tokenizer": (gone("tokenizer.json", "vocab.json"), "tokenizer.json is missing, and so is vocab.json"),
+    "its merges": (gone("tokenizer.json", "merges.txt"), "tokenizer.json is missing, and so is merges.txt"),
+    "the image processor": (gone("preprocessor_config.json"), r"preprocessor_config.json \(or .*\) is missing"),
+    "the chat template": (gone("chat_template.json", "tokenizer_config.json"), "no chat template: none of .* has one"),
+    "a broken processor": (replaced("preprocessor_config.json", "{"), "its preprocessor_config.json is not valid JSON"),
+    "an empty shard": (replaced(SHARD, ""), f"{SHARD} is broken or was not copied to its end"),
+    "a shard that git left out": (replaced(SHARD, POINTER), f"{SHARD} is not the file itself, .* 'git lfs pull'"),
+    "a tokenizer that git left out": (replaced("tokenizer.json", POINTER), "tokenizer.json is not the file itself"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return hub_folder(tmp_path_factory.mktemp("hub") / "model", shards=3)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_is_missing_or_broken_is_named(kind, published, tmp_path):
+    change, says = FILES[kind]
+    folder = shutil.copytree(published, tmp_path / "copy")
+    change(folder)
+    with pytest.raises(UserError, match=f"copy.*{says}") as error:
+        Policy(load_model(folder), load_processor(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer_config.json",), ("chat_template.json",)],
+)
+def test_what_can_be_done_without(files, published, tmp_path):
+    """The same is in other files of the folder."""
+    folder = shutil.copytree(published, tmp_path / "copy")
+    gone(*files)(folder)
+    whole, rest = (Policy(load_model(one), load_processor(one)) for one in (published, folder))
+    inputs = [policy.encode([EXAMPLE, Example(None, "<think> 数, whose?", "")]) for policy in (whole, rest)]
+    assert all(torch.equal(inputs[1][name], tensor) for name, tensor in inputs[0].items())
+    assert rest.end_ids.tolist() == whole.end_ids.tolist()
+    assert rest.banned_ids.tolist() == whole.banned_ids.tolist()
 
 
 # ---- ids, processors, what else a folder may hold -------------------------------------------------------------------
@@ -253,8 +311,6 @@ def test_the_program_ends_with_exit_code_2(copy, tmp_path):
 
 
 # ---- forms that are taken -------------------------------------------------------------------------------------------
-
-EXAMPLE = Example(picture(0).convert("RGB"), "How many?", "1", "")
 
 
 def old_preprocessor_config(folder):

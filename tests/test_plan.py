@@ -18,9 +18,12 @@ from mr1fast.kernels import dispatch, linear
 from mr1fast.model import load as models
 from mr1fast.model.load import EMBEDDED
 from mr1fast.options.config import TrainConfig
-from mr1fast.training import device_memory, plan_run, plan_step
+from mr1fast.training import device_memory, plan_run, plan_step, setup
+from mr1fast.training import plan as plan_module
 from mr1fast.training import trainer as trainer_module
-from mr1fast.training.plan import GIB, Plan, StepShape, plan, plan_for, remedy
+from mr1fast.training.open_run import OpenRun
+from mr1fast.training.plan import CATEGORIES, GIB, Plan, StepShape, plan, plan_for, remedy
+from mr1fast.training.run_folder import RunFolder
 
 P, G, L = 4, 2, 6
 TEXT, IMAGE = 100, 16  # tokens of a prompt
@@ -168,15 +171,33 @@ def test_the_reference_is_offloaded_where_that_makes_it_fit(planned):
     assert not plan_for(dataclasses.replace(chosen, device="cpu"), planned.peak - 1).offload_reference
 
 
-def test_what_makes_it_fit():
-    two = {"prompts_per_step": 2, "num_generations": 3, "max_completion_length": 30}
-    whole, pieces = plan(shape(**two)), plan(shape(**two, gradient_accumulation_steps=2))
-    assert whole.peak > pieces.peak
-    assert remedy(shape(**two), whole, whole.peak - 1) == "--gradient-accumulation-steps 2"
-    assert remedy(shape(**two), whole, pieces.peak - 1) == "--gradient-accumulation-steps 2 --freeze vision"
-    adapter = plan(shape(**two, gradient_accumulation_steps=2, lora_rank=16))
-    assert remedy(shape(**two), whole, adapter.peak) == "--gradient-accumulation-steps 2 --lora-rank 16"
-    assert remedy(shape(**two), whole, 1) is None
+@pytest.mark.parametrize(
+    ("usable", "options"),
+    [
+        (1319, "--gradient-accumulation-steps 2"),
+        (1159, "--gradient-accumulation-steps 4"),
+        (1079, "--gradient-accumulation-steps 4 --freeze vision"),
+        (999, "--gradient-accumulation-steps 4 --freeze vision"),
+        (979, "--gradient-accumulation-steps 4 --lora-rank 16"),
+        (89, "--gradient-accumulation-steps 4 --lora-rank 16 --max-completion-length 5"),
+        (49, "--gradient-accumulation-steps 4 --lora-rank 16 --max-completion-length 5 --num-generations 4"),
+        (29, None),
+    ],
+)
+def test_what_makes_it_fit(usable, options, monkeypatch):
+    """With a formula in the place of plans: a fixed amount, and 1 for each token of completions at a time."""
+
+    def formula(shape):
+        task, trained = shape.task, 900 if shape.options.frozen_parts else 1000
+        tokens = task.prompts_per_step // task.gradient_accumulation_steps * task.num_generations
+        fixed = 10 if shape.options.trains_adapter else trained
+        held = {"weights": fixed, "activations": tokens * task.max_completion_length}
+        return Plan(1, 1, {"policy": dict.fromkeys(CATEGORIES, 0) | held})
+
+    monkeypatch.setattr(plan_module, "plan", formula)
+    chosen = shape(num_generations=8, max_completion_length=10)
+    assert formula(chosen).peak == 1320
+    assert remedy(chosen, formula(chosen), usable) == options
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
@@ -210,7 +231,7 @@ def test_plan_of_the_embedded_model(capsys):
 
 def test_plan_for_a_card(large, capsys):
     options = ("--model", large, "--data", large, "--max-pixels", 100_000)
-    code, lines, _ = said(capsys, "--plan", 24, *options)
+    code, lines, _ = said(capsys, "--plan", 24, *options, "--epochs", 2)
     assert code == 0
     assert "in bfloat16" in lines[0]
     assert lines[-1].endswith("and fits a GPU with 24 GB, where 21.6 GiB can be used")
@@ -264,6 +285,26 @@ def test_a_run_that_cannot_fit(large, planned, monkeypatch, capsys):
     assert re.fullmatch(warning, capsys.readouterr().err)
     with pytest.raises(UserError, match=r"take .* MiB, and cpu has .* MiB free; it fits with --lora-rank 16"):
         with_free(planned.least - 1)
+
+
+def test_a_run_says_so_before_it_loads_anything(monkeypatch, capsys, tmp_path):
+    def cannot_fit(_):
+        raise UserError("it cannot fit")
+
+    monkeypatch.setattr(setup, "plans_before", cannot_fit)
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, _, err = said(capsys, "--task", "vc", "--output-dir", tmp_path / "run")
+    assert (code, err) == (2, "error: it cannot fit\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_offloads_the_reference_if_the_plan_says_so(planned, monkeypatch, tmp_path):
+    options = TrainConfig(task="vc", eval_steps=0, eval_samples=1, max_steps=1)
+    for plans, offloads in (([], False), ([planned], False), ([planned.with_reference_offloaded()], True)):
+        monkeypatch.setattr(setup, "plans_before", lambda _, plans=plans: plans)
+        prepared = setup.prepare(OpenRun(RunFolder(tmp_path), options))
+        assert prepared.offloads_reference is offloads
+        assert ("the reference waits in the CPU's memory" in prepared.description()) is offloads
 
 
 def test_a_small_model_is_not_planned_for(monkeypatch):

@@ -11,8 +11,9 @@ from train_program import SMALL, main
 from mr1fast import evaluate
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
-from mr1fast.model.load import encode_prompts, load_model, load_processor, prompt_length, prompt_text
+from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
+from mr1fast.model.prompts import encode_prompts, prompt_length, prompt_text
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.prompt import PROMPT_FILE, PROMPT_SUFFIX, Prompt, recorded_prompt
 

@@ -10,8 +10,11 @@ import time
 
 import pytest
 import torch
+from data_files import row as data_row
+from data_files import write_jsonl
 from train_program import SMALL, main, metrics, program
 
+from mr1fast import plot
 from mr1fast.data.tasks import TASKS
 from mr1fast.evaluation.evaluate import _Asked
 from mr1fast.model.load import EMBEDDED, load_model, load_processor
@@ -21,6 +24,7 @@ from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint
 from mr1fast.training.loop import _go_on
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.run_folder import ResumeError, RunFolder
+from mr1fast.training.stop import is_out_of_memory, too_little_memory
 from mr1fast.training.trainer import Trainer
 
 
@@ -51,7 +55,12 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     assert "Traceback" not in process.stderr
     assert 2 <= len(metrics(run)) < 16
     assert len(list(run.glob("*/checkpoint-*"))) == 1
-    assert {"curves.png", "samples.png"} <= {path.name for path in run.iterdir()}
+    pictures = {"curves.png", "samples.png"} if number == signal.SIGINT else set()  # after SIGTERM there may be no time
+    assert {path.name for path in run.glob("*.png")} == pictures
+    if number == signal.SIGTERM:
+        assert f"to draw its curves: python -m mr1fast.plot {run}" in process.stderr
+        assert plot.main([str(run)]) == 0
+        assert (run / "curves.png").exists()
 
     seconds = json.loads((run / "result.json").read_text())["seconds"]
     assert seconds > 0
@@ -146,6 +155,145 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(tmp_
     assert "sampled_accuracy" not in figures
 
 
+SFT = [*SMALL, "--method=sft", "--eval-steps=0", "--eval-samples=0"]
+
+
+def test_a_run_that_has_finished_or_not_is_trained_for_longer(tmp_path, capsys, monkeypatch):
+    """The schedules follow the new total, which is said and recorded."""
+    run = tmp_path / "run"
+    options = [*SMALL, "--task=vc", "--eval-steps=0", "--eval-samples=0", "--kl-schedule=linear", "--warmup-steps=0"]
+    assert main(*options, "--max-steps=2", "--output-dir", run) == 0
+    capsys.readouterr()
+    assert main("--resume", run) == 2
+    assert f"has finished; to train longer: --resume {run} --max-steps N" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("mr1fast.training.loop.save_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main("--resume", run, "--max-steps=4") == 143  # it has the checkpoint of step 4
+    said = "vc: --max-steps is {} and was {}; from step {} on, learning rate and KL weight follow the new total\n"
+    assert said.format(4, 2, 3) in capsys.readouterr().out
+    assert main("--resume", run, "--max-steps=5") == 0
+    assert said.format(5, 4, 5) in capsys.readouterr().out
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row, total in zip(rows, (2, 2, 4, 4, 5)):
+        left = (total - (row["step"] - 1)) / total
+        assert row["learning_rate"] == pytest.approx(3e-4 * left)
+        assert row["beta"] == pytest.approx(0.04 * (1 - left))
+    config, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+    assert config["max_steps"] == result["config"]["max_steps"] == result["steps"]["vc"] == 5
+    changes = [(one["task"], one["after_step"], one["from"], one["to"]) for one in config["max_steps_changes"]]
+    assert changes == [("vc", 2, 2, 4), ("vc", 4, 4, 5)]
+    assert main("--config", run / "config.json", "--print-config") == 0  # the record is no option, and no mistake
+    assert "note: " not in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_model_alone_is_small_and_cannot_be_resumed(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+
+    def interrupted(*arguments):
+        """At the second step that this program takes."""
+        with monkeypatch.context() as patch:
+            step, taken = Trainer.step, []
+
+            def second(trainer):
+                taken.append(trainer)
+                if len(taken) == 2:
+                    raise KeyboardInterrupt
+                return step(trainer)
+
+            patch.setattr(Trainer, "step", second)
+            assert main(*arguments) == 130
+        return capsys.readouterr().err
+
+    assert "to continue: " in interrupted(*SFT, "--task=vc", "--max-steps=9", "--save-steps=1", "--output-dir", run)
+    first, second = (run / "vc" / f"checkpoint-{step:06d}" for step in (1, 2))
+    alone = f"training cannot be continued from {second}"
+    assert alone in interrupted("--resume", run, "--save-only-model")
+    assert {path.name for path in first.iterdir()} - {path.name for path in second.iterdir()} == {"trainer_state.pt"}
+    load_model(second)
+    assert main("--resume", run) == 2
+    error = capsys.readouterr().err
+    assert f"error: {alone}: trainer_state.pt is missing, as --save-only-model leaves it out; to continue" in error
+    assert error.endswith(f"from the checkpoint before it: --resume {first}\n")
+    shutil.rmtree(first)
+    assert main("--resume", run) == 2
+    assert "leaves it out; there is no earlier one" in capsys.readouterr().err
+
+
+def test_data_that_has_moved_is_found_and_other_data_is_refused(folder, capsys):
+    rows = [data_row(n, image=f"../{n}.png") for n in range(20)]
+    others = [{**row, "solution": "99"} for row in rows]
+    for name, content in (("shapes", rows), ("others", others)):
+        (folder / name).mkdir()
+        write_jsonl(folder / name / "rows.jsonl", content)
+    run = folder / "run"
+    assert main("--data", folder / "shapes", *SFT, "--max-steps=1", "--output-dir", run) == 0
+    (folder / "shapes").rename(folder / "moved")
+    capsys.readouterr()
+    for arguments, message in (
+        ([], f"--data {folder / 'shapes'} does not exist; if it has moved, say with that option where it is now"),
+        (["--data", folder / "others"], "is not the data of this run: its questions, answers or images are not those"),
+    ):
+        assert main("--resume", run, "--max-steps=2", *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert main("--resume", run, "--max-steps=2", "--data", folder / "moved") == 0
+    assert [row["task"] for row in metrics(run)] == ["shapes"] * 2
+    config, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+    assert config["data"] == str(folder / "moved")
+    assert set(result["after"]) == {"shapes"}
+    assert "warning: the data" not in capsys.readouterr().err
+    write_jsonl(folder / "moved" / "rows.jsonl", rows[:-1])
+    assert main("--resume", run, "--max-steps=3") == 0  # it has not moved, only changed
+    assert "warning: the data is not what the run began with (shapes/" in capsys.readouterr().err
+
+
+def test_too_little_memory_in_training_keeps_the_checkpoints(tmp_path, capsys, monkeypatch):
+    run, step = tmp_path / "run", Trainer.step
+
+    def third(trainer):
+        if trainer.finished_steps == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", third)
+        assert main(*SFT, "--task=vc", "--max-steps=3", "--save-steps=1", "--output-dir", run) == 1
+    said = capsys.readouterr().err
+    options = "--lora-rank 16, --freeze vision, a larger --gradient-accumulation-steps, smaller values of"
+    assert f"error: there is too little memory; try {options} --prompts-per-step or --max-pixels or" in said
+    assert f"to continue: python -m mr1fast.train --resume {run}" in said
+    assert "Traceback" not in said
+    assert (run / "vc" / "checkpoint-000002" / "trainer_state.pt").exists()
+    assert main("--resume", run, "--gradient-accumulation-steps=2") == 0
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+
+
+def test_how_too_little_memory_looks():
+    for words in (
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to allocate",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "std::bad_alloc",
+    ):
+        error = ValueError("the model cannot be loaded")
+        error.__cause__ = RuntimeError(words)
+        assert is_out_of_memory(error.__cause__)
+        assert is_out_of_memory(error)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_memory_advice_names_what_is_not_in_use_yet():
+    small = {"task": "vc", "prompts_per_step": 4, "gradient_accumulation_steps": 4}
+    assert "--gradient-accumulation-steps, s" not in too_little_memory(TrainConfig(**small))
+    assert "--freeze" not in too_little_memory(TrainConfig(**small, freeze="vision"))
+    assert "--lora-rank" not in too_little_memory(TrainConfig(**small, lora_rank=4))
+    assert "--max-completion-length, --num-generations, " in too_little_memory(TrainConfig(**small))
+
+
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_survives(tmp_path, capsys):
     resource = pytest.importorskip("resource")  # not on Windows
     run = tmp_path / "run"
@@ -222,21 +370,18 @@ def test_broken_lines_of_the_metrics_are_left_out(tmp_path):
 
 
 class TwoOf:
-    """The first two, or three, drawings."""
-
-    def __init__(self, length=2):
-        self.length = length
+    """The first two drawings."""
 
     def __len__(self):
-        return self.length
+        return 2
 
     def __getitem__(self, index):
         return TASKS["vc"].example("train", index)
 
 
-def small_trainer(policy: Policy, length=2) -> Trainer:
+def small_trainer(policy: Policy) -> Trainer:
     small = {"method": "sft", "max_steps": 4, "prompts_per_step": 2, "warmup_steps": 0, "learning_rate": 1e-4}
-    return Trainer(TrainConfig(**small, task="vc").for_task("vc"), policy, None, TwoOf(length))
+    return Trainer(TrainConfig(**small, task="vc").for_task("vc"), policy, None, TwoOf())
 
 
 def load(path=EMBEDDED, dtype=torch.float32) -> Policy:
@@ -265,17 +410,14 @@ def test_float32_weights_survive_a_change_of_dtype(first, then, tmp_path, one_th
     assert trainer.step()["skipped_steps"] == 0
 
 
-def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path, one_thread, capsys):
+def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path, one_thread):
     trainer = small_trainer(load())
     trainer.step()
     state = trainer.state_dict()
     _go_on(small_trainer(load()), state, tmp_path)
-    assert "warning" not in capsys.readouterr().err
     optimizer = {"adamw": torch.optim.AdamW([torch.zeros(3)]).state_dict(), "masters": [None]}
     for broken in ({}, state | {"optimizer": optimizer}, state | {"generator": 3}, state | {"kl_schedule": None}):
         with pytest.raises(ResumeError, match=re.escape(f"{tmp_path} is not a checkpoint of this run")):
             _go_on(small_trainer(load()), broken, tmp_path)
     with pytest.raises(ResumeError, match="is beyond the run's last step, 4"):
         _go_on(small_trainer(load()), state | {"finished_steps": 5}, tmp_path)
-    _go_on(small_trainer(load(), length=3), state, tmp_path)
-    assert "the run began with 2 training examples, but now there are 3" in capsys.readouterr().err

@@ -5,8 +5,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
-from mr1fast.model.load import encode_prompts, load_model, load_processor
+from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
+from mr1fast.model.prompts import encode_prompts
 from mr1fast.model.rollout import Rollout, Sampler, likeliest
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, slice_prompts, split_batch
 from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model, tiny_policy

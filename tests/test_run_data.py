@@ -164,7 +164,7 @@ def test_mistakes_are_one_sentence(arguments, says):
 
 def test_a_run_with_test_data(lists, capsys):
     """Trained on few of one data set for so many epochs, tested on two others, cross-task; mistakes leave nothing."""
-    picture(7, (112, 112)).save(lists / "7.png")
+    picture(22, (112, 112)).save(lists / "22.png")
     data, tested = lists / "shapes", [lists / "superclevr.jsonl", lists / "geoqa"]
     options = ["--data", data, *SMALL, "--eval-steps=0", "--output-dir", lists / "run"]
     for mistake, says in (
@@ -178,6 +178,7 @@ def test_a_run_with_test_data(lists, capsys):
     assert main(*run) == 0
     output = capsys.readouterr().out
     assert "\nshapes: train 10\nsuperclevr: 4 problems to test on\n" in output
+    assert output.count("1 image has more than 3136 pixels (--max-pixels), and is scaled down to that\n") == 1
     assert "columns: question as problem, ground_truth as solution, image_path as image" in output
     result = json.loads((lists / "run" / "result.json").read_text())
     assert set(result["before"]) == set(result["cross_task"]["shapes"]) == {"superclevr", "geoqa"}
@@ -188,5 +189,19 @@ def test_a_run_with_test_data(lists, capsys):
     assert "epochs" not in recorded
     assert output.count("greedy accuracy") == 2
     assert (lists / "run" / "samples.png").exists()
-    assert main("--resume", lists / "run") == 2
-    assert "has finished" in capsys.readouterr().err
+    for more, says in (([], "has finished"), (["--epochs=0.5"], "recorded there as --max-steps 3; leave it out")):
+        assert main("--resume", lists / "run", *more) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_runs_on_rows_with_three_images_with_one_and_with_none(lists):
+    """All kinds together, in pieces of one prompt each; and rows without images alone, as a whole."""
+    three = row(1, image=["../1.png", "../2.png", "../3.png"], problem="Is <image> like <image> or <image>?")
+    one, text = row(4, image="../4.png"), {"problem": "How many?", "solution": "3"}
+    texts = [text, {**text, "problem": "How many more?"}]
+    for name, rows, pieces in (("mixed", [three, one, text, texts[1]], 2), ("texts", texts, 1)):
+        for split in ("train", "test"):
+            write_jsonl(lists / name / f"{split}.jsonl", rows)
+        steps = ["--max-steps=2", "--eval-steps=0", f"--gradient-accumulation-steps={pieces}"]
+        assert main("--data", lists / name, *SMALL, *steps, "--output-dir", lists / f"{name}-run") == 0
+        assert json.loads((lists / f"{name}-run" / "result.json").read_text())["after"][name]["n"] == len(rows)

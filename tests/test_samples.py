@@ -205,7 +205,7 @@ def test_no_character_becomes_a_box(tmp_path, capsys, monkeypatch):
 
 
 def test_a_font_that_is_installed_helps_out(tmp_path, capsys, monkeypatch):
-    """A symbol from STIX, which matplotlib brings with it and DejaVu lacks, for want of a Chinese font."""
+    """STIX, which matplotlib brings with it, stands for a Chinese font: another font lacks one of its symbols."""
     symbol = "\u2a80"
     monkeypatch.setattr(drawing, "FONT", "DejaVu Serif Display")
     monkeypatch.setattr(drawing, "CJK_FONTS", ("No Such Font", "STIXGeneral", "DejaVu Sans"))

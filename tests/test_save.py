@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from mr1fast.data.example import Example
-from mr1fast.model.load import EMBEDDED, encode_prompts, load_model, load_processor
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
+from mr1fast.model.prompts import encode_prompts
 from mr1fast.model.save import flat_config
 from mr1fast.options.prompt import PROMPT_SUFFIX
 

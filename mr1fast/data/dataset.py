@@ -6,6 +6,7 @@ and the images' headers up front, the rest when an image is decoded.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from array import array
 from collections import Counter
@@ -38,7 +39,7 @@ class ImageTextDataset:
     images, and of text-only rows that ask one of its questions. columns: what was taken for what, where the names are
     not ours. tables, places: where the examples stand. pixels: of each image. rows, cut_from_rows: how many rows the
     split has and how many those that it was cut from, with unreadable ones and those beyond `count`; rows is None where
-    the supply is endless.
+    the supply is endless. content: a digest of questions, answers and sizes of images, "" for an embedded task.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ImageTextDataset:
         self.shown_in: Counter[str] = Counter()
         self.asked_in: Counter[str] = Counter()
         self.columns = ""
+        self.content = ""
         self.pixels: array[int] = array("q")
         self.tables: Sequence[Table] = ()
         self.places: list[Place] = []
@@ -252,7 +254,13 @@ def _local(path: Path, split: str, tables: Sequence[Table], share: Share, count:
         dataset.count_shared(held_out, images, texts)
     dataset.columns = tables[0].reading.described(columns_of(share.tables))
     dataset.pixels = checked.pixels
+    dataset.content = _digest(checked)
     return dataset
+
+
+def _digest(checked: Checked) -> str:
+    texts = [(record.problem, record.solution, record.choices) for record in checked.records]
+    return hashlib.blake2b(repr((texts, checked.pixels.tolist())).encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def _why_none(tables: Sequence[Table], split: str, skipped: Counter[str]) -> str:

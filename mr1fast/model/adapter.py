@@ -8,17 +8,19 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mr1fast.checks import not_one_of
 from mr1fast.errors import UserError
+from mr1fast.options.config import TrainConfig
+from mr1fast.options.fields import option_string
 
 # All linear layers of the language model. A pattern, because some vision towers have layers of the same names.
 LANGUAGE_LAYERS = r".*\.language_model\..*_proj"
@@ -46,17 +48,18 @@ def add_adapter(
         return _inject(model, config, "--lora-targets")
 
 
-def target_weights(model: nn.Module, targets: Sequence[str]) -> list[Tensor]:
+def target_weights(model: nn.Module, targets: Sequence[str]) -> list[nn.Parameter]:
     """The weights that `add_adapter` puts adapters on. Raises UserError for a name that no linear layer has."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear.pop("lm_head", None)  # the loss takes its weight, and would not see an adapter
     if not targets:
-        return [layer.weight for name, layer in linear.items() if re.fullmatch(LANGUAGE_LAYERS, name)]
+        return [layer.weight for name, layer in linear.items() if re.fullmatch(LANGUAGE_LAYERS, name)]  # type: ignore[misc]
     for target in targets:
         if not any(_is_named(name, target) for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(not_one_of("--lora-targets: a layer", target, known))
-    return [layer.weight for name, layer in linear.items() if any(_is_named(name, target) for target in targets)]
+    found = [layer for name, layer in linear.items() if any(_is_named(name, target) for target in targets)]
+    return [layer.weight for layer in found]  # type: ignore[misc]
 
 
 def _is_named(name: str, target: str) -> bool:
@@ -98,7 +101,28 @@ def _check_reversible(config: peft.PeftConfig, folder: Path) -> None:
         raise UserError(f"the adapter {str(folder)!r} cannot be trained further, because {why}: {advice}")
 
 
-def lora_settings(model: peft.PeftModel) -> dict[str, Any]:
+def check_lora(config: TrainConfig, model: nn.Module, frozen: Collection[nn.Parameter]) -> None:
+    """Raises UserError if the options of LoRA do not fit the model, or the adapter that it has."""
+    if not config.trains_adapter:
+        return
+    if isinstance(model, peft.PeftModel):
+        there = _lora_settings(model)
+        targets = ",".join(sorted(config.lora_target_names)) or None
+        given = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": targets}
+        for name, wanted in given.items():
+            if wanted is not None and wanted != there.get(name):
+                raise UserError(
+                    f"--model {config.model} is an adapter, which is trained further as it is: its {name} is "
+                    f"{there.get(name)}; leave out {option_string(name)} {wanted}"
+                )
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+    else:
+        trained = target_weights(model, config.lora_target_names)
+    if set(trained) <= set(frozen):
+        raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
+
+
+def _lora_settings(model: peft.PeftModel) -> dict[str, Any]:
     """The values of the options of LoRA that would make such an adapter as the model has; {} if it is not LoRA."""
     config = model.active_peft_config
     if not isinstance(config, peft.LoraConfig):

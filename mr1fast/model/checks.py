@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Sized
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mr1fast.errors import UserError
 from mr1fast.model.family import FAMILIES, Model, family
+from mr1fast.model.files import read_json
 from mr1fast.options.recipes import adapter_base
 
 # Fields of config.json, each with the token of the tokenizer whose id it must hold.
@@ -52,7 +52,7 @@ def check_folder(path: str | Path) -> None:
             why = f"it is not looked up on the hub, because there is a folder {str(folder.parent)!r}"
             raise UserError(f"model folder {path!r} does not exist; {why}")
         return
-    config = _read_json(folder, "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         raise UserError(f"{str(path)!r} holds no model: it has no config.json in Hugging Face format")
     family(path, config.get("model_type"))
@@ -161,7 +161,7 @@ def image_starts(is_image: Tensor) -> Tensor:
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds an adapter. Raises UserError if it holds a model as well, or does not name the base."""
     folder = Path(path)
-    adapter = _read_json(folder, "adapter_config.json") if folder.is_dir() else None
+    adapter = read_json(folder / "adapter_config.json") if folder.is_dir() else None
     if adapter is None:
         return False
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
@@ -180,7 +180,7 @@ def _check_ids(folder: Path, config: dict[str, Any]) -> None:
     """Check pad_token_id and eos_token_id: transformers accepts any, and fails later or never ends a completion."""
     text = _text_config(config)
     vocabulary = text.get("vocab_size")
-    generation = _read_json(folder, "generation_config.json") or {}
+    generation = read_json(folder / "generation_config.json") or {}
     for file, values in (("config.json", text), ("generation_config.json", generation)):
         for name, wanted in (("pad_token_id", "a token id"), ("eos_token_id", "a token id, or a list of token ids,")):
             value = values.get(name)
@@ -200,18 +200,6 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of config.json about the language model; in older folders that is the whole file."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError:
-        raise UserError(f"{str(folder)!r} holds no usable model: its {name} is not valid JSON") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{str(folder)!r} holds no usable model: its {name} is not a JSON object")
-    return content
 
 
 def _count(things: Sized, name: str) -> str:

@@ -1,27 +1,26 @@
-"""Loading a model from any folder in Hugging Face format, and turning examples into its inputs."""
+"""Loading a model and its processor from any folder in Hugging Face format."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
-from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
 from mr1fast.model.adapter import load_adapter
 from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights, is_adapter
 from mr1fast.model.family import Model, family
+from mr1fast.model.files import check_processor_files, check_readable, check_weight_files
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.prompts import prompt_text
 from mr1fast.options import recipes
 from mr1fast.options.prompt import Prompt, recorded_prompt
 
@@ -99,6 +98,7 @@ def load_model(
         adapted.name_or_path = str(path)  # type: ignore[assignment]  # else it would be the base's
         return adapted.train()
     check_folder(path)
+    check_weight_files(path)
     try:
         kind = family(path, AutoConfig.from_pretrained(path).model_type)
         with _without_loading_report():
@@ -150,6 +150,7 @@ def most_pixels(path: str | Path) -> int:
 
 
 def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
+    check_readable(path)
     nowhere = "" if Path(path).exists() else ", and there is no such folder"
     return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
 
@@ -187,24 +188,24 @@ def load_processor(
     """The tokenizer and image processor of a model folder. `max_pixels` bounds the image after resizing.
 
     prompt: how questions are put to the model; by default as it was trained, as far as the folder says.
-
     Where an adapter's folder has neither, they are those of its base. Raises UserError (a ValueError) if one of them is
     missing or cannot be used, or if `max_pixels` is less than one image token.
     """
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        if base := recipes.adapter_base(folder):
-            return load_processor(base, max_pixels=max_pixels, prompt=prompt or recorded_prompt(folder))
-        # transformers would make an empty tokenizer.
-        raise UserError(f"model {str(path)!r} has no usable tokenizer: tokenizer.json is missing")
+    folder, prompt = Path(path), prompt or recorded_prompt(path)
+    if folder.is_dir():
+        base = recipes.adapter_base(folder)
+        if base and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            return load_processor(base, max_pixels=max_pixels, prompt=prompt)
+        check_processor_files(folder)
     try:
         processor = Qwen2VLTextImageProcessor.from_pretrained(path)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # as above
+        check_readable(path)
         raise UserError(f"model {str(path)!r} has no usable tokenizer and image processor: {_reason(error)}") from error
     tokenizer = processor.tokenizer
-    processor.prompt = prompt or recorded_prompt(path)
+    processor.prompt = prompt
     processor.chat_template = processor.chat_template or tokenizer.chat_template
     _check_chat_template(path, processor)
     tokenizer.padding_side = "left"
@@ -220,7 +221,7 @@ def load_processor(
 
 def _check_chat_template(path: str | Path, processor: Qwen2VLTextImageProcessor) -> None:
     if processor.chat_template is None:
-        where = "neither chat_template.jinja nor tokenizer_config.json has one"
+        where = "none of chat_template.jinja, chat_template.json and tokenizer_config.json has one"
         raise UserError(f"model {str(path)!r} has no chat template: {where}")
     try:
         texts = [prompt_text(processor, "a question", images) for images in (1, 0)]
@@ -255,91 +256,3 @@ def _reason(error: Exception) -> str:
     """The message of a library's error, on one line of reasonable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-
-def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
-    """The chat the model sees: `processor.prompt`'s system turn, if it has one, a user turn, and an open answer.
-
-    The user's turn has the images, the question and the suffix.
-
-    `images`: their number; `Example.problem` says where they stand.
-    """
-    texts = problem.split(IMAGE_MARKER)
-    if len(texts) - 1 != images:
-        texts = [""] * images + [problem]
-    texts[-1] = processor.prompt.after(texts[-1])
-    content: list[dict[str, str]] = []
-    for number, text in enumerate(texts):
-        content += [{"type": "image"}] if number else []
-        content += [{"type": "text", "text": text}] if text else []
-    messages: list[Any] = [{"role": "user", "content": content}]
-    if processor.prompt.system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": processor.prompt.system}]})
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Model inputs for P prompts, padded on the left to T tokens, on the CPU.
-
-    Returns input_ids, attention_mask and mm_token_type_ids [P, T] int64 and, if there is any image, pixel_values
-    [patches, C * 2 * patch * patch] float32 and image_grid_thw [images, 3] int64. Raises UserError for a question that
-    cannot be encoded.
-    """
-    images = [image for example in examples for image in example.images]
-    texts = [_prompt_of(processor, example) for example in examples]
-    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
-    return {name: inputs[name] for name in inputs}
-
-
-def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:
-    """Number of tokens that `encode_prompts` makes of this example, found without looking at the images' pixels."""
-    tokens = len(processor.tokenizer(_prompt_of(processor, example), verbose=False)["input_ids"])
-    images = processor.image_processor
-    patches = sum(images.get_number_of_image_patches(image.height, image.width, {}) for image in example.images)
-    return tokens - len(example.images) + patches // images.merge_size**2
-
-
-def longest_prompt(model: Any, max_completion_length: int) -> int:
-    """The largest number of tokens in a prompt that leaves room for its completion in the model.
-
-    `model`: a model or its config. Raises UserError where the completion alone does not fit.
-    """
-    limit = getattr(model, "config", model).get_text_config().max_position_embeddings
-    if max_completion_length >= limit:
-        what = f"the model takes {limit} tokens (max_position_embeddings) for prompt and completion together"
-        raise UserError(f"a completion of {max_completion_length} tokens leaves no room for a prompt: {what}")
-    return limit - max_completion_length
-
-
-def end_of_turn(processor: Qwen2VLTextImageProcessor) -> int | None:
-    """The id of the token with which the chat template ends an answer, or None if it has no such token."""
-    answer = "an answer"
-    messages: list[Any] = [
-        {"role": role, "content": [{"type": "text", "text": text}]}
-        for role, text in (("user", "a question"), ("assistant", answer))
-    ]
-    try:
-        text = processor.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, TypeError):  # a template for prompts only
-        return None
-    _, found, after = text.rpartition(answer)
-    tokenizer = processor.tokenizer
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
-
-
-def _prompt_of(processor: Qwen2VLTextImageProcessor, example: Example) -> str:
-    """The example's prompt as text, with one image token for each image."""
-    text = prompt_text(processor, example.problem, len(example.images))
-    name = example.name or "an example"
-    if (text.count(processor.image_token), text.count(processor.video_token)) != (len(example.images), 0):
-        markers = f"{processor.image_token} or {processor.video_token}"
-        raise UserError(f"the question of {name} contains {markers}, which stand for pixels; remove them")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the question of {name} is not valid Unicode: {error.reason}") from None
-    return text

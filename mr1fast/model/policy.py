@@ -24,9 +24,9 @@ from mr1fast.errors import UserError
 from mr1fast.model.adapter import merged, save_adapter, without_adapter
 from mr1fast.model.checks import VISION_TOKENS, check_fit, check_image_tokens
 from mr1fast.model.family import Model, known
-from mr1fast.model.load import encode_prompts, end_of_turn
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.prompts import encode_prompts, end_of_turn
 from mr1fast.model.save import make_readable, save_model, save_processor
 
 

@@ -29,6 +29,8 @@ _HINTS = typing.get_type_hints(TrainConfig)
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
 SCHEMA_VERSION = 1
+# Entries of config.json that are no options.
+RECORDS = ("schema_version", "max_steps_changes")
 THIS_DEVICE = 0  # what --plan is without a number
 # Options that cannot be given with one.
 EXCLUDE = {"epochs": ("max_steps",), "max_steps": ("epochs",)}
@@ -223,7 +225,7 @@ def read_options(content: Mapping[Any, Any], path: str) -> tuple[dict[str, Any],
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in FIELDS:
-            unknown += [] if name == "schema_version" else [str(key)]
+            unknown += [] if name in RECORDS else [str(key)]
         elif value is not None:
             given[name] = convert(name, value, f"{path}: {key}")
     return given, unknown

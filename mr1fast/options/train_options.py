@@ -350,6 +350,7 @@ class TrainOptions:
         group="optimizer",
         at_least=1,
         shown="1 for small models, --prompts-per-step for others, which is one prompt at a time",
+        machine=True,
     )
     max_grad_norm: float = option(
         1.0,
@@ -417,6 +418,13 @@ class TrainOptions:
     )
     save_total_limit: int = option(
         2, "number of checkpoints to keep; older ones are deleted", group="files", at_least=1, at_most=MANY
+    )
+    save_only_model: bool = option(
+        False,
+        "write checkpoints without the optimizer's state, which is most of their size; training cannot be resumed from "
+        "such a checkpoint",
+        group="files",
+        machine=True,
     )
 
     report_to: str = option(

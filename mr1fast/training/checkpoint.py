@@ -14,9 +14,7 @@ from safetensors import SafetensorError
 
 from mr1fast.errors import UserError
 from mr1fast.model.policy import Policy
-from mr1fast.training.run_folder import ResumeError, checkpoints, step_of
-
-STATE = "trainer_state.pt"
+from mr1fast.training.run_folder import STATE, ResumeError, checkpoints, remove_folder, step_of
 
 
 def save_model(policy: Policy, folder: Path) -> Path:
@@ -24,19 +22,21 @@ def save_model(policy: Policy, folder: Path) -> Path:
     return _write_whole(folder, policy.save)
 
 
-def save_checkpoint(policy: Policy, state: dict[str, Any], folder: Path, *, step: int, keep: int) -> Path:
+def save_checkpoint(policy: Policy, state: dict[str, Any] | None, folder: Path, *, step: int, keep: int) -> Path:
     """Write model, processor and `state` to `folder`/checkpoint-STEP, then delete all but the newest `keep`.
 
-    Raises UserError if it cannot be written; the earlier checkpoints are then untouched.
+    state: None for a checkpoint of the model alone, from which training cannot be continued. Raises UserError if the
+    checkpoint cannot be written; the earlier ones are then untouched.
     """
 
     def write(temporary: Path) -> None:
         policy.save(temporary)
-        torch.save(state, temporary / STATE)
+        if state is not None:
+            torch.save(state, temporary / STATE)
 
     saved = _write_whole(folder / f"checkpoint-{step:06d}", write)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return saved
 
 
@@ -46,6 +46,9 @@ def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Poli
     load: path -> policy; its keyword dtype asks for another dtype than the run's.
     """
     try:
+        if not (checkpoint / STATE).exists():
+            why = f"{STATE} is missing, as --save-only-model leaves it out"
+            raise ValueError(f"training cannot be continued from {checkpoint}: {why}")
         policy, state = load(checkpoint), load_state(checkpoint)
         masters = state.get("optimizer", {}).get("masters", [])
         weights = policy.trainable_parameters()
@@ -57,7 +60,8 @@ def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Poli
             ]
         return policy, state
     except ValueError as error:
-        earlier = [one for one in checkpoints(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
+        whole = [one for one in checkpoints(checkpoint.parent) if (one / STATE).exists()]
+        earlier = [one for one in whole if step_of(one) < step_of(checkpoint)]
         if earlier:
             advice = f"to continue from the checkpoint before it: --resume {earlier[-1]}"
         else:
@@ -82,7 +86,7 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         temporary.rename(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)

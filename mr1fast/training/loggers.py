@@ -143,7 +143,7 @@ class Tracker:
         else:  # Trackio tells runs apart by their names
             settings |= {"name": f"{group}-{task}-{identity}", "resume": "allow"}
         self.run = self.module.init(**settings, config=config)
-        if name == "wandb":  # a resumed run may log a step again, which wandb's own count of steps does not allow
+        if name == "wandb":
             self.run.define_metric("train/global_step")
             self.run.define_metric("*", step_metric="train/global_step", step_sync=True)
 
@@ -153,7 +153,9 @@ class Tracker:
         }
         if completions:
             row["completions"] = self._table(step, completions)
-        self.run.log({**row, "train/global_step": step})
+        # A resumed run may log a step again, which Trackio takes, but not wandb's own count of steps.
+        own_step = {} if self.module.__name__ == "wandb" else {"step": step}
+        self.run.log({**row, "train/global_step": step}, **own_step)
 
     def _table(self, step: int, completions: Sequence[Scored]) -> Any:
         from mr1fast.data.images import side_by_side

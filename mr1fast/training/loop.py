@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
+import signal
 import time
 from contextlib import closing, suppress
 from pathlib import Path
@@ -22,7 +22,16 @@ from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
 from mr1fast.training.pictures import Unfinished, draw_pictures
-from mr1fast.training.run_folder import ResumeError, checkpoints, step_of, versions, write_config, write_json
+from mr1fast.training.run_folder import (
+    ResumeError,
+    checkpoints,
+    record_max_steps,
+    remove_folder,
+    step_of,
+    versions,
+    write_config,
+    write_json,
+)
 from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.stop import Stopped, finishing_steps
@@ -33,10 +42,13 @@ def run(opened: OpenRun, started: float) -> None:
     """`started`: time.time() at the program's start. Raises UserError, TrainingError and Stopped."""
     try:
         setup = prepare(opened)
+    except UserError:
+        raise
     except ValueError as error:  # of the model or the data, in one sentence
         raise UserError(str(error)) from error
     folder = setup.folder
-    result = {**new_result(setup), **folder.read_result()}
+    new = new_result(setup)
+    result = {**new, **folder.read_result(), **{name: new[name] for name in ("config", "config_of_task")}}
     todo = _todo(setup, opened, result)
     write_config(folder, setup.config)
     print(setup.description(), flush=True)
@@ -71,9 +83,13 @@ def _todo(setup: Setup, opened: OpenRun, result: dict[str, Any]) -> list[str]:
         raise ResumeError(
             f"nothing to resume: {opened.checkpoint} does not belong to {' or '.join(setup.names)}, the run's tasks"
         )
-    todo = [name for name in setup.names if name not in result["after"] or opened.names_checkpoint_of(name)]
+
+    def is_finished(name: str) -> bool:
+        return name in result["after"] and result["steps"].get(name) == setup.config.for_task(name).max_steps
+
+    todo = [name for name in setup.names if not is_finished(name) or opened.names_checkpoint_of(name)]
     if not todo:
-        longer = how_to_train_longer(setup.folder, setup.config)
+        longer = how_to_train_longer(setup.folder)
         raise ResumeError(f"nothing to resume: the run {setup.folder.path} has finished{longer}")
     return todo
 
@@ -121,6 +137,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     trainer = Trainer(config, policy, setup.reference_for(policy, config), dataset)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
+        _follow_new_total(setup, name, trainer, state.get("max_steps", config.max_steps))
     _remove_after(folder, trainer.finished_steps)
     if trainer.finished_steps < config.max_steps:  # else an evaluation may go on where it was interrupted
         shutil.rmtree(setup.folder.answers(f"trained on {name}"), ignore_errors=True)
@@ -144,10 +161,11 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
                 if trainer.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     raise TrainingError(_gave_up(trainer.skipped_sample["reason"], folder))
             if step % config.save_steps == 0 or last or stop.signal_number is not None:
-                state = trainer.state_dict()
+                state = None if setup.config.save_only_model else trainer.state_dict()
                 save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
             if stop.signal_number is not None:
-                draw_pictures(setup, Unfinished(name, policy, step))
+                if stop.signal_number == signal.SIGINT:  # after SIGTERM there may be no time
+                    draw_pictures(setup, Unfinished(name, policy, step))
                 raise Stopped(stop.signal_number)
     return policy
 
@@ -164,15 +182,20 @@ def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
     """Load the state into the trainer. Raises ResumeError if it does not belong to this run."""
     try:
         trainer.load_state_dict(state)
-        rows = state["rows"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ResumeError(f"{checkpoint} is not a checkpoint of this run ({reason}); move it away") from error
     if trainer.finished_steps > trainer.config.max_steps:
         raise ResumeError(f"{checkpoint} is beyond the run's last step, {trainer.config.max_steps}; move it away")
-    if rows != len(trainer.dataset):
-        now = len(trainer.dataset)
-        print(f"warning: the run began with {rows} training examples, but now there are {now}", file=sys.stderr)
+
+
+def _follow_new_total(setup: Setup, name: str, trainer: Trainer, before: int) -> None:
+    """Say and record that --max-steps was something else when the checkpoint was written."""
+    step, now = trainer.finished_steps, trainer.config.max_steps
+    if now != before:
+        record_max_steps(setup.folder, name, step=step, before=before, now=now)
+        what = "learning rate and KL weight follow the new total"
+        print(f"{name}: --max-steps is {now} and was {before}; from step {step + 1} on, {what}", flush=True)
 
 
 def postfix(metrics: dict[str, float]) -> str:
@@ -203,6 +226,7 @@ def new_result(setup: Setup) -> dict[str, Any]:
         "seed": config.seed,
         "versions": versions(),
         "config": config.resolved(),
+        "data": {"name": setup.names[0], "content": setup.content} if config.data else {},
         "config_of_task": {name: dataclasses.asdict(config.for_task(name)) for name in setup.names},
     }
 
@@ -211,12 +235,12 @@ def _remove_after(task_folder: Path, step: int) -> None:
     """Remove what a resumed run wrote after this step, and will write again."""
     for later in checkpoints(task_folder):
         if step_of(later) > step:
-            shutil.rmtree(later)
+            remove_folder(later)
     for sample in task_folder.glob("skipped/step-*.json"):
         if step_of(sample) > step:
             sample.unlink()
     for name in ("model", "adapter"):
-        shutil.rmtree(task_folder / name, ignore_errors=True)
+        remove_folder(task_folder / name)
 
 
 def _gave_up(reason: str, folder: Path) -> str:

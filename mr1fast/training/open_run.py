@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,16 @@ from mr1fast.options.fields import option_string
 from mr1fast.options.parse import FIELDS, Request, read_options, say_unknown
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.training.loggers import check_installed
-from mr1fast.training.run_folder import RUNS, ResumeError, RunFolder, is_checkpoint, new_folder
+from mr1fast.training.run_folder import (
+    CHANGEABLE,
+    RUNS,
+    STATE,
+    ResumeError,
+    RunFolder,
+    is_checkpoint,
+    new_folder,
+    step_of,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class OpenRun:
     folder: RunFolder
     config: TrainConfig
     checkpoint: Path | None = None  # the one to continue from if the user named one; else the newest of each task
+    data_moved: bool = False  # whether the data of a resumed run is in another place now
 
     def names_checkpoint_of(self, task: str) -> bool:
         return self.checkpoint is not None and self.checkpoint.parent.name == task
@@ -43,18 +53,16 @@ def open_run(request: Request) -> Iterator[OpenRun]:
     if request.config is not None:
         opened = _new_run(request.config)
     else:
-        folder, checkpoint = _find_run(request)
-        opened = OpenRun(folder, _recorded_config(request, folder), checkpoint)
-        load_rewards(opened.config.rewards)
-        check_installed(opened.config.loggers)
+        opened = _resumed_run(request)
     with _locked(opened.folder.path):
+        opened.folder.remove_leftovers()
         yield opened
 
 
 def requested_config(request: Request) -> TrainConfig:
     """The options of the requested run, without opening it. Raises UserError."""
     if request.config is None:
-        return _recorded_config(request, _find_run(request)[0])
+        return _resumed_config(request, _recorded_config(_find_run(request)[0]))
     _check_paths(request.config)
     return request.config
 
@@ -90,6 +98,22 @@ def check_data_paths(data: str | None, image_root: str | None) -> None:
 # ---- a run that is resumed ------------------------------------------------------------------------------------------
 
 
+def _resumed_run(request: Request) -> OpenRun:
+    folder, checkpoint = _find_run(request)
+    recorded = _recorded_config(folder)
+    config = _resumed_config(request, recorded)
+    moved = (config.data, config.image_root) != (recorded.data, recorded.image_root)
+    opened = OpenRun(folder, config, checkpoint, data_moved=moved)
+    _check_max_steps(opened, recorded)
+    try:
+        check_data_paths(config.data, config.image_root)
+    except UserError as error:
+        raise UserError(f"{error}; if it has moved, say with that option where it is now") from None
+    load_rewards(config.rewards)
+    check_installed(config.loggers)
+    return opened
+
+
 def _find_run(request: Request) -> tuple[RunFolder, Path | None]:
     """The run in DIR, or the run whose checkpoint DIR is; without DIR the run with the newest checkpoint."""
     output_dir = request.given.get("output_dir")
@@ -117,25 +141,51 @@ def _newest_run(root: Path) -> RunFolder:
     return RunFolder(max(checkpoints, key=lambda checkpoint: checkpoint.stat().st_mtime_ns).parent.parent)
 
 
-def _recorded_config(request: Request, folder: RunFolder) -> TrainConfig:
-    """The options that config.json records, updated with the given ones that a resumed run may change."""
-    given = dict(request.given)
-    given.pop("output_dir", None)
-    machine = {name: value for name, value in given.items() if FIELDS[name].metadata["machine"]}
-    content = _read_config(folder.config_file)
-    options, unknown = read_options(content, str(folder.config_file))
+def _recorded_config(folder: RunFolder) -> TrainConfig:
+    """The options that config.json records."""
+    options, unknown = read_options(_read_config(folder.config_file), str(folder.config_file))
     try:
         config = TrainConfig(**options)
     except UserError as error:
         raise UserError(f"{folder.config_file}: {error}") from None
     say_unknown(str(folder.config_file), unknown)
-    recorded = config.resolved()
+    return config
+
+
+def _resumed_config(request: Request, config: TrainConfig) -> TrainConfig:
+    """The recorded options, updated with the given ones. Raises UserError for one that a resumed run cannot change."""
+    recorded, given = config.resolved(), dict(request.given)
+    given.pop("output_dir", None)
     for name, value in given.items():
-        if name not in machine and canonical(name, value) != recorded.get(name):
+        changeable = name in CHANGEABLE and (name == "max_steps" or config.data is not None)
+        if changeable or FIELDS[name].metadata["machine"]:
+            continue
+        if canonical(name, value) != recorded.get(name):
             differs = f"{option_string(name)} was {recorded.get(name, 'not set')} there, but is {value} now"
-            longer = how_to_train_longer(folder, config) if name == "max_steps" else ""
-            raise UserError(f"--resume continues with the run's own options: {differs}{longer}")
-    return dataclasses.replace(config, **machine)
+            if name == "epochs":
+                differs = f"--epochs is recorded there as --max-steps {recorded.get('max_steps')}; leave it out"
+            raise UserError(f"--resume continues with the run's own options: {differs}")
+    if isinstance(steps := given.get("max_steps"), Mapping):
+        given["max_steps"] = {name: config.for_task(name).max_steps for name in config.names} | dict(steps)
+    given |= {name: canonical(name, given[name]) for name in CHANGEABLE if isinstance(given.get(name), str)}
+    return dataclasses.replace(config, **given)
+
+
+def _check_max_steps(opened: OpenRun, recorded: TrainConfig) -> None:
+    """Raises UserError if --max-steps is too small, or larger where there is nothing to continue from."""
+    newest, folder = opened.folder.newest_checkpoints(), opened.folder
+    for task in recorded.tasks or [*newest, *(path.parent.name for path in folder.path.glob("*/model"))]:
+        steps, before = (config.for_task(task).max_steps for config in (opened.config, recorded))
+        checkpoint = opened.checkpoint if opened.names_checkpoint_of(task) else newest.get(task)
+        if steps == before:
+            continue
+        if checkpoint is None and folder.model(task).exists():
+            raise UserError(f"--max-steps {steps}: training on {task} has finished, and no checkpoint of it is left")
+        if checkpoint is not None and steps < step_of(checkpoint):
+            done = f"{task} has done {step_of(checkpoint)} steps"
+            raise UserError(
+                f"--max-steps {steps} is too small: {done}; an earlier checkpoint may be named with --resume"
+            )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -149,14 +199,20 @@ def _read_config(file: Path) -> dict[str, Any]:
     return content
 
 
-def how_to_train_longer(folder: RunFolder, config: TrainConfig) -> str:
-    """Advice to append to an error; empty as long as there is no trained model."""
-    tasks = [folder.model(task) for task in config.tasks if folder.model(task).exists()]
-    models = tasks or sorted(folder.path.glob("*/model"))
-    if not models:
-        return ""
-    task = f" --task {models[0].parent.name}" if len(config.tasks) > 1 else ""
-    return f"; to train longer, start a new run: --config {folder.config_file}{task} --model {models[0]}"
+def how_to_train_longer(folder: RunFolder) -> str:
+    """Advice to append to an error."""
+    if any((checkpoint / STATE).exists() for checkpoint in folder.newest_checkpoints().values()):
+        return f"; to train longer: --resume {folder.path} --max-steps N"
+    models = sorted(folder.path.glob("*/model"))
+    return f"; to train longer, start a new run from its model: --model {models[0]}" if models else ""
+
+
+def how_to_continue(folder: RunFolder) -> str:
+    """What to say of a run that ends early."""
+    for task, checkpoint in folder.newest_checkpoints().items():
+        if not (checkpoint / STATE).exists() and not folder.model(task).exists():
+            return f"training cannot be continued from {checkpoint}, which holds the model alone (--save-only-model)"
+    return f"to continue: python -m mr1fast.train --resume {folder.path}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.fields import option_string
+from mr1fast.options.train_options import PARTS
 
 GIB = 2**30
 # Held whatever the data are.
@@ -123,32 +124,49 @@ def plan_for(shape: StepShape, usable: int) -> Plan:
 
 def remedy(shape: StepShape, planned: Plan, usable: int) -> str | None:
     """Options, as they are written, with which a step fits that does not fit as `planned`; None if none do."""
-    all_weights_fit = planned.with_reference_offloaded().least <= usable
-    for options, changed in remedies(shape):
-        if (all_weights_fit or changed.options.trains_adapter) and plan_for(changed, usable).peak <= usable:
-            return options
+    hopeless = planned.with_reference_offloaded().least > usable  # as long as as much is trained
+    for written, changed in remedies(shape):
+        if hopeless and _trained(changed.options) == _trained(shape.options):
+            continue
+        if plan_for(changed, usable).peak <= usable:
+            return written
     return None
+
+
+def _trained(options: TrainConfig) -> tuple:
+    return options.trains_adapter, options.frozen_parts
 
 
 def remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
     """(options, the step with them) to try: pieces, which only cost time; one change of the training; LoRA."""
     task, options = shape.task, shape.options
-    prompts, pieces, length = task.prompts_per_step, task.gradient_accumulation_steps, task.max_completion_length
+    prompts, pieces = task.prompts_per_step, task.gradient_accumulation_steps
     changes: list[dict[str, Any]] = [
         {"gradient_accumulation_steps": number} for number in range(pieces + 1, prompts + 1) if prompts % number == 0
     ]
     finest = changes[-1] if changes else {}
-    adapted: dict[str, Any] = {} if options.trains_adapter else {"lora_rank": 16}
-    others: list[dict[str, Any]] = [{"max_pixels": R1_V_PIXELS}] if shape.image_pixels > R1_V_PIXELS else []
+    smaller = list(_smaller(shape))
+    changes += [finest | change for change in (*_fewer_trained(options), *smaller)]
+    if "language" not in options.frozen_parts:  # else there is no layer for the adapter
+        change: dict[str, Any] = {} if options.trains_adapter else {"lora_rank": 16}
+        for more in ({}, *smaller):
+            change = change | more
+            changes.append(finest | change)
+    for change in filter(None, changes):
+        written = " ".join(f"{option_string(name)} {value}" for name, value in change.items())
+        yield written, dataclasses.replace(shape, options=dataclasses.replace(options, **change))
+
+
+def _fewer_trained(options: TrainConfig) -> Iterator[dict[str, Any]]:
+    frozen = {*options.frozen_parts, "vision"}
+    if not options.trains_adapter and len(options.frozen_parts) < len(frozen) < len(PARTS):
+        yield {"freeze": ",".join(part for part in PARTS if part in frozen)}
+
+
+def _smaller(shape: StepShape) -> Iterator[dict[str, Any]]:
+    task = shape.task
+    if shape.image_pixels > R1_V_PIXELS:
+        yield {"max_pixels": R1_V_PIXELS}
     if task.method != "sft":
-        others += [{"max_completion_length": -(-length // 2)}, {"num_generations": max(task.num_generations // 2, 2)}]
-    if adapted and "vision" not in options.frozen_parts:
-        changes.append(finest | {"freeze": ",".join(("vision", *options.frozen_parts))})
-    changes += [finest | other for other in others]
-    for other in ({}, *others):
-        adapted = adapted | other
-        changes.append(finest | adapted)
-    for change in changes:
-        if change:
-            written = " ".join(f"{option_string(name)} {value}" for name, value in change.items())
-            yield written, dataclasses.replace(shape, options=dataclasses.replace(options, **change))
+        yield {"max_completion_length": -(-task.max_completion_length // 2)}
+        yield {"num_generations": max(task.num_generations // 2, 2)}

@@ -53,6 +53,7 @@ def shapes_of(options: TrainConfig, path: str | Path, device: Device) -> Iterato
     Raises UserError if there is no such model.
     """
     model, pixels = models.load_config(path), models.most_pixels(path)
+    options = dataclasses.replace(options, epochs=None)  # of which length depends on the data, and memory does not
     if options.trains_adapter and options.lora_rank is None:
         options = _as_if_asked_for(options)
     for name in options.names:

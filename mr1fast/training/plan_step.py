@@ -22,13 +22,15 @@ from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mr1fast.data.example import Example
+from mr1fast.errors import UserError
 from mr1fast.losses.sizes import BEHIND_OPS, IN_PLACE, loss_head_of
 from mr1fast.model.adapter import add_adapter
 from mr1fast.model.checks import VISION_TOKENS
 from mr1fast.model.family import family
-from mr1fast.model.load import EMBEDDED, load_processor, prompt_length
+from mr1fast.model.load import EMBEDDED, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.prompts import prompt_length
 from mr1fast.model.rollout import Rollout, Sampler
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.plan import StepShape
@@ -98,6 +100,8 @@ def build_trainer(
         size={"shortest_edge": 1, "longest_edge": shape.image_pixels},
     )
     policy = Policy(model, processor).freeze_parts(shape.options.frozen_parts)
+    if not policy.trainable_parameters():
+        raise UserError(f"--freeze {shape.options.freeze} leaves nothing to train")
     others = {"none": None, "shared": policy, "own": reference and Policy(reference, processor).freeze()}
     return Trainer(shape.task, policy, others[shape.reference], _Prompts(shape, processor))
 

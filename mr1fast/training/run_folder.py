@@ -22,6 +22,8 @@ import json
 import os
 import platform
 import re
+import shutil
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ from mr1fast.options.config import TrainConfig
 from mr1fast.options.parse import SCHEMA_VERSION
 
 RUNS = Path("runs")
+STATE = "trainer_state.pt"  # of a checkpoint; training cannot be continued without it
+# Options that a resumed run may be given anew; config.json then has the new values.
+CHANGEABLE = ("data", "image_root", "max_steps")
 
 
 class ResumeError(UserError):
@@ -79,6 +84,16 @@ class RunFolder:
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.result_file, result)
 
+    def newest_checkpoints(self) -> dict[str, Path]:
+        """Of each task that has one."""
+        tasks = {path.parent.name: path.parent for path in self.path.glob("*/checkpoint-*")}
+        return {name: found[-1] for name, task in tasks.items() if (found := checkpoints(task))}
+
+    def remove_leftovers(self) -> None:
+        """Remove what a run that was killed has left half written or half removed."""
+        for path in self.path.rglob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
 
 def new_folder(output_dir: str | None, *, default: Path, advice: str = "") -> Path:
     """Make `output_dir`, which must be new or empty, or else an unused folder like `default`. Raises UserError."""
@@ -119,6 +134,15 @@ def checkpoints(task_folder: Path) -> list[Path]:
     return sorted(filter(is_checkpoint, task_folder.glob("checkpoint-*")), key=step_of)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there. One that is half removed does not have its name any more."""
+    removed = folder.with_name(f".{folder.name}.removed.tmp")
+    with suppress(FileNotFoundError):
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
+
+
 def step_of(path: Path) -> int:
     """The step in a name such as checkpoint-000050 or step-000050.json."""
     return int(path.stem.rpartition("-")[2])
@@ -143,7 +167,20 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:
-    """Write config.json once; a resumed run leaves it as it was. The output folder itself is not recorded."""
+    """Write config.json; a resumed run changes no more than CHANGEABLE in it. The output folder is not recorded."""
+    options = {name: value for name, value in config.resolved().items() if name != "output_dir"}
     if not folder.config_file.exists():
-        options = {name: value for name, value in config.resolved().items() if name != "output_dir"}
         write_json(folder.config_file, {"schema_version": SCHEMA_VERSION, **options})
+        return
+    content = json.loads(folder.config_file.read_text(encoding="utf-8"))
+    changed = content | {name: options[name] for name in CHANGEABLE if name in options}
+    if changed != content:
+        write_json(folder.config_file, changed)
+
+
+def record_max_steps(folder: RunFolder, task: str, *, step: int, before: int, now: int) -> None:
+    """Add to config.json that up to this step the schedules were those of another total."""
+    content = json.loads(folder.config_file.read_text(encoding="utf-8"))
+    earlier = [one for one in content.get("max_steps_changes", []) if one["task"] != task or one["after_step"] < step]
+    change = {"task": task, "after_step": step, "from": before, "to": now}
+    write_json(folder.config_file, content | {"max_steps_changes": [*earlier, change]})

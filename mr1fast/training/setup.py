@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,18 +18,18 @@ from mr1fast.data.example import Example
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
-from mr1fast.model.adapter import add_adapter, lora_settings, target_weights
+from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.model.prompts import longest_prompt, prompt_length
 from mr1fast.options.config import TaskConfig, TrainConfig
-from mr1fast.options.fields import option_string
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
 from mr1fast.training.plan_run import plans_before
-from mr1fast.training.run_data import RunData, load_data
+from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
 
 
@@ -143,7 +143,9 @@ def scaled_down(splits: Iterable[ImageTextDataset], processor: Qwen2VLTextImageP
     """How many images the model is shown smaller than they are; "" if none."""
     most = processor.image_processor.size["longest_edge"]
     larger = sum(pixels > most for split in splits for pixels in split.pixels)
-    return f"{larger} images have more than {most} pixels (--max-pixels), and are scaled down to that" if larger else ""
+    what = f"1 image has more than {most} pixels (--max-pixels), and is" if larger == 1 else ""
+    what = what or f"{larger} images have more than {most} pixels (--max-pixels), and are"
+    return f"{what} scaled down to that" if larger else ""
 
 
 def prepare(opened: OpenRun) -> Setup:
@@ -162,11 +164,13 @@ def prepare(opened: OpenRun) -> Setup:
     model = load_model(base_path)
     processor = models.load_processor(base_path, max_pixels=config.max_pixels, prompt=config.prompt)
     base = Policy(model, processor)
-    _check_adapter(config, base)
+    check_lora(config, model, frozen=base.weights_of(config.frozen_parts))
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
     for name in config.names:
         check_memory(config.for_task(name), model)
-    data = load_data(config)
+    recorded = opened.folder.read_result().get("data", {})
+    data = load_data(config, recorded.get("name"))
+    check_same_data(data, recorded.get("content", {}), moved_to=config.data if opened.data_moved else None)
     config = config.with_steps({name: len(dataset) for name, dataset in data.train.items()})
     setup = Setup(
         **vars(data),
@@ -175,7 +179,7 @@ def prepare(opened: OpenRun) -> Setup:
         base_path=base_path,
         loaded_base=base.freeze(),
         given_reference=_given_reference(config, base, load_model),
-        load=lambda path, **other: Policy(load_model(path, **other), base.processor).freeze_parts(config.frozen_parts),
+        load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         offloads_reference=any(plan.offload_reference for plan in plans),
     )
     longest = _longest_prompt(config, model)
@@ -187,27 +191,6 @@ def prepare(opened: OpenRun) -> Setup:
         for name in setup.names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
-
-
-def _check_adapter(config: TrainConfig, base: Policy) -> None:
-    """Raises UserError if the options of LoRA do not fit the base, or the adapter that it has."""
-    if not config.trains_adapter:
-        return
-    if base.has_adapter:
-        there = lora_settings(base.model)
-        targets = ",".join(sorted(config.lora_target_names)) or None
-        given = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": targets}
-        for name, wanted in given.items():
-            if wanted is not None and wanted != there.get(name):
-                raise UserError(
-                    f"--model {config.model} is an adapter, which is trained further as it is: its {name} is "
-                    f"{there.get(name)}; leave out {option_string(name)} {wanted}"
-                )
-        trained: Sequence[torch.Tensor] = base.trainable_parameters()
-    else:
-        trained = target_weights(base.model, config.lora_target_names)
-    if base.weights_of(config.frozen_parts).issuperset(trained):
-        raise UserError(f"--freeze {config.freeze} leaves nothing to train: the adapter is on no other part")
 
 
 def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[str], Any]) -> Policy | None:
@@ -225,7 +208,7 @@ def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[st
 
 def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
     completion = max(config.for_task(name).max_completion_length for name in config.names)
-    room = models.longest_prompt(model, completion)
+    room = longest_prompt(model, completion)
     if config.max_prompt_length is not None and config.max_prompt_length > room:
         raise UserError(
             f"--max-prompt-length must be at most {room}, which is what the model has room for beside a completion of "
@@ -243,7 +226,7 @@ def too_long(processor: Qwen2VLTextImageProcessor, longest: int) -> Callable[[Ex
         if kind not in lengths:
             if len(lengths) == 1000:
                 lengths.clear()
-            lengths[kind] = models.prompt_length(processor, example)
+            lengths[kind] = prompt_length(processor, example)
         return f"prompt is longer than {longest} tokens" if lengths[kind] > longest else None
 
     return reason

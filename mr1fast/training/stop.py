@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from mr1fast.options.config import TrainConfig
+
 Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -21,10 +23,37 @@ class Stopped(BaseException):
         self.exit_code = 128 + signal_number
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of Python, of torch on a GPU, or of torch on a CPU."""
-    on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing it
-    return isinstance(error, MemoryError) or on_gpu or "can't allocate memory" in str(error)
+# What torch, CUDA and C++ say when memory runs out, on Linux and elsewhere.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether too little memory is the error, or its cause."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def too_little_memory(config: TrainConfig) -> str:
+    """One sentence, which names the options that would help and are not in use yet."""
+    tasks = [config.for_task(name) for name in config.names]
+    new = [] if config.trains_adapter else ["--lora-rank 16"]
+    if not config.trains_adapter and "vision" not in config.frozen_parts:
+        new += ["--freeze vision"]
+    more = (
+        []
+        if all(task.gradient_accumulation_steps == task.prompts_per_step for task in tasks)
+        else ["a larger --gradient-accumulation-steps"]
+    )
+    less = ["--max-completion-length", "--num-generations"] if config.method != "sft" else []
+    smaller = f"smaller values of {', '.join([*less, '--prompts-per-step'])} or --max-pixels"
+    resumed = (
+        "--gradient-accumulation-steps and --eval-batch-size may be changed at --resume, the others need a new run"
+    )
+    tried = ", ".join([*new, *more, smaller])
+    return f"there is too little memory; try {tried} or, in an evaluation, a smaller --eval-batch-size; {resumed}"
 
 
 @contextmanager

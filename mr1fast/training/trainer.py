@@ -243,7 +243,7 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "rows": len(self.dataset),
+            "max_steps": self.config.max_steps,
             "kl_schedule": self.kl_schedule.state_dict(),
             "step_data": None,
         }
