@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -134,6 +135,31 @@ def test_lora_trained_resumed_merged_and_evaluated(kind, method, folder_of, tmp_
     arguments = ["--task=vc", "--samples=4", "--max-completion-length=4", "--device=cpu", "--sampled=0"]
     arguments += [f"--model={run / 'vc' / 'adapter'}", f"--output-dir={tmp_path / 'evaluation'}"]
     assert evaluate.main(arguments) == 0
+
+
+@pytest.mark.parametrize("kind", ["2B", "2.5, 7B"])
+def test_a_folder_that_transformers_4_49_has_saved(kind, folder_of, tmp_path):
+    """R1-V's runs leave such: a default rope, and of the vision tower what is not the class's default."""
+    old = shutil.copytree(folder_of(kind), tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    config["rope_scaling"] |= {"type": "default", "rope_type": "default"}
+    for name in ("mlp_ratio", "hidden_act", "patch_size", "spatial_merge_size", "temporal_patch_size"):
+        config["vision_config"].pop(name, None)
+    config["vision_config"] |= {"model_type": config["model_type"], "torch_dtype": "float32"}
+    config |= {"_name_or_path": "Qwen/Qwen2-VL-2B-Instruct", "transformers_version": "4.49.0"}
+    (old / "config.json").write_text(json.dumps(config))
+    images = json.loads((old / "preprocessor_config.json").read_text())
+    images["size"] = {"longest_edge": images["max_pixels"], "shortest_edge": images["min_pixels"]}
+    (old / "preprocessor_config.json").write_text(json.dumps(images))
+    policies = [Policy(load_model(folder).eval(), load_processor(folder)) for folder in (folder_of(kind), old)]
+    with torch.no_grad():
+        hidden = [policy.encode_prefix(policy.encode(examples())).last_hidden for policy in policies]
+    assert torch.equal(*hidden)
+    for number, policy in enumerate(policies):
+        (tmp_path / str(number)).mkdir()
+        policy.save(tmp_path / str(number))
+    files = [tmp_path / str(number) / "config.json" for number in (0, 1)]
+    assert files[0].read_text() == files[1].read_text()
 
 
 def test_the_real_vocabulary_and_what_lies_beyond_the_tokenizer(tmp_path, one_thread):

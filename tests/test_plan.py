@@ -150,9 +150,15 @@ def test_a_plan_leaves_the_trainer_as_it_was():
         functions = trainer_module.batch_logps, trainer_module.split_batch
         return dispatch.BACKENDS, dict(linear.CHUNK_BYTES), dict(linear.MIN_ROWS), functions
 
-    before = patched()
-    plan(shape(device="cuda"))
+    before, numbers = patched(), torch.get_rng_state()
+    plan(shape(device="cuda", lora_rank=2))
     assert patched() == before
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_rewards_of_the_users_are_not_called_to_plan():
+    """They may be programs that cost something. This one cannot even be imported."""
+    assert plan(shape(reward_weights="no.such.module:judge=1")).peak == plan(shape()).peak
 
 
 # ---- what fits ------------------------------------------------------------------------------------------------------
