@@ -145,7 +145,15 @@ def plans_before(options: TrainConfig) -> list[Plan]:
     assert options.model is not None
     device, plans = device_of(options), []
     for shape in shapes_of(options, options.model, device):
-        plans.append(planned := plan_for(shape, device.usable))
+        try:
+            plans.append(planned := plan_for(shape, device.usable))
+        except UserError:
+            raise
+        except Exception as error:  # a run can do without
+            print(
+                f"warning: no plan of the memory that a step takes ({type(error).__name__}: {error})", file=sys.stderr
+            )
+            return []
         if planned.least > device.free:
             what = "weights, gradients, optimizer and reference of a step take"
             raise UserError(
