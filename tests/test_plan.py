@@ -61,7 +61,7 @@ def allocated(step) -> int:
     "changes",
     [
         {"max_completion_length": 20},
-        {"gradient_accumulation_steps": 4, "max_completion_length": 20},
+        {"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"},
         {"gradient_accumulation_steps": 2, "freeze": "vision,merger"},
         {"method": "sft"},
         {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
@@ -311,6 +311,16 @@ def test_a_run_offloads_the_reference_if_the_plan_says_so(planned, monkeypatch, 
         prepared = setup.prepare(OpenRun(RunFolder(tmp_path), options))
         assert prepared.offloads_reference is offloads
         assert ("the reference waits in the CPU's memory" in prepared.description()) is offloads
+
+
+def test_a_run_does_without_a_plan_that_fails(large, monkeypatch, capsys):
+    def fails(*_):
+        raise NotImplementedError("an operation of tomorrow")
+
+    monkeypatch.setattr(plan_run, "plan_for", fails)
+    assert plan_run.plans_before(TrainConfig(model=str(large), data=str(large), device="cpu")) == []
+    warning = "warning: no plan of the memory that a step takes (NotImplementedError: an operation of tomorrow)\n"
+    assert capsys.readouterr().err == warning
 
 
 def test_a_small_model_is_not_planned_for(monkeypatch):
