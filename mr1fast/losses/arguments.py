@@ -94,15 +94,16 @@ def loss_call(
     dtype: torch.dtype, layout: Layout, ids: Tensor, advantages: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[LossSpec, LossBatch]:
     """The settings and the tensors of a call; dtype: to compute in, options: as returned by `completed`."""
-    spec = LossSpec(**{name: options[name] for name in _SPEC_FIELDS if not isinstance(options[name], Tensor)})
+    values = {name: options[name] for name in _SPEC_FIELDS}
+    epsilons = {}
+    for name in ("epsilon_low", "epsilon_high"):
+        if isinstance(values[name], Tensor):
+            epsilons[name] = _constant(_setting(name, values.pop(name), layout), dtype)
+    spec = LossSpec(**values)
     mask = token_mask(options["completion_mask"], layout, "completion_mask")
 
     def per_token(name: str) -> Tensor | None:
         return None if options[name] is None else _constant(layout.per_token(name, options[name]), dtype)
-
-    def epsilon(name: str) -> Tensor | None:
-        value = options[name]
-        return _constant(_setting(name, value, layout), dtype) if isinstance(value, Tensor) else None
 
     return spec, LossBatch(
         ids=ids,
@@ -114,8 +115,8 @@ def loss_call(
         token_weight=_token_weight(ids, mask, dtype, layout, options),
         entropy_weight=_entropy_weight(ids, mask, dtype, options),
         beta=_beta(options, layout, dtype),
-        epsilons_low=epsilon("epsilon_low"),
-        epsilons_high=epsilon("epsilon_high"),
+        epsilons_low=epsilons.get("epsilon_low"),
+        epsilons_high=epsilons.get("epsilon_high"),
         cu_seqlens=layout.cu_seqlens,
     )
 

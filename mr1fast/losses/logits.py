@@ -59,15 +59,13 @@ class GRPOLossOutput:
         advantages: Tensor | None,
     ) -> GRPOLossOutput:
         of_completions = advantages is None or layout.is_per_completion(advantages)
-        loss, logps, entropies, kl, is_low, is_high = outputs
+        mask = batch.mask
+        if layout.packed:
+            loss, *per_token = (None if output is None else layout.returned(output) for output in (*outputs, mask))
+            outputs, mask = (loss, *per_token[:-1]), per_token[-1]  # type: ignore[assignment]
         return cls(
-            loss=layout.returned(loss),
-            per_token_logps=layout.returned(logps),
-            entropies=None if entropies is None else layout.returned(entropies),
-            kl=None if kl is None else layout.returned(kl),
-            is_low_clipped=layout.returned(is_low),
-            is_high_clipped=layout.returned(is_high),
-            completion_mask=None if batch.mask is None else layout.returned(batch.mask),
+            *outputs,
+            completion_mask=mask,
             clipped_per_completion=spec.importance_sampling_level == "sequence" and of_completions,
             cu_seqlens=layout.cu_seqlens,
         )
