@@ -16,9 +16,8 @@ def from_logits(logits, batch, **settings):
     """The loss of log-probabilities and entropies that come from the logits, with NaN where they are masked."""
     arguments = without_logits(batch) | settings
     ids, mask = arguments.pop("completion_ids"), arguments["completion_mask"]
-    logps, entropies = token_logprobs(
-        logits, ids, mask=mask, temperature=settings.get("temperature", 1.0), entropy=True, backend="torch"
-    )
+    made = {name: settings.get(name, 1.0) for name in ("temperature", "logit_scale")}
+    logps, entropies = token_logprobs(logits, ids, mask=mask, entropy=True, backend="torch", **made)
     if mask is not None:
         logps, entropies = logps.masked_fill(~mask, torch.nan), entropies.masked_fill(~mask, torch.nan)
     return grpo_loss_from_logps(logps, entropies=entropies, **arguments)

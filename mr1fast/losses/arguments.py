@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.checks import described, integer
+from mr1fast.checks import described, integer, number
 from mr1fast.kernels import reference
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
@@ -86,6 +86,11 @@ def hidden_rows(hidden: Any, weight: Any, bias: Any, **how: Any) -> tuple[Tensor
     return hidden, layout
 
 
+def temperature_of(temperature: Any, logit_scale: Any) -> float:
+    """What the logits are divided by in all."""
+    return number("temperature", temperature, above=0) / number("logit_scale", logit_scale, above=0)
+
+
 def chunk_bytes(value: int | None) -> int | None:
     return None if value is None else integer("chunk_bytes", value, at_least=1)
 
@@ -95,6 +100,7 @@ def loss_call(
 ) -> tuple[LossSpec, LossBatch]:
     """The settings and the tensors of a call; dtype: to compute in, options: as returned by `completed`."""
     values = {name: options[name] for name in _SPEC_FIELDS}
+    values["temperature"] /= options["logit_scale"]
     epsilons = {}
     for name in ("epsilon_low", "epsilon_high"):
         if isinstance(values[name], Tensor):

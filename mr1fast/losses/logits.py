@@ -140,6 +140,7 @@ def token_logprobs(
     ids: Tensor,
     *,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
     inplace_backward: bool = False,
@@ -151,6 +152,7 @@ def token_logprobs(
     Both are differentiable, so any objective can stand on top. 0 (and no gradient) where `mask` [B, L] is 0.
     Packed: logits [T, V] (with cu_seqlens also [1, T, V]) and [T] in place of [B, L]; cu_seqlens [S + 1] is accepted
     beside them as everywhere, but a log-probability does not depend on it.
+    temperature and logit_scale: the logits are divided by the one and multiplied by the other, as in `grpo_loss`.
     inplace_backward: backward writes the gradient over the logits, which are then consumed.
     """
     overwritten = checks.flag("inplace_backward", inplace_backward)
@@ -159,7 +161,7 @@ def token_logprobs(
         logits,
         arguments.token_ids(ids, layout, "ids"),
         arguments.token_mask(mask, layout, "mask"),
-        checks.number("temperature", temperature, above=0),
+        arguments.temperature_of(temperature, logit_scale),
         inplace_backward=inplace_backward,
         backend=backend,
     )
