@@ -156,6 +156,13 @@ def test_mistakes_in_names_are_one_sentence(folder, columns, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_column_that_is_named_is_not_made_up_for_by_a_chat(folder):
+    rows = [{"q": q, "messages": openai(text("Why?")), "answer": "3"} for q in ("How?", "")]
+    dataset = load_split(write_jsonl(folder / "data.jsonl", rows), "all", reading=Reading({"problem": "q"}))
+    assert parts(dataset) == [("How?", "3", [])]
+    assert dataset.skipped == {"no question": 1}
+
+
 def test_bytes_that_are_not_called_image_are_not_left_out_in_silence(folder):
     rows = {"photo": [encoded(picture(1))], "question": ["How many?"], "answer": ["1"]}
     datasets.Dataset.from_dict(rows).to_parquet(folder / "data.parquet")

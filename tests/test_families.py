@@ -2,10 +2,12 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
 from model_folders import FIRST_SPECIAL, KINDS, SPECIAL, hub_folder
+from peft import PeftModel
 from PIL import Image
 from train_program import SMALL, main, metrics
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
@@ -103,6 +105,61 @@ def test_trained_frozen_resumed_and_evaluated(kind, method, folder_of, tmp_path,
     output = tmp_path / "evaluation"
     assert evaluate.main([*arguments, f"--model={model}", f"--output-dir={output}"]) == 0
     assert json.loads((output / "evaluation.json").read_text())["n"] == 4
+
+
+@pytest.mark.parametrize(("kind", "method"), [("7B", "grpo-d"), ("2.5, 3B", "sft")])
+def test_lora_trained_resumed_merged_and_evaluated(kind, method, folder_of, tmp_path, capsys, monkeypatch, one_thread):
+    monkeypatch.setitem(REWARDS, "accuracy", lambda completions, solutions, **_: [len(text) for text in completions])
+    folder, run = folder_of(kind), tmp_path / "run"
+    options = ["--task=vc", f"--method={method}", "--model", folder, "--lora-rank=2", "--merge", "--max-steps=3"]
+    options += [*SMALL, "--save-steps=2", "--eval-steps=0", "--eval-samples=0", "--learning-rate=1e-2"]
+    assert main(*options, "--output-dir", run) == 0, capsys.readouterr().err
+    trained = load_model(run / "vc" / "model").state_dict()
+    changed = [
+        name for name, weight in load_model(folder).state_dict().items() if not torch.equal(weight, trained[name])
+    ]
+    assert len(changed) == 14  # of two layers
+    assert all(".language_model." in name and name.endswith("_proj.weight") for name in changed)
+    assert main("--resume", run / "vc" / "checkpoint-000002") == 0, capsys.readouterr().err
+    again = load_model(run / "vc" / "model").state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in trained.items())
+
+    # PEFT by itself makes the same model of base and adapter.
+    inputs = encode_prompts(load_processor(folder), examples()[2:3])
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), run / "vc" / "adapter")
+    merged = AutoModelForImageTextToText.from_pretrained(run / "vc" / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            adapted.eval()(**inputs).logits, merged.eval()(**inputs).logits, atol=1e-4, rtol=1e-4
+        )
+    arguments = ["--task=vc", "--samples=4", "--max-completion-length=4", "--device=cpu", "--sampled=0"]
+    arguments += [f"--model={run / 'vc' / 'adapter'}", f"--output-dir={tmp_path / 'evaluation'}"]
+    assert evaluate.main(arguments) == 0
+
+
+@pytest.mark.parametrize("kind", ["2B", "2.5, 7B"])
+def test_a_folder_that_transformers_4_49_has_saved(kind, folder_of, tmp_path):
+    """R1-V's runs leave such: a default rope, and of the vision tower what is not the class's default."""
+    old = shutil.copytree(folder_of(kind), tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    config["rope_scaling"] |= {"type": "default", "rope_type": "default"}
+    for name in ("mlp_ratio", "hidden_act", "patch_size", "spatial_merge_size", "temporal_patch_size"):
+        config["vision_config"].pop(name, None)
+    config["vision_config"] |= {"model_type": config["model_type"], "torch_dtype": "float32"}
+    config |= {"_name_or_path": "Qwen/Qwen2-VL-2B-Instruct", "transformers_version": "4.49.0"}
+    (old / "config.json").write_text(json.dumps(config))
+    images = json.loads((old / "preprocessor_config.json").read_text())
+    images["size"] = {"longest_edge": images["max_pixels"], "shortest_edge": images["min_pixels"]}
+    (old / "preprocessor_config.json").write_text(json.dumps(images))
+    policies = [Policy(load_model(folder).eval(), load_processor(folder)) for folder in (folder_of(kind), old)]
+    with torch.no_grad():
+        hidden = [policy.encode_prefix(policy.encode(examples())).last_hidden for policy in policies]
+    assert torch.equal(*hidden)
+    for number, policy in enumerate(policies):
+        (tmp_path / str(number)).mkdir()
+        policy.save(tmp_path / str(number))
+    files = [tmp_path / str(number) / "config.json" for number in (0, 1)]
+    assert files[0].read_text() == files[1].read_text()
 
 
 def test_the_real_vocabulary_and_what_lies_beyond_the_tokenizer(tmp_path, one_thread):

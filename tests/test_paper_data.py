@@ -7,6 +7,7 @@ import pytest
 from data_files import encoded, picture, write_jsonl
 from train_program import SMALL, main
 
+from mr1fast import evaluate
 from mr1fast.data.dataset import load_split
 from mr1fast.model.load import EMBEDDED
 
@@ -79,3 +80,7 @@ def test_a_preset_on_them(r1v, monkeypatch, capsys):
     config = result["config"]
     assert (config["max_steps"], config["beta_max"], config["top_k"], config["train_samples"]) == (5, 0.1, 50, 5)
     assert config["image_root"] == str(r1v.parent / "pictures")
+    options = ["--image-root=../pictures", "--columns=problem=question", "--sampled=0", "--output-dir=evaluated"]
+    assert evaluate.main(["--model=run/clevr/model", "--data=geoqa_test_prompts.jsonl", *options]) == 0
+    assert json.loads((r1v / "evaluated" / "evaluation.json").read_text())["n"] == 6
+    assert "columns: question as problem, ground_truth as solution, image_path as image" in capsys.readouterr().out

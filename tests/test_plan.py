@@ -61,7 +61,7 @@ def allocated(step) -> int:
     "changes",
     [
         {"max_completion_length": 20},
-        {"gradient_accumulation_steps": 4, "max_completion_length": 20},
+        {"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"},
         {"gradient_accumulation_steps": 2, "freeze": "vision,merger"},
         {"method": "sft"},
         {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
@@ -150,9 +150,15 @@ def test_a_plan_leaves_the_trainer_as_it_was():
         functions = trainer_module.batch_logps, trainer_module.split_batch
         return dispatch.BACKENDS, dict(linear.CHUNK_BYTES), dict(linear.MIN_ROWS), functions
 
-    before = patched()
-    plan(shape(device="cuda"))
+    before, numbers = patched(), torch.get_rng_state()
+    plan(shape(device="cuda", lora_rank=2))
     assert patched() == before
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_rewards_of_the_users_are_not_called_to_plan():
+    """They may be programs that cost something. This one cannot even be imported."""
+    assert plan(shape(reward_weights="no.such.module:judge=1")).peak == plan(shape()).peak
 
 
 # ---- what fits ------------------------------------------------------------------------------------------------------
@@ -305,6 +311,16 @@ def test_a_run_offloads_the_reference_if_the_plan_says_so(planned, monkeypatch, 
         prepared = setup.prepare(OpenRun(RunFolder(tmp_path), options))
         assert prepared.offloads_reference is offloads
         assert ("the reference waits in the CPU's memory" in prepared.description()) is offloads
+
+
+def test_a_run_does_without_a_plan_that_fails(large, monkeypatch, capsys):
+    def fails(*_):
+        raise NotImplementedError("an operation of tomorrow")
+
+    monkeypatch.setattr(plan_run, "plan_for", fails)
+    assert plan_run.plans_before(TrainConfig(model=str(large), data=str(large), device="cpu")) == []
+    warning = "warning: no plan of the memory that a step takes (NotImplementedError: an operation of tomorrow)\n"
+    assert capsys.readouterr().err == warning
 
 
 def test_a_small_model_is_not_planned_for(monkeypatch):

@@ -2,9 +2,11 @@
 
 import pytest
 
+from benchmarks.models import in_proportion
 from mr1fast.errors import UserError
 from mr1fast.options.parse import parse_arguments, printed_config
 from mr1fast.options.preset import PRESETS
+from mr1fast.training.plan_run import report
 
 
 def config(*arguments):
@@ -50,6 +52,14 @@ def test_what_other_options_exclude_is_not_left_of_a_preset():
     assert config("--preset", "vc-2b", "--kl-schedule", "linear").beta_max == 0.1
     assert config("--preset", "vc-2b", "--task", "gr").tasks == ("gr",)
     assert config("--preset", "vc-2b", "--prompts-per-step", 6).for_task("x").gradient_accumulation_steps == 6
+
+
+def test_the_plan_of_a_preset(tmp_path):
+    """Before its data is there, so without the number of its steps."""
+    in_proportion(2, 400).save_pretrained(tmp_path)
+    plan, fits = report(config("--preset", "vc-2b", "--model", tmp_path, "--prompts-per-step", 2), gigabytes=80)
+    assert fits
+    assert "2 prompts, 1 at a time, each of 512 tokens of an image" in plan
 
 
 @pytest.mark.parametrize(

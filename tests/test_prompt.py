@@ -16,6 +16,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.prompts import encode_prompts, prompt_length, prompt_text
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.prompt import PROMPT_FILE, PROMPT_SUFFIX, Prompt, recorded_prompt
+from mr1fast.training.setup import doubts
 
 BOXED = r"Reason step by step, and put your answer within \boxed{}."
 
@@ -108,6 +109,23 @@ def test_the_papers_prompt_leaves_no_file(hub, tmp_path, monkeypatch):
     (tmp_path / PROMPT_FILE).write_text("of another program")
     for model in (hub, "Qwen/Qwen2-VL-2B-Instruct", None):
         assert recorded_prompt(model) == Prompt()
+
+
+def test_a_prompt_that_asks_for_no_tags_is_doubtful():
+    says = "neither --prompt-suffix nor --system-prompt asks for <answer> tags, without which"
+    boxed, tagged = BOXED, "Answer in <answer> </answer>."
+    for options, doubtful in (
+        ({}, False),
+        ({"prompt_suffix": boxed}, True),
+        ({"prompt_suffix": boxed, "method": "sft"}, False),
+        ({"prompt_suffix": boxed, "system_prompt": tagged}, False),
+        ({"prompt_suffix": boxed, "reward_weights": "r1v-geometry=1"}, False),
+    ):
+        found = doubts(TrainConfig(**options))
+        assert len(found) == doubtful
+        assert all(doubt.startswith(says) for doubt in found)
+    (found,) = doubts(TrainConfig(warmup_steps=5, max_steps=5))
+    assert found.startswith("--warmup-steps 5 is not below --max-steps 5: ")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"suffix": 1, "system": null}', '{"system": null}'])

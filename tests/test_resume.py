@@ -16,6 +16,7 @@ from train_program import SMALL, main, metrics, program
 
 from mr1fast import plot
 from mr1fast.data.tasks import TASKS
+from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import _Asked
 from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
@@ -278,12 +279,13 @@ def test_how_too_little_memory_looks():
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "std::bad_alloc",
     ):
-        error = ValueError("the model cannot be loaded")
+        error = UserError("the model cannot be loaded")
         error.__cause__ = RuntimeError(words)
         assert is_out_of_memory(error.__cause__)
         assert is_out_of_memory(error)
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(UserError("not enough memory.jsonl does not exist"))
 
 
 def test_memory_advice_names_what_is_not_in_use_yet():

@@ -42,6 +42,11 @@ class Reading:
             return USUAL_NAMES[what]
         return (self.columns[what],) if self.strict else (self.columns[what], *USUAL_NAMES[what])
 
+    @property
+    def chats(self) -> tuple[str, ...]:
+        """The columns that may hold question and answer as a chat; none where the user says which has the question."""
+        return () if self.strict and "problem" in self.columns else CHATS
+
     def cell(self, row: Mapping[str, Any], what: str) -> Any:
         """What the row has; None if it has nothing."""
         return first_filled(row, self.names(what))
@@ -57,7 +62,7 @@ class Reading:
         for what in ("problem", "solution", "image"):
             found = [name for name in self.names(what) if name in columns]
             if not found and what != "image":
-                found = [name for name in CHATS if name in columns]
+                found = [name for name in self.chats if name in columns]
             if found not in ([what], ["file_name"], []):
                 parts.append(f"{' or else '.join(found)} as {what}")
         return ", ".join(parts)
@@ -70,8 +75,8 @@ class Reading:
                 hint = nearest(name, columns)
                 raise UserError(f"--columns {what}={name}: data {source!r} has no column {name!r}{hint}; {there}")
         for what in ("problem", "solution"):
-            if not {*self.names(what), *CHATS} & {*columns}:
-                others = ", ".join((*self.names(what)[1:], *CHATS))
+            if not {*self.names(what), *self.chats} & {*columns}:
+                others = ", ".join((*self.names(what)[1:], *self.chats))
                 say = f"say which it is with --columns {what}=NAME"
                 raise UserError(f"data {source!r} has no column {what!r} (or {others}); {there}; {say}")
 

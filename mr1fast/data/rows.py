@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 
 from mr1fast.data.cells import BadRow, answer_of, question_of
 from mr1fast.data.chats import Chat, chat_of
-from mr1fast.data.columns import CHATS, first_filled, is_empty
+from mr1fast.data.columns import first_filled, is_empty
 from mr1fast.data.tables import Table
 
 TEXT_ONLY = "no image, asked in text alone"
@@ -63,9 +63,9 @@ def cells_of(table: Table, row: int) -> Mapping[str, Any]:
 
 
 def _chat(table: Table, values: Mapping[str, Any]) -> Chat | None:
-    """The chat in the column of the question or, where that has nothing, in a column of chats."""
+    """The chat in the column of the question or, where that has nothing and nobody has named it, in one of chats."""
     cell = table.reading.cell(values, "problem")
-    return chat_of(first_filled(values, CHATS) if cell is None else cell)
+    return chat_of(first_filled(values, table.reading.chats) if cell is None else cell)
 
 
 def _has_bytes(value: Any) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mr1fast.data.arrow_files import ArrowRows, Unreadable, read_hub, read_parquet, read_saved
-from mr1fast.data.columns import CHATS, Reading
+from mr1fast.data.columns import Reading
 from mr1fast.data.sources import is_hub_name
 from mr1fast.data.text_files import Row, read_csv, read_json, read_json_lines, whole_characters
 from mr1fast.errors import UserError
@@ -93,7 +93,7 @@ def check_columns(source: Path, tables: Sequence[Table]) -> None:
         return  # reported with the reasons, as no readable row
     reading = tables[0].reading
     reading.check(str(source), columns)
-    if not columns & {*reading.names("image"), *CHATS}:
+    if not columns & {*reading.names("image"), *reading.chats}:
         for table in tables:
             if column := _column_of_images(table):
                 what = f"has no column 'image', but {column!r} seems to hold images"

@@ -26,7 +26,8 @@ def save_model(model: Model, folder: Path) -> None:
 
 def save_processor(processor: Qwen2VLTextImageProcessor, folder: Path, model_type: str) -> None:
     """Write the tokenizer, preprocessor_config.json and chat_template.json, for a model of that type."""
-    tokenizer, template = processor.tokenizer, {"chat_template": processor.chat_template}
+    tokenizer, template = processor.tokenizer, processor.chat_template
+    written = {"chat_template": template["default"] if isinstance(template, dict) else template}
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
@@ -35,8 +36,8 @@ def save_processor(processor: Qwen2VLTextImageProcessor, folder: Path, model_typ
     config["added_tokens_decoder"] = {token: _fields(added) for token, added in tokenizer.added_tokens_decoder.items()}
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name of old
-    _write(folder / "tokenizer_config.json", config | template)
-    _write(folder / "chat_template.json", template)
+    _write(folder / "tokenizer_config.json", config | written)
+    _write(folder / "chat_template.json", written)
     images = json.loads(processor.image_processor.to_json_string())
     size = images.pop("size")
     images |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}

@@ -81,7 +81,8 @@ class _Several(argparse.Action):
 def build_parser() -> Parser:
     parser = Parser(
         prog=prog("train"),
-        description="Train a Qwen2-VL with GRPO-D on questions about images whose answers can be verified.",
+        description="Train a Qwen2-VL or Qwen2.5-VL with GRPO-D on questions about images whose answers can be "
+        "verified.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         epilog="Small models are the embedded one and any model in a folder that has fewer than "

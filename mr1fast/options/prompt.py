@@ -43,7 +43,8 @@ class Prompt:
 
     def after(self, question: str) -> str:
         """The question with the suffix."""
-        return f"{question}{'' if self.suffix[:1].strip() == '' else ' '}{self.suffix}"
+        space = " " if self.suffix[:1].strip() else ""
+        return f"{question}{space}{self.suffix}"
 
     def record(self, folder: Path) -> None:
         """Leave it in the folder of the model that is trained with it."""
@@ -62,7 +63,9 @@ def recorded_prompt(model: str | Path | None) -> Prompt:
         return Prompt()
     except ValueError:
         raise UserError(f"{file} is not valid JSON; it says which prompt the model was trained with") from None
-    suffix, system = (content.get(name) for name in ("suffix", "system")) if isinstance(content, dict) else (None, None)
+    if not isinstance(content, dict):
+        content = {}
+    suffix, system = content.get("suffix"), content.get("system")
     if not (isinstance(suffix, str) and isinstance(system, str | None)):
         raise UserError(f"{file} must have the texts suffix and system, with which the model was trained")
     return Prompt(suffix, system)

@@ -170,7 +170,7 @@ class TrainOptions:
     )
     prompt_suffix: str | None = option(
         None,
-        "text that follows every question; '' for none",
+        "text that follows every question, after a space; '' for none",
         group="data",
         metavar="TEXT",
         shown="the paper's, which asks for <think> and <answer>, or what --model was trained with",
@@ -232,7 +232,7 @@ class TrainOptions:
         unit="tokens",
         at_least=1,
         at_most=1_000_000,
-        why="no Qwen2-VL accepts that many tokens",
+        why="no such model accepts that many tokens",
         shown=_by_recipe("max_completion_length"),
     )
     temperature: float = option(

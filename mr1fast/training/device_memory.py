@@ -27,7 +27,7 @@ def free_memory(device: Any) -> int:
 
 
 def usable_memory(kind: str, free: int) -> int:
-    """Bytes that tensors can have of so many that are free on a "cpu" or, before CUDA is used, on "cuda"."""
+    """Bytes that tensors can have of so many that are free on a "cpu" or on "cuda"."""
     return int((free - CUDA_CONTEXT) * (1 - FRAGMENTATION)) if kind == "cuda" and free < NO_LIMIT else free
 
 

@@ -163,7 +163,7 @@ def _resumed_config(request: Request, config: TrainConfig) -> TrainConfig:
         if canonical(name, value) != recorded.get(name):
             differs = f"{option_string(name)} was {recorded.get(name, 'not set')} there, but is {value} now"
             if name == "epochs":
-                differs = f"--epochs is recorded there as --max-steps {recorded.get('max_steps')}; leave it out"
+                differs = f"--epochs is recorded there as --max-steps {recorded.get('max_steps')}; give that instead"
             raise UserError(f"--resume continues with the run's own options: {differs}")
     if isinstance(steps := given.get("max_steps"), Mapping):
         given["max_steps"] = {name: config.for_task(name).max_steps for name in config.names} | dict(steps)

@@ -43,7 +43,8 @@ class StepShape:
 
     @property
     def task(self) -> TaskConfig:
-        task = self.options.for_task(self.name)
+        """The task's options, but for rewards, which take no memory and may be the user's own programs."""
+        task = dataclasses.replace(self.options.for_task(self.name), reward_weights={"format": 1.0})
         if task.method == "sft":
             return dataclasses.replace(task, max_completion_length=min(task.max_completion_length, SFT_TOKENS))
         return task

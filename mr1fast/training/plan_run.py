@@ -12,6 +12,7 @@ from pathlib import Path
 from mr1fast.errors import UserError
 from mr1fast.model import load as models
 from mr1fast.options.config import TrainConfig
+from mr1fast.options.preset import sizes_of
 from mr1fast.training.device_memory import NO_LIMIT, free_memory, usable_memory
 from mr1fast.training.plan import CATEGORIES, GIB, Plan, StepShape, plan_for, remedy
 
@@ -56,6 +57,7 @@ def shapes_of(options: TrainConfig, path: str | Path, device: Device) -> Iterato
     options = dataclasses.replace(options, epochs=None)  # of which length depends on the data, and memory does not
     if options.trains_adapter and options.lora_rank is None:
         options = _as_if_asked_for(options)
+    options = options.with_steps(dict.fromkeys(options.names, 1))  # a step holds the same, however many there are
     for name in options.names:
         yield StepShape(model, options, name, dtype=device.dtype, device=device.kind, most_pixels=pixels)
 
@@ -77,7 +79,7 @@ def report(options: TrainConfig, gigabytes: int | None = None) -> tuple[str, boo
     device = device_of(options, gigabytes)
     path = models.EMBEDDED if options.model is None else options.model
     try:
-        shapes = list(shapes_of(options, path, device))
+        shapes = list(shapes_of(options, sizes_of(str(path)) or path, device))
     except UserError as error:
         enough = "" if Path(path).exists() else "; for --plan, a folder with its config.json is enough"
         raise UserError(f"{error}{enough}") from error
@@ -143,7 +145,15 @@ def plans_before(options: TrainConfig) -> list[Plan]:
     assert options.model is not None
     device, plans = device_of(options), []
     for shape in shapes_of(options, options.model, device):
-        plans.append(planned := plan_for(shape, device.usable))
+        try:
+            plans.append(planned := plan_for(shape, device.usable))
+        except UserError:
+            raise
+        except Exception as error:  # a run can do without
+            print(
+                f"warning: no plan of the memory that a step takes ({type(error).__name__}: {error})", file=sys.stderr
+            )
+            return []
         if planned.least > device.free:
             what = "weights, gradients, optimizer and reference of a step take"
             raise UserError(

@@ -73,14 +73,16 @@ def build_models(shape: StepShape, device: str) -> tuple[Any, Any]:
     config, own = copy.deepcopy(shape.model), load_processor(EMBEDDED).tokenizer
     for field, token in VISION_TOKENS.items():  # the tokenizer is that of the embedded model
         setattr(config, field, own.convert_tokens_to_ids(token))
-    config.get_text_config().eos_token_id = own.eos_token_id
+    text, options = config.get_text_config(), shape.options
+    text.eos_token_id, text.vocab_size = own.eos_token_id, max(text.vocab_size, len(own))
     kind: Any = family("", config.model_type).model_class
+    attention = "eager" if options.attention == "eager" else "sdpa"  # FlashAttention needs a GPU, and holds as much
 
     def build() -> Any:
         with torch.device(device):
-            return kind._from_config(config, dtype=getattr(torch, shape.dtype), attn_implementation="sdpa")
+            return kind._from_config(config, dtype=getattr(torch, shape.dtype), attn_implementation=attention)
 
-    model, options = build(), shape.options
+    model = build()
     model.name_or_path = "model"  # PEFT wants one
     reference = build() if shape.reference == "own" else None
     if options.lora_rank is not None:

@@ -116,11 +116,22 @@ class Setup(RunData):
         lines += summaries(self.splits)
         if scaled := scaled_down(self.splits, self.base.processor):
             lines.append(scaled)
-        steps, warmup = [self.config.for_task(name).max_steps for name in self.names], self.config.warmup_steps
-        if warmup >= min(steps):
-            what = f"--warmup-steps {warmup} is not below --max-steps {min(steps)}"
-            lines.append(f"warning: {what}: the learning rate never reaches --learning-rate")
+        lines += [f"warning: {doubt}" for doubt in doubts(self.config)]
         return "\n".join(lines)
+
+
+def doubts(config: TrainConfig) -> list[str]:
+    """What is allowed, but hardly meant."""
+    found = []
+    said = f"{config.prompt.suffix} {config.prompt.system}"
+    if "<answer>" not in said and config.method != "sft" and {"accuracy", "format"} & {*config.rewards}:
+        what = "neither --prompt-suffix nor --system-prompt asks for <answer> tags"
+        found.append(f"{what}, without which the rewards accuracy and format are 0")
+    steps = min(config.for_task(name).max_steps for name in config.names)
+    if config.warmup_steps >= steps:
+        what = f"--warmup-steps {config.warmup_steps} is not below --max-steps {steps}"
+        found.append(f"{what}: the learning rate never reaches --learning-rate")
+    return found
 
 
 def _settings(config: TrainConfig, name: str) -> str:

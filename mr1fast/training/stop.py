@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -28,9 +29,10 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether too little memory is the error, or its cause."""
+    """Whether too little memory is the error, or the cause of it. The text of a UserError, being ours, is no sign."""
     while error is not None:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        text = "" if isinstance(error, UserError) else str(error).lower()
+        if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
             return True
         error = error.__cause__
     return False
@@ -38,22 +40,18 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def too_little_memory(config: TrainConfig) -> str:
     """One sentence, which names the options that would help and are not in use yet."""
-    tasks = [config.for_task(name) for name in config.names]
-    new = [] if config.trains_adapter else ["--lora-rank 16"]
-    if not config.trains_adapter and "vision" not in config.frozen_parts:
-        new += ["--freeze vision"]
-    more = (
-        []
-        if all(task.gradient_accumulation_steps == task.prompts_per_step for task in tasks)
-        else ["a larger --gradient-accumulation-steps"]
-    )
-    less = ["--max-completion-length", "--num-generations"] if config.method != "sft" else []
-    smaller = f"smaller values of {', '.join([*less, '--prompts-per-step'])} or --max-pixels"
-    resumed = (
-        "--gradient-accumulation-steps and --eval-batch-size may be changed at --resume, the others need a new run"
-    )
-    tried = ", ".join([*new, *more, smaller])
-    return f"there is too little memory; try {tried} or, in an evaluation, a smaller --eval-batch-size; {resumed}"
+    tasks, frozen = [config.for_task(name) for name in config.names], config.frozen_parts
+    in_pieces = all(task.gradient_accumulation_steps == task.prompts_per_step for task in tasks)
+    smaller = [*(["--max-completion-length", "--num-generations"] * (config.method != "sft")), "--prompts-per-step"]
+    remedies = {
+        "--lora-rank 16": not config.trains_adapter and "language" not in frozen,
+        "--freeze vision": not config.trains_adapter and "vision" not in frozen,
+        "a larger --gradient-accumulation-steps": not in_pieces,
+        f"smaller values of {', '.join(smaller)} or --max-pixels": True,
+    }
+    tried = ", ".join(remedy for remedy, helps in remedies.items() if helps)
+    changed = "--gradient-accumulation-steps and --eval-batch-size may change at --resume, the others need a new run"
+    return f"there is too little memory; try {tried} or, in an evaluation, a smaller --eval-batch-size; {changed}"
 
 
 @contextmanager
