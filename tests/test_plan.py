@@ -261,6 +261,7 @@ def test_plan_of_an_adapter(tmp_path, capsys):
     """As a folder: rank 2 on the queries of 3 layers, 128 wide."""
     content = {"base_model_name_or_path": str(EMBEDDED), "r": 2, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    (tmp_path / "adapter_model.safetensors").touch()  # not read
     code, lines, _ = said(capsys, "--plan", "--model", tmp_path, "--device", "cpu", "--task", "vc")
     assert code == 0
     assert f" {704_128 + 3 * 2 * 256:,} parameters, {3 * 2 * 256:,} of them trained" in lines[0]
