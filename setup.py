@@ -65,7 +65,11 @@ setup(
     # mr1fast/kernels is a symlink to kernels/, so that the sources stand at the top level of the repository
     # while `import kernels` still finds Hugging Face's package of that name. csrc/ is for nvcc, at first use.
     package_dir={"mr1fast": "mr1fast", "mr1fast.kernels": "kernels", "mr1fast.csrc": "csrc"},
-    package_data={"": ["*.jinja"], "mr1fast": ["embedded/*", "options/presets/*", "py.typed"], "mr1fast.csrc": ["*"]},
+    package_data={
+        "": ["*.jinja"],
+        "mr1fast": ["embedded/*", "options/presets/*.yaml", "options/presets/*/*", "py.typed"],
+        "mr1fast.csrc": ["*"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOrWarn},
 )

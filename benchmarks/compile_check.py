@@ -63,8 +63,8 @@ def loss_call(
         ref_logps=per_token,
         is_ratio=optional,
         entropy_weight=torch.zeros(()) if full else None,
-        epsilon_low=per_token if settings_of_tokens else None,
-        epsilon_high=per_token if settings_of_tokens else None,
+        epsilons_low=per_token if settings_of_tokens else None,
+        epsilons_high=per_token if settings_of_tokens else None,
     )
     spec = spec or LossSpec(use_bias_correction_kl=full)
     return lambda: triton_loss.grpo_forward(logits, batch, spec, logits if gradient else None)

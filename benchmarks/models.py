@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import Qwen2VLConfig
 
+from mr1fast.options.preset import sizes_of
+
 PIXELS = 401_408  # R1-V's and the paper's largest image: 512 tokens
 TEXT: dict[str, Any] = {
     "hidden_size": 1536,
@@ -37,18 +39,7 @@ def config(text: dict[str, Any], vision: dict[str, Any], tied: bool = True) -> Q
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
 
 
-QWEN_2B = config({}, {})
-QWEN_7B = config(
-    {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    {},
-    tied=False,
-)
+QWEN_2B, QWEN_7B = (Qwen2VLConfig.from_pretrained(sizes_of(f"Qwen/Qwen2-VL-{size}-Instruct")) for size in ("2B", "7B"))
 
 
 def in_proportion(layers: int, vocabulary: int) -> Qwen2VLConfig:

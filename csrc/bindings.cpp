@@ -150,8 +150,9 @@ LossResult grpo_forward(
     const Tensor& logits, const Tensor& ids, const Tensor& token_weight, const Tensor& beta, const OptionalTensor& mask,
     const OptionalTensor& advantages, const OptionalTensor& rewards, int64_t num_generations,
     c10::string_view scale_rewards, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
-    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, const OptionalTensor& epsilon_low,
-    const OptionalTensor& epsilon_high, const OptionalTensor& /*cu_seqlens*/, at::IntArrayRef switches, at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
+    const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, const OptionalTensor& epsilons_low,
+    const OptionalTensor& epsilons_high, const OptionalTensor& /*cu_seqlens*/, at::IntArrayRef switches,
+    at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
   const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
   TORCH_CHECK_VALUE(advantages || rewards, "either advantages or rewards must be given");
   const Tensor advantage =
@@ -169,8 +170,8 @@ LossResult grpo_forward(
   objective.token_weight = view<const float>(token_weight, "token_weight", logits, at::kFloat);
   const Tensor betas = beta.dim() == 0 ? beta.expand({logits.size(0), logits.size(1)}) : beta;
   objective.beta = view<const float>(betas, "beta", logits, at::kFloat);
-  objective.epsilon_low = floats(epsilon_low, "epsilon_low", logits);
-  objective.epsilon_high = floats(epsilon_high, "epsilon_high", logits);
+  objective.epsilon_low = floats(epsilons_low, "epsilon_low", logits);
+  objective.epsilon_high = floats(epsilons_high, "epsilon_high", logits);
 
   Tensor loss = at::empty({}, at::kFloat), per_token = new_floats(logits), logps = new_floats(logits);
   Tensor entropies = new_floats(logits), kl = ref_logps ? new_floats(logits) : at::empty({0}, at::kFloat);
@@ -225,7 +226,7 @@ TORCH_LIBRARY(mr1fast_native, m) {
   m.def(
       "grpo_forward(Tensor logits, Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, "
       "Tensor? rewards, int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, "
-      "Tensor? is_ratio, Tensor? entropy_weight, Tensor? epsilon_low, Tensor? epsilon_high, "
+      "Tensor? is_ratio, Tensor? entropy_weight, Tensor? epsilons_low, Tensor? epsilons_high, "
       "Tensor? cu_seqlens, int[] switches, float[] numbers, float temperature, Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("score_forward(Tensor logits, Tensor ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def(

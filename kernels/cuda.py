@@ -189,8 +189,8 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
     call.strided("token_weight", "weight", batch.token_weight)
     call.contiguous(old_logps=batch.old_logps, ref_logps=batch.ref_logps)
     call.strided("beta", "beta", batch.beta.expand(batch.ids.shape))
-    call.strided("epsilon_low", "epsilon_low", batch.epsilon_low)
-    call.strided("epsilon_high", "epsilon_high", batch.epsilon_high)
+    call.strided("epsilon_low", "epsilon_low", batch.epsilons_low)
+    call.strided("epsilon_high", "epsilon_high", batch.epsilons_high)
     call.contiguous(entropy_weight=batch.entropy_weight)
     if batch.advantages is None:
         assert batch.rewards is not None

@@ -104,8 +104,8 @@ class LossBatch:
     ref_logps: Tensor | None = None  # [B, L]
     is_ratio: Tensor | None = None  # [B, L]
     entropy_weight: Tensor | None = None  # 0-d, entropy_coef / number of tokens
-    epsilon_low: Tensor | None = None  # [B, L]
-    epsilon_high: Tensor | None = None  # [B, L]
+    epsilons_low: Tensor | None = None  # [B, L]; None: the number in LossSpec, as for the next
+    epsilons_high: Tensor | None = None  # [B, L]
     cu_seqlens: Tensor | None = None  # [S + 1] where [B, L] is [1, T]: S packed completions
 
 
@@ -203,11 +203,11 @@ def _nowhere(like: Tensor) -> Tensor:
 
 def _of_tokens(spec: LossSpec, batch: LossBatch) -> LossSpec:
     """The spec with those settings as tensors [B, L] that the batch gives for each token."""
-    if batch.epsilon_low is None and batch.epsilon_high is None:
+    if batch.epsilons_low is None and batch.epsilons_high is None:
         return spec
     low, high = (
         torch.full_like(batch.token_weight, number) if tensor is None else tensor
-        for tensor, number in ((batch.epsilon_low, spec.epsilon_low), (batch.epsilon_high, spec.epsilon_high))
+        for tensor, number in ((batch.epsilons_low, spec.epsilon_low), (batch.epsilons_high, spec.epsilon_high))
     )
     return replace(spec, epsilon_low=low, epsilon_high=high)  # type: ignore[arg-type]
 

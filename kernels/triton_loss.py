@@ -202,7 +202,7 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
                 None if batch.ref_logps is None else batch.ref_logps.contiguous(),
                 *_strided(batch.is_ratio), *_strided(batch.token_weight),
                 batch.entropy_weight,
-                *_strided(batch.beta.expand(B, L)), *_strided(batch.epsilon_low), *_strided(batch.epsilon_high),
+                *_strided(batch.beta.expand(B, L)), *_strided(batch.epsilons_low), *_strided(batch.epsilons_high),
                 token_spec(spec), float(spec.temperature),
                 share, per_token_loss, logps, entropies, kl, is_low, is_high, coef,
                 SCALE_REWARDS=batch.scale_rewards if batch.advantages is None else "none",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
     from mr1fast.losses.logits import GRPOLoss, GRPOLossOutput, group_advantages, grpo_loss, token_logprobs
     from mr1fast.losses.logps import grpo_loss_from_logps, shift_packed
+    from mr1fast.losses.rollout import rollout_correction
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "kl_weight",
     "linear_grpo_loss",
     "linear_token_logprobs",
+    "rollout_correction",
     "shift_packed",
     "token_logprobs",
 ]
@@ -34,9 +36,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """torch is imported with the first loss function, so that the programs can reject a bad option at once."""
     if name in __all__:
-        from mr1fast.losses import hidden, logits, logps
+        from mr1fast.losses import hidden, logits, logps, rollout
 
-        return next(getattr(module, name) for module in (logits, hidden, logps) if hasattr(module, name))
+        return next(getattr(module, name) for module in (logits, hidden, logps, rollout) if hasattr(module, name))
     raise AttributeError(f"module 'mr1fast' has no attribute {name!r}")
 
 

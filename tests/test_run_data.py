@@ -189,7 +189,7 @@ def test_a_run_with_test_data(lists, capsys):
     assert "epochs" not in recorded
     assert output.count("greedy accuracy") == 2
     assert (lists / "run" / "samples.png").exists()
-    for more, says in (([], "has finished"), (["--epochs=0.5"], "recorded there as --max-steps 3; leave it out")):
+    for more, says in (([], "has finished"), (["--epochs=0.5"], "recorded there as --max-steps 3; give that instead")):
         assert main("--resume", lists / "run", *more) == 2
         assert says in capsys.readouterr().err
 

@@ -49,10 +49,15 @@ check_version(
             ["loss", "log_probs", "entropy", "aux_loss"],
         ),
         "trainer.utils.maybe_gather_lm_head_ctx": (getattr(trl_utils, "maybe_gather_lm_head_ctx", None), []),
+        "trainer.utils._ChunkedLogProbFunction": (
+            getattr(getattr(trl_utils, "_ChunkedLogProbFunction", None), "forward", None),
+            ["hidden", "weight", "bias", "targets", "temperature", "final_logit_softcapping", "logit_scale", "outputs"],
+        ),
     },
 )
 
 from mr1fast.integrations import trl_head  # noqa: E402 (after the version has been checked)
+from mr1fast.integrations.trl_head import ChunkedLogProbFunction as ChunkedLogProbFunction  # noqa: E402
 
 # What TRL passes from its batch to the model.
 _MODEL_INPUTS = (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl import kernels as trl_kernels
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from mr1fast.losses.hidden import linear_token_logprobs
@@ -86,3 +87,40 @@ def logit_scale(model: Any) -> float:
     if scaling is None:
         return 1.0
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+
+class ChunkedLogProbFunction:
+    """`linear_token_logprobs` in the place of `trl.kernels.ChunkedLogProbFunction`, the head of all of TRL's trainers.
+
+    >>> trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction
+
+    It is no autograd function of its own: `apply` calls ours. What our head does not have (soft-capping, and outputs
+    besides log-probabilities and entropies) goes to TRL's function.
+    """
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        """(log-probabilities, entropies, None, None, None), float32 [N]; the entropies None if not in `outputs`.
+
+        hidden: [N, H]; weight: [V, H]; bias: [V]; targets: [N]. `chunk_size` is for TRL's function: our blocks hold
+        whole rows.
+        """
+        if final_logit_softcapping is not None or logit_scale <= 0 or not set(outputs) <= {"log_probs", "entropy"}:
+            rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+            return trl_kernels.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *rest)
+        if weight.dtype != torch.float32 and not torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+        logps, entropies = linear_token_logprobs(
+            hidden, weight, targets, lm_head_bias=bias, temperature=temperature / logit_scale, entropy=True
+        )
+        return logps, entropies if "entropy" in outputs else None, None, None, None

@@ -114,8 +114,8 @@ def loss_call(
         token_weight=_token_weight(ids, mask, dtype, layout, options),
         entropy_weight=_entropy_weight(ids, mask, dtype, options),
         beta=_beta(options, layout, dtype),
-        epsilon_low=epsilon("epsilon_low"),
-        epsilon_high=epsilon("epsilon_high"),
+        epsilons_low=epsilon("epsilon_low"),
+        epsilons_high=epsilon("epsilon_high"),
         cu_seqlens=layout.cu_seqlens,
     )
 

@@ -18,6 +18,13 @@ def preset_file(name: str) -> Path:
     return FOLDER / f"{name}.yaml"
 
 
+def sizes_of(model: str) -> Path | None:
+    """A folder with the config.json of a model that a preset names, None for others: a plan then needs no network."""
+    folder = FOLDER / model.rpartition("/")[2]
+    named = model.startswith("Qwen/") and not Path(model).exists()
+    return folder if named and (folder / "config.json").exists() else None
+
+
 def beneath(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What is left of a preset beneath other options: those that they exclude are theirs to set."""
     method = given.get("method", preset["method"])

@@ -161,11 +161,9 @@ def _resumed_config(request: Request, config: TrainConfig) -> TrainConfig:
         if changeable or FIELDS[name].metadata["machine"]:
             continue
         if canonical(name, value) != recorded.get(name):
-            if name == "epochs":
-                raise UserError("--resume has the number of steps, not of epochs; --max-steps changes it")
             differs = f"{option_string(name)} was {recorded.get(name, 'not set')} there, but is {value} now"
             if name == "epochs":
-                differs = f"--epochs is recorded there as --max-steps {recorded.get('max_steps')}; leave it out"
+                differs = f"--epochs is recorded there as --max-steps {recorded.get('max_steps')}; give that instead"
             raise UserError(f"--resume continues with the run's own options: {differs}")
     if isinstance(steps := given.get("max_steps"), Mapping):
         given["max_steps"] = {name: config.for_task(name).max_steps for name in config.names} | dict(steps)

@@ -12,6 +12,7 @@ from pathlib import Path
 from mr1fast.errors import UserError
 from mr1fast.model import load as models
 from mr1fast.options.config import TrainConfig
+from mr1fast.options.preset import sizes_of
 from mr1fast.training.device_memory import NO_LIMIT, free_memory, usable_memory
 from mr1fast.training.plan import CATEGORIES, GIB, Plan, StepShape, plan_for, remedy
 
@@ -78,7 +79,7 @@ def report(options: TrainConfig, gigabytes: int | None = None) -> tuple[str, boo
     device = device_of(options, gigabytes)
     path = models.EMBEDDED if options.model is None else options.model
     try:
-        shapes = list(shapes_of(options, path, device))
+        shapes = list(shapes_of(options, sizes_of(str(path)) or path, device))
     except UserError as error:
         enough = "" if Path(path).exists() else "; for --plan, a folder with its config.json is enough"
         raise UserError(f"{error}{enough}") from error
