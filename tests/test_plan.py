@@ -18,6 +18,7 @@ from mr1fast.kernels import dispatch, linear
 from mr1fast.model import load as models
 from mr1fast.model.load import EMBEDDED
 from mr1fast.options.config import TrainConfig
+from mr1fast.options.preset import sizes_of
 from mr1fast.training import device_memory, plan_run, plan_step, setup
 from mr1fast.training import plan as plan_module
 from mr1fast.training import trainer as trainer_module
@@ -88,6 +89,13 @@ def test_plan_is_what_a_true_step_allocates(changes, one_thread, monkeypatch):
 def test_parameters_of_the_papers_models(model, parameters):
     built, _ = plan_step.build_models(dataclasses.replace(shape(method="sft"), model=model), "meta")
     assert sum(weight.numel() for weight in built.parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", ["2B", "7B"])
+def test_largest_image_of_the_papers_models(size):
+    """As published: 16,384 tokens, unless --max-pixels says less."""
+    folder = sizes_of(f"Qwen/Qwen2-VL-{size}-Instruct")
+    assert models.most_pixels(folder) == 16_384 * 28**2
 
 
 def test_bytes_of_each_category(planned):
