@@ -9,8 +9,9 @@ Signatures, defaults and return values are Liger's, and so are the numbers, exce
 - A log-ratio beyond 80 saturates here and overflows there (see `mr1fast.grpo_loss`).
 - `luspo` in LigerFusedLinearGRPOLoss: Liger's sum has the loss of masked positions in it, and here it has not.
 
-`luspo` divides by B * L, padding included, as Liger does; `mr1fast.grpo_loss` and TRL average over completions. `vespo` reads the logits twice, as its weight is known only once all of a completion is scored; together
-with `use_bias_correction_kl` it raises.
+`luspo` divides by B * L, padding included, as Liger does; `mr1fast.grpo_loss` and TRL average over completions. `vespo`
+reads the logits twice, as its weight is known only once all of a completion is scored; together with
+`use_bias_correction_kl` it raises.
 """
 
 from __future__ import annotations
