@@ -16,6 +16,7 @@ import torch
 GROUPS = {
     "loss": ("benchmarks.cases_loss", "the loss head from logits, on the CPU"),
     "linear": ("benchmarks.cases_linear", "the loss from hidden states and the lm_head's weight"),
+    "packed": ("benchmarks.cases_packed", "what padding costs: completions of unequal length, packed and padded"),
     "step": ("benchmarks.cases_step", "an update of the trainer on the CPU: its memory, with logits and without"),
     "gpu": ("benchmarks.cases_gpu", "the loss head from logits, on a CUDA device: Qwen2-VL's, in bfloat16"),
     "shapes": ("benchmarks.cases_gpu", "the same in float32 and with other vocabularies"),

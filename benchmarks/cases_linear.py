@@ -139,8 +139,8 @@ def peer_cases(flops: float, mine: str, compiled: bool) -> tuple[Case, ...]:
     )
 
 
-def gpu_peer_cases(flops: float, mine: str) -> tuple[Case, ...]:
-    """`late` are those that compile or try many settings at their first call."""
+def head_peer_cases(flops: float, mine: str) -> tuple[Case, ...]:
+    """Heads of others, each with the objective behind it."""
     return (
         case("Liger scaled cross-entropy", partial(peers.liger_scaled_cross_entropy, entropy=False), flops, mine),
         case(
@@ -148,6 +148,13 @@ def gpu_peer_cases(flops: float, mine: str) -> tuple[Case, ...]:
         ),
         case("torch linear_cross_entropy", peers.torch_linear_cross_entropy, flops, mine),
         case("torch linear_cross_entropy, cross-entropy only", peers.torch_cross_entropy_only, flops, mine),
+        case("Unsloth fused_linear_logprobs", peers.unsloth, flops, mine),
+    )
+
+
+def gpu_peer_cases(flops: float, mine: str) -> tuple[Case, ...]:
+    """Those that compile or try many settings at their first call."""
+    return (
         case("quack, cross-entropy only", peers.quack, flops, mine, late=True),
         case("cut-cross-entropy", peers.cut_cross_entropy, flops, mine, late=True),
     )
@@ -166,7 +173,8 @@ def cpu_scene(B: int, L: int, H: int, V: int, dtype: torch.dtype, everything: bo
     flops = 6.0 * B * L * H * V
     cases = our_cases(flops, "cpp")
     if everything:
-        cases += saving_cases(flops, "cpp") + peer_cases(flops, "mr1fast cpp", True) + logits_cases(flops, "cpp")
+        cases += saving_cases(flops, "cpp") + peer_cases(flops, "mr1fast cpp", True)
+        cases += head_peer_cases(flops, "mr1fast cpp") + logits_cases(flops, "cpp")
     return _scene((B, L, H, V), dtype, cases, "cpu")
 
 
@@ -177,6 +185,7 @@ def gpu_scene(B: int, L: int, H: int, V: int, compiled: bool, device: str) -> Sc
         *our_cases(flops, "cuda"),
         case("mr1fast triton", partial(ours, backend="triton"), flops, mine),
         *peer_cases(flops, mine, compiled),
+        *head_peer_cases(flops, mine),
         *gpu_peer_cases(flops, mine),
         *saving_cases(flops, "cuda"),
         *logits_cases(flops, "cuda"),

@@ -23,6 +23,7 @@ class Inputs:
     advantages: Tensor  # [B]
     keywords: dict[str, Any]
     batch: LossBatch
+    mask: Tensor  # [B, L], all ones unless cases_packed.py sets it
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -47,4 +48,4 @@ def make_inputs(B: int, L: int, H: int, V: int, dtype: torch.dtype, device: str)
         "beta": BETA,
     }
     batch = loss_batch(ids, advantages, keywords["old_per_token_logps"], keywords["ref_per_token_logps"])
-    return Inputs(hidden, weight, ids, advantages, keywords, batch)
+    return Inputs(hidden, weight, ids, advantages, keywords, batch, torch.ones_like(ids, dtype=torch.bool))

@@ -45,12 +45,29 @@ def trl_chunked(x: Inputs) -> Call:
     return Call(run, x.clear)
 
 
+def trl_unmasked(x: Inputs) -> Call:
+    """The same on the unmasked rows only, as TRL's forward selects them on a GPU."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def padded(values: Tensor) -> Tensor:
+        return values.new_zeros(x.mask.shape).masked_scatter(x.mask, values)
+
+    def run() -> None:
+        rows = (x.hidden[x.mask], x.weight, None, x.ids[x.mask])
+        options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+        logps, entropies, *_ = ChunkedLogProbFunction.apply(*rows, *options)
+        loss_of(padded(logps), padded(entropies).detach(), x.batch).backward()
+
+    return Call(run, x.clear)
+
+
 def liger(x: Inputs, compiled: bool) -> Call:
     """Chunks of one completion, its default."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(beta=BETA, compiled=compiled, loss_type="grpo", use_ref_model=True)
-    mask = torch.ones_like(x.ids)
+    mask = x.mask.to(x.ids.dtype)
 
     def run() -> None:
         output = loss(
@@ -101,6 +118,16 @@ def _torch_cross_entropy(x: Inputs, reduction: str) -> Callable[[], Tensor]:
     return lambda: nn.functional.linear_cross_entropy(
         x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), reduction=reduction, options=options
     )
+
+
+def unsloth(x: Inputs) -> Call:
+    from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+
+    def run() -> None:
+        logps, entropies = fused_linear_logprobs(x.hidden, x.weight, x.ids, return_entropy=True)
+        loss_of(logps, entropies.detach(), x.batch).backward()
+
+    return Call(run, x.clear)
 
 
 def cut_cross_entropy(x: Inputs) -> Call:

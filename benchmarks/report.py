@@ -23,7 +23,7 @@ Row = dict[str, Any]
 MEASURED = ["group", "shape", "dtype", "case", "pages", "median_ms", "best_ms", "call_ms", "calls", "rate", "unit"]
 MEASURED += ["limit", "of_limit", "of_memcpy", "best_of_memcpy", "ratio", "best_ratio", "against", "peak_extra_mib"]
 MEASURED += ["note"]
-PACKAGES = ["triton", "trl", "liger-kernel", "quack-kernels", "fla-core", "cut-cross-entropy"]
+PACKAGES = ["triton", "trl", "liger-kernel", "quack-kernels", "fla-core", "cut-cross-entropy", "unsloth-zoo"]
 ENVIRONMENT = ["device", "threads", "clock", "commit", "date", "python", "torch", *PACKAGES]
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import cases_gpu, cases_loss, linear_peers
+from benchmarks import cases_gpu, cases_loss, cases_packed, linear_peers
 from benchmarks.cases_linear import ours
 from benchmarks.linear_inputs import make_inputs
 
@@ -35,6 +35,8 @@ GRPO = {
     "Liger scaled, entropy": partial(linear_peers.liger_scaled_cross_entropy, entropy=True),
     "torch": linear_peers.torch_linear_cross_entropy,
     "cut-cross-entropy": linear_peers.cut_cross_entropy,
+    "TRL, unmasked rows": linear_peers.trl_unmasked,
+    "Unsloth": linear_peers.unsloth,
 }
 CROSS_ENTROPY = {"torch": linear_peers.torch_cross_entropy_only, "quack": linear_peers.quack}
 
@@ -69,6 +71,14 @@ def stand_ins(monkeypatch):
         kl = (ref_logp - logps).exp() - (ref_logp - logps) - 1
         return beta * kl - (logps - logps.detach()).exp() * advantages[:, None]
 
+    def fused_linear_logprobs(  # unsloth-zoo 2026.10.9
+        hidden, weight, targets, *, bias=None, mask=None, temperature=1.0, return_entropy=False, rows_per_chunk=None
+    ):
+        log_probs = (hidden @ weight.T).log_softmax(-1)
+        logps = log_probs.gather(-1, targets[..., None])[..., 0]
+        return (logps, -(log_probs.exp() * log_probs).sum(-1)) if return_entropy else logps
+
+    stand_in("unsloth_zoo.fused_losses.fused_linear", fused_linear_logprobs)
     stand_in("cut_cross_entropy", linear_cross_entropy)
     stand_in("quack.linear_cross_entropy", chunked_linear_cross_entropy)
     stand_in("fla.modules.grpo", fused_grpo_loss)
@@ -91,6 +101,43 @@ def test_an_old_torch_is_named(monkeypatch):
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
     with pytest.raises(RuntimeError, match=r"it came with torch 2\.13, this is"):
         linear_peers.torch_linear_cross_entropy(None)
+
+
+# ---- packed ---------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_like_those_of_rollouts():
+    lengths = cases_packed.lengths_of(16, 192).float()
+    assert lengths.max() == 192
+    assert lengths.mean() / 192 == pytest.approx(1 / 3, abs=0.01)
+    logarithms = lengths.log()
+    assert logarithms.mean().item() == pytest.approx(logarithms.quantile(0.5).item(), abs=0.02)  # symmetric
+
+
+def test_every_packed_case_has_the_gradient_of_the_padded_loss():
+    """All but the limit, which has more tokens."""
+    for scene in cases_packed.scenes(quick=True):
+        x = scene.inputs()
+        mask = x.layout.mask
+        padded = x.padded
+        found = {}
+        for case in scene.cases:
+            call = case.prepare(x)
+            call.reset()
+            call.run()
+            if isinstance(x, cases_packed.HiddenInputs):
+                hidden = x.rows.grad if x.rows.grad is not None else padded.hidden.grad[mask]
+                found[case.name] = hidden, padded.weight.grad
+            elif "eager" not in case.name:  # which has its gradient elsewhere
+                rows = x.rows if "packed" in case.name else padded.logits[mask]
+                found[case.name] = (rows.clone(),)
+            call.reset()
+        tolerance = 1e-4 if scene.dtype == "float32" else 0.03
+        wanted = found.pop("mr1fast cpp, padded")
+        assert not torch.allclose(found.pop(cases_packed.FULL)[0], wanted[0], rtol=0.1)
+        for name, gradients in found.items():
+            for got, want in zip(gradients, wanted, strict=True):
+                assert (got - want).norm() <= tolerance * want.norm(), (scene.title, name)
 
 
 # ---- from logits ----------------------------------------------------------------------------------------------------

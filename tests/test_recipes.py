@@ -118,25 +118,49 @@ def average_loss(values, mask, mode):
 
 @pytest.mark.parametrize("is_global", [False, True])
 @pytest.mark.parametrize("token_level", [False, True])
-@pytest.mark.parametrize(("kind", "dual"), [("ppo", None), ("ppo", DUAL), ("gspo", None)])
-def test_openrlhf(recipe, batch, kind, dual, token_level, is_global):
+@pytest.mark.parametrize(
+    ("kind", "dual", "correction"),
+    [
+        ("ppo", None, None),
+        ("ppo", DUAL, None),
+        ("gspo", None, None),
+        ("ppo", DUAL, ("token", "clip", "ratio")),
+        ("ppo", None, ("token", "mask", "ratio")),
+        ("ppo", None, ("seq", "mask", "ratio")),
+    ],
+)
+def test_openrlhf(recipe, batch, kind, dual, correction, token_level, is_global):
     class PolicyLoss(nn.Module):
         def __init__(self):
             super().__init__()
             self.clip_eps_low, self.clip_eps_high, self.dual_clip = LOW, HIGH, dual
-            self.policy_loss_type, self.token_level_loss, self.is_correction_level = kind, token_level, "off"
+            self.policy_loss_type, self.token_level_loss = kind, token_level
+            self.is_correction_level, self.is_correction_mode, self.is_correction_gating = correction or ("off",) * 3
+            self.is_correction_threshold = [0.5, 1.5]
 
     actor = {"log_probs_from_logits": None}
     models = {"openrlhf.models": {"PolicyLoss": PolicyLoss}, "openrlhf.models.actor": actor}
     recipe("OpenRLHF", {**models, "openrlhf.models.utils": {"masked_mean": masked_mean}})
     batch.mask[1] = False  # not a completion to OpenRLHF
     counts = {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 9} if is_global else {}
-    loss, clip_ratio, ppo_kl, *_ = PolicyLoss()(batch.logps, batch.old, batch.advantages, batch.mask, **counts)
+    rollout = batch.old + 0.5 * torch.randn_like(batch.old)
+    call = (batch.logps, batch.old, batch.advantages, batch.mask, rollout)
+    loss, clip_ratio, ppo_kl, vllm_kl, cut = PolicyLoss()(*call, **counts)
 
     has_tokens = batch.mask.any(1)
     part = SimpleNamespace(**{name: value[has_tokens] for name, value in vars(batch).items()})
     ratio = sequence_ratio(part) if kind == "gspo" else (part.logps - part.old).exp()
     per_token = clipped(ratio, part.advantages, dual) * part.mask
+    if correction:
+        weight = (part.old - rollout[has_tokens]).exp()
+        mean = masked_mean(weight.log(), part.mask, 1).exp()[:, None].expand_as(weight)
+        statistic = mean if correction[0] == "seq" else weight
+        kept = (statistic >= 0.5) & (statistic <= 1.5)
+        assert (kept & part.mask).any()
+        assert (~kept & part.mask).any() or correction[0] == "seq"
+        per_token = per_token * (weight.clamp(0.5, 1.5) if correction[1] == "clip" else weight * kept)
+        assert cut.item() == pytest.approx(masked_mean((~kept).double(), part.mask).item())
+        assert vllm_kl.item() == pytest.approx(masked_mean(rollout - batch.old, batch.mask).item())
     if token_level:
         wanted = per_token.sum() / (31 / 2 if is_global else part.mask.sum())
     else:
@@ -149,10 +173,10 @@ def test_openrlhf(recipe, batch, kind, dual, token_level, is_global):
     labels = torch.randint(5, (2, 3))
     scored = sys.modules["openrlhf.models.actor"].log_probs_from_logits(logits, labels, temperature=0.7)
     torch.testing.assert_close(scored, (logits / 0.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0])
-    corrected = PolicyLoss()
-    corrected.is_correction_level = "token"
-    with pytest.raises(ValueError, match="is_correction_level must be off"):
-        corrected(batch.logps, batch.old, batch.advantages, batch.mask)
+    gated = PolicyLoss()
+    gated.is_correction_level, gated.is_correction_gating = "token", "tv"
+    with pytest.raises(ValueError, match="is_correction_gating must be ratio"):
+        gated(*call)
 
 
 @pytest.mark.parametrize("mode", ["token", "seq"])
