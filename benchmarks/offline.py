@@ -130,11 +130,13 @@ def _tile_bytes(ttir: str, threads: int) -> int:
 
 
 def _shuffles_in_loops(ptx: str) -> int:
-    """Shuffles between a label and a later jump back to it."""
+    """Shuffles in the walk over a row: between a label and a later jump back to it, beside loads of 16 bytes."""
     lines = ptx.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\S+):", line))}
     inside: set[int] = set()
     for i, line in enumerate(lines):
-        if (jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(jump[1], i) < i:
-            inside.update(range(labels[jump[1]], i))
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
+        start = labels.get(jump[1], i) if jump else i
+        if any(width >= 16 for width in _load_widths("\n".join(lines[start:i]))):
+            inside.update(range(start, i))
     return sum("shfl.sync" in lines[i] for i in inside)

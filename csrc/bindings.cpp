@@ -168,8 +168,11 @@ LossResult grpo_forward(
   objective.ref_logps = floats(ref_logps, "ref_per_token_logps", logits);
   objective.is_ratio = floats(is_ratio, "importance_sampling_ratio", logits);
   objective.token_weight = view<const float>(token_weight, "token_weight", logits, at::kFloat);
-  const Tensor betas = beta.dim() == 0 ? beta.expand({logits.size(0), logits.size(1)}) : beta;
-  objective.beta = view<const float>(betas, "beta", logits, at::kFloat);
+  if (beta.dim() == 0) {  // strides 0
+    objective.beta.data = beta.const_data_ptr<float>();
+  } else {
+    objective.beta = view<const float>(beta, "beta", logits, at::kFloat);
+  }
   objective.epsilon_low = floats(epsilons_low, "epsilon_low", logits);
   objective.epsilon_high = floats(epsilons_high, "epsilon_high", logits);
 

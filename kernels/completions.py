@@ -40,12 +40,13 @@ class Completions(NamedTuple):
 
     def spread(self, values: Tensor) -> Tensor:
         """Values [size], one for each completion, in a shape that broadcasts to [B, L]."""
-        return values[:, None] if self.of_token is None else values[self.of_token]
+        return values.unsqueeze(1) if self.of_token is None else values[self.of_token]
 
     def tokens(self, mask: Tensor | None) -> Tensor | int:
         """How many tokens of its completion count, at least 1, for each token: broadcasts to [B, L]."""
         if mask is not None:
-            return self.spread(self.sums(mask).clamp_(min=1))
+            counts = mask.sum(1, keepdim=True) if self.of_token is None else self.spread(self.sums(mask))
+            return counts.clamp_(min=1)
         if self.of_token is None:
             return max(self.length, 1)
         return self.spread(self.sums(torch.ones_like(self.of_token)))

@@ -32,7 +32,8 @@ def token_count(ids: Tensor, mask: Tensor | None) -> Tensor | int:
 
 def completion_tokens(tokens: Tokens) -> Tensor | float:
     """The mean over a completion's tokens, then over completions."""
-    return tokens.completions.tokens(tokens.mask) * completions(tokens)
+    counts, many = tokens.completions.tokens(tokens.mask), completions(tokens)
+    return counts.mul_(many) if isinstance(counts, Tensor) and isinstance(many, int) else counts * many
 
 
 def completions(tokens: Tokens) -> Tensor | float:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mr1fast.losses.logits import GRPOLoss, GRPOLossOutput, group_advantages, grpo_loss, token_logprobs
     from mr1fast.losses.logps import grpo_loss_from_logps, shift_packed
     from mr1fast.losses.rollout import rollout_correction
+    from mr1fast.losses.vespo import vespo_weights
 
 __version__ = "0.1.0"
 
@@ -30,15 +31,17 @@ __all__ = [
     "rollout_correction",
     "shift_packed",
     "token_logprobs",
+    "vespo_weights",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """torch is imported with the first loss function, so that the programs can reject a bad option at once."""
     if name in __all__:
-        from mr1fast.losses import hidden, logits, logps, rollout
+        from mr1fast.losses import hidden, logits, logps, rollout, vespo
 
-        return next(getattr(module, name) for module in (logits, hidden, logps, rollout) if hasattr(module, name))
+        modules = (logits, hidden, logps, rollout, vespo)
+        return next(getattr(module, name) for module in modules if hasattr(module, name))
     raise AttributeError(f"module 'mr1fast' has no attribute {name!r}")
 
 

@@ -16,6 +16,7 @@ SETTINGS = {
     "beta 0": {"beta": 0.0},
     "entropy": {"beta": 0.0, "entropy_coef": 0.05},
     "delta": {"beta": 0.04, "delta": 1.1, "use_bias_correction_kl": True},
+    "scale": {"beta": 0.04, "logit_scale": 2.5},
     "bnpo": {"beta": 0.04, "loss_type": "bnpo", "temperature": 0.8},
     "dr_grpo": {"beta": 0.04, "loss_type": "dr_grpo", "max_completion_length": 9},
     "dapo": {"beta": 0.04, "loss_type": "dapo", "num_items_in_batch": 17, "epsilon_high": 0.28},

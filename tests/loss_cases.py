@@ -53,6 +53,7 @@ OPTIONS = {
     "epsilon_per_token": lambda batch: {"beta": 0.1, "epsilon_low": _per_token(batch, 0.4)},
     "token_weight": lambda batch: {"beta": 0.1, "token_weight": _per_token(batch, 2.0), "entropy_coef": 0.1},
     "is_ratio_vector": lambda batch: {"importance_sampling_ratio": torch.linspace(0.5, 2, len(batch["logits"]))},
+    "logit_scale": lambda batch: {"beta": 0.1, "logit_scale": 0.25, "temperature": 0.7},
     "num_sequences": lambda batch: {"beta": 0.1, "num_sequences": 9},
     "num_sequences_tensor": lambda batch: {"num_sequences": torch.tensor(3.5)},
     "sum": lambda batch: {"beta": 0.1, "reduction": "sum", "entropy_coef": 0.1},

@@ -74,6 +74,7 @@ def oracle(
     max_completion_length=None,
     num_items_in_batch=None,
     temperature=1.0,
+    logit_scale=1.0,
     reduction="mean",
     kl_estimator="k3",
     kl_clamp=math.inf,
@@ -101,7 +102,7 @@ def oracle(
 
     for b in range(B):
         for t in used[b]:
-            logps[b][t], entropies[b][t] = _token(logits[b, t], int(ids[b, t]), temperature)
+            logps[b][t], entropies[b][t] = _token(logit_scale * logits[b, t], int(ids[b, t]), temperature)
         log_ratios = {}
         for t in used[b]:
             old = logps[b][t].detach() if old_per_token_logps is None else old_per_token_logps[b, t].double()

@@ -53,6 +53,7 @@ BAD = [
     ("max_completion_length", 0, "max_completion_length"),
     ("num_items_in_batch", -1, "num_items_in_batch"),
     ("temperature", 0.0, "temperature must be .* > 0"),
+    ("logit_scale", 0.0, "logit_scale must be .* > 0"),
     ("reduction", "max", "reduction must be one of mean, sum, none"),
     ("kl_estimator", "k4", "kl_estimator must be one of k1, abs, k2, k3, low_var_kl, got 'k4'"),
     ("kl_clamp", 0.0, "kl_clamp must be a finite number > 0"),

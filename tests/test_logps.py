@@ -16,9 +16,8 @@ def from_logits(logits, batch, **settings):
     """The loss of log-probabilities and entropies that come from the logits, with NaN where they are masked."""
     arguments = without_logits(batch) | settings
     ids, mask = arguments.pop("completion_ids"), arguments["completion_mask"]
-    logps, entropies = token_logprobs(
-        logits, ids, mask=mask, temperature=settings.get("temperature", 1.0), entropy=True, backend="torch"
-    )
+    made = {name: settings.get(name, 1.0) for name in ("temperature", "logit_scale")}
+    logps, entropies = token_logprobs(logits, ids, mask=mask, entropy=True, backend="torch", **made)
     if mask is not None:
         logps, entropies = logps.masked_fill(~mask, torch.nan), entropies.masked_fill(~mask, torch.nan)
     return grpo_loss_from_logps(logps, entropies=entropies, **arguments)
@@ -39,9 +38,7 @@ def test_against_the_oracle(option, loss_type, level, is_packed):
     exact = oracle(logits, ids, **({"advantages": advantages} | others | settings))
     if is_packed:
         out = from_logits(logits[select], flat, **packed(settings, select))
-        exact = packed({name: value for name, value in exact.items() if name != "loss"}, select) | {
-            "loss": exact["loss"]
-        }
+        exact = {name: value[select] if value is not None and value.dim() else value for name, value in exact.items()}
     else:
         out = from_logits(logits, batch, **settings)
     for name, wanted in exact.items():
@@ -49,8 +46,8 @@ def test_against_the_oracle(option, loss_type, level, is_packed):
             torch.testing.assert_close(getattr(out, name), wanted, rtol=1e-6, atol=1e-7)
         else:
             assert wanted is getattr(out, name) is None or torch.equal(wanted, getattr(out, name))
-    (wanted,) = torch.autograd.grad(exact["loss"], logits)
-    (actual,) = torch.autograd.grad(out.loss, logits)
+    (wanted,) = torch.autograd.grad(exact["loss"].sum(), logits)
+    (actual,) = torch.autograd.grad(out.loss.sum(), logits)
     torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-9)
 
 

@@ -18,6 +18,7 @@ from mr1fast.kernels import dispatch, linear
 from mr1fast.model import load as models
 from mr1fast.model.load import EMBEDDED
 from mr1fast.options.config import TrainConfig
+from mr1fast.options.preset import sizes_of
 from mr1fast.training import device_memory, plan_run, plan_step, setup
 from mr1fast.training import plan as plan_module
 from mr1fast.training import trainer as trainer_module
@@ -88,6 +89,13 @@ def test_plan_is_what_a_true_step_allocates(changes, one_thread, monkeypatch):
 def test_parameters_of_the_papers_models(model, parameters):
     built, _ = plan_step.build_models(dataclasses.replace(shape(method="sft"), model=model), "meta")
     assert sum(weight.numel() for weight in built.parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", ["2B", "7B"])
+def test_largest_image_of_the_papers_models(size):
+    """As published: 16,384 tokens, unless --max-pixels says less."""
+    folder = sizes_of(f"Qwen/Qwen2-VL-{size}-Instruct")
+    assert models.most_pixels(folder) == 16_384 * 28**2
 
 
 def test_bytes_of_each_category(planned):
@@ -261,6 +269,7 @@ def test_plan_of_an_adapter(tmp_path, capsys):
     """As a folder: rank 2 on the queries of 3 layers, 128 wide."""
     content = {"base_model_name_or_path": str(EMBEDDED), "r": 2, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    (tmp_path / "adapter_model.safetensors").touch()  # not read
     code, lines, _ = said(capsys, "--plan", "--model", tmp_path, "--device", "cpu", "--task", "vc")
     assert code == 0
     assert f" {704_128 + 3 * 2 * 256:,} parameters, {3 * 2 * 256:,} of them trained" in lines[0]

@@ -248,7 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.liger and options.loss_type == ["luspo"]:
-        parser.error("--liger cannot compare luspo, which Liger defines differently: see mr1fast.integrations.liger")
+        parser.error(
+            "--liger cannot compare luspo, in which Liger counts masked tokens: see mr1fast.integrations.liger"
+        )
     checks: dict[str, Callable[[], list[Row]]] = {
         "TRL": lambda: check_trl(options.steps, options.loss_type or ["grpo"]),
         "Liger": lambda: check_liger(options.loss_type or LOSS_TYPES),
@@ -264,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             why = missing_package(error, "integrations")
             if library == "verl":  # it is in no extra of ours: its requirements include an engine for a GPU
-                why = f"the package {error.name!r} is not installed for {sys.executable}; see verl's documentation"
+                package = str(error.name).partition(".")[0]
+                why = f"the package {package!r} is not installed for {sys.executable}; see verl's documentation"
             print(f"error: --{library.lower()}: {why}", file=sys.stderr)
             return 2
         print(table(rows, library))

@@ -5,13 +5,13 @@
 
 Signatures, defaults and return values are Liger's, and so are the numbers, except where Liger departs from the method:
 
-- `luspo`: Liger multiplies each token's loss by the completion's length and averages over all B * L positions, so that
-  the loss of a completion depends on how much padding the batch holds. Here, as in TRL 1.16, the loss is the sum over a
-  completion's tokens, averaged over completions.
 - `delta` below `1 + eps_high`: Liger counts clipping before that bound, TRL and mr1fast after it.
 - A log-ratio beyond 80 saturates here and overflows there (see `mr1fast.grpo_loss`).
+- `luspo` in LigerFusedLinearGRPOLoss: Liger's sum has the loss of masked positions in it, and here it has not.
 
-`loss_type="vespo"` raises: its weight is one detached number per completion, which no fused kernel here computes.
+`luspo` divides by B * L, padding included, as Liger does; `mr1fast.grpo_loss` and TRL average over completions. `vespo`
+reads the logits twice, as its weight is known only once all of a completion is scored; together with
+`use_bias_correction_kl` it raises.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mr1fast.kernels.reference import LOSS_TYPES
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.layout import floating
 from mr1fast.losses.logits import GRPOLossOutput, grpo_loss, token_logprobs
+from mr1fast.losses.vespo import vespo_weights
 
 
 def triton_grpo_loss(
@@ -74,15 +75,20 @@ def triton_grpo_loss(
         Without: (per-token loss, per-token KL or None where beta is 0, is_clipped), float32 [B, L], 0 where masked.
 
     Raises:
-        ValueError: a bad argument, by name; "vespo" (see the module).
+        ValueError: a bad argument, by name.
     """
-    _refuse_unsupported(loss_type, importance_sampling_level, delta)
+    _refuse_unsupported(loss_type, importance_sampling_level, delta, use_bias_correction_kl)
     floating("logits", logits, "[B, L+1, V]")
     B, L = completion_ids.shape
     if logits.shape[:2] != (B, L + 1):
         raise ValueError(f"logits must be [B, L+1, V] with B = {B} and L = {L}, got {list(logits.shape)}")
     mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
     no_kl = not isinstance(beta, Tensor) and beta == 0
+    if loss_type == "vespo":
+        logps = fused_selective_log_softmax(logits, completion_ids, temperature, mask)
+        k_and_lambda = (vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
+        vllm_is_ratio = _vespo_weights(logps, old_logp, advantages, mask, vllm_is_ratio, k_and_lambda)
+        loss_type, old_logp, eps_high = _VESPO_AS
 
     # The unused last position becomes a masked one: slicing it off would make autograd copy the gradient of all logits.
     out = grpo_loss(
@@ -102,6 +108,7 @@ def triton_grpo_loss(
         importance_sampling_ratio=_one_more(_per_completion(vllm_is_ratio)),
         sapo_temperature_pos=sapo_temperature_pos,
         sapo_temperature_neg=sapo_temperature_neg,
+        token_weight=_one_more(_padding_weight(mask)) if loss_type == "luspo" and reduce else None,
         max_completion_length=L if max_completion_length is None else max_completion_length,
         num_items_in_batch=_normaliser(loss_type, mask, num_items_in_batch),
         temperature=temperature,
@@ -130,7 +137,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     """`mr1fast.linear_grpo_loss` in the shape of `liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`.
 
     `compiled` and `chunk_size` are accepted and have no effect: nothing here is compiled, and the rows of a block are
-    chosen by their size in bytes. Raises ValueError for settings that are not computed ("vespo", see the module).
+    chosen by their size in bytes. Raises ValueError for a bad setting, by name.
     """
 
     def __init__(
@@ -155,7 +162,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_lambda_neg: float = 2.0,
     ):
         super().__init__()
-        _refuse_unsupported(loss_type, importance_sampling_level, None)
+        _refuse_unsupported(loss_type, importance_sampling_level, None, use_bias_correction_kl)
         positive = {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg}
         for name, value in {**positive, "delta": delta}.items():
             if value is not None and value <= 0:
@@ -220,6 +227,22 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                     temperature=self.temperature,
                     mask=attention_mask,
                 )
+        loss_type, epsilon_high = self.loss_type, self.epsilon_high
+        if loss_type == "vespo":
+            with torch.no_grad():
+                logps: Any = linear_token_logprobs(
+                    _input,
+                    lin_weight,
+                    selected_token_ids,
+                    lm_head_bias=bias,
+                    temperature=self.temperature,
+                    mask=attention_mask,
+                )
+            k_and_lambda = (self.vespo_k_pos, self.vespo_lambda_pos, self.vespo_k_neg, self.vespo_lambda_neg)
+            vllm_is_ratio = _vespo_weights(
+                logps, old_per_token_logps, advantages, attention_mask, vllm_is_ratio, k_and_lambda
+            )
+            loss_type, old_per_token_logps, epsilon_high = _VESPO_AS
         out = linear_grpo_loss(
             _input,
             lin_weight,
@@ -231,16 +254,17 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             ref_per_token_logps=ref_per_token_logps,
             beta=0.0 if ref_per_token_logps is None else self.beta,
             epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            delta=None if self.loss_type in ("cispo", "sapo") else self.delta,
-            loss_type=self.loss_type,
+            epsilon_high=epsilon_high,
+            delta=None if loss_type in ("cispo", "sapo") else self.delta,
+            loss_type=loss_type,
             importance_sampling_level=self.importance_sampling_level,
             use_bias_correction_kl=self.use_bias_correction_kl,
             importance_sampling_ratio=_per_completion(vllm_is_ratio),
             sapo_temperature_pos=self.sapo_temperature_pos,
             sapo_temperature_neg=self.sapo_temperature_neg,
+            token_weight=_padding_weight(attention_mask) if loss_type == "luspo" else None,
             max_completion_length=self.max_completion_length,
-            num_items_in_batch=_normaliser(self.loss_type, attention_mask, num_items_in_batch),
+            num_items_in_batch=_normaliser(loss_type, attention_mask, num_items_in_batch),
             temperature=self.temperature,
         )
         metrics = _metrics(out, attention_mask)
@@ -327,14 +351,43 @@ class LigerFusedLinearGRPOFunction:
         )
 
 
-def _refuse_unsupported(loss_type: str, importance_sampling_level: str, delta: float | None) -> None:
-    if loss_type == "vespo":
-        raise ValueError(
-            "loss_type='vespo' is not computed by mr1fast (its weight is one detached number per completion, not a "
-            f"function of the token's ratio); keep Liger's own function for it, or use one of {', '.join(LOSS_TYPES)}"
-        )
-    choice("loss_type", loss_type, LOSS_TYPES)
-    if loss_type in ("cispo", "sapo"):
+# loss_type, old log-probabilities and epsilon_high: CISPO, whose own ratio is 1 then.
+_VESPO_AS = ("cispo", None, 1.0)
+
+
+def _vespo_weights(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ratio: Tensor | None,
+    k_and_lambda: tuple[float, float, float, float],
+) -> Tensor:
+    k_pos, lambda_pos, k_neg, lambda_neg = k_and_lambda
+    weights = vespo_weights(
+        logps,
+        old_logps,
+        advantages,
+        completion_mask=mask,
+        importance_sampling_ratio=ratio,
+        k_pos=k_pos,
+        lambda_pos=lambda_pos,
+        k_neg=k_neg,
+        lambda_neg=lambda_neg,
+    )
+    return weights[:, None]
+
+
+def _padding_weight(mask: Tensor) -> Tensor:
+    """[B, L], the length of a completion over the padded one, by which Liger's luspo multiplies TRL's."""
+    return (mask.sum(1, keepdim=True, dtype=torch.float32) / max(mask.shape[1], 1)).expand(mask.shape)
+
+
+def _refuse_unsupported(
+    loss_type: str, importance_sampling_level: str, delta: float | None, use_bias_correction_kl: bool
+) -> None:
+    choice("loss_type", loss_type, (*LOSS_TYPES, "vespo"))
+    if loss_type in ("cispo", "sapo", "vespo"):
         if importance_sampling_level == "sequence":
             raise ValueError(
                 f"Sequence-level importance sampling is not supported for loss_type={loss_type!r}. Use "
@@ -342,6 +395,8 @@ def _refuse_unsupported(loss_type: str, importance_sampling_level: str, delta: f
             )
         if delta is not None:
             raise ValueError(f"delta (two-sided clipping) is not supported for loss_type={loss_type!r}.")
+    if loss_type == "vespo" and use_bias_correction_kl:
+        raise ValueError("use_bias_correction_kl must be False with loss_type='vespo', whose ratio is not the tokens'")
 
 
 def _one_more(values: Any) -> Any:

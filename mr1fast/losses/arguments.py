@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.checks import described, integer
+from mr1fast.checks import described, integer, number
 from mr1fast.kernels import reference
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
@@ -86,6 +86,11 @@ def hidden_rows(hidden: Any, weight: Any, bias: Any, **how: Any) -> tuple[Tensor
     return hidden, layout
 
 
+def temperature_of(temperature: Any, logit_scale: Any) -> float:
+    """What the logits are divided by in all."""
+    return number("temperature", temperature, above=0) / number("logit_scale", logit_scale, above=0)
+
+
 def chunk_bytes(value: int | None) -> int | None:
     return None if value is None else integer("chunk_bytes", value, at_least=1)
 
@@ -94,15 +99,17 @@ def loss_call(
     dtype: torch.dtype, layout: Layout, ids: Tensor, advantages: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[LossSpec, LossBatch]:
     """The settings and the tensors of a call; dtype: to compute in, options: as returned by `completed`."""
-    spec = LossSpec(**{name: options[name] for name in _SPEC_FIELDS if not isinstance(options[name], Tensor)})
+    values = {name: options[name] for name in _SPEC_FIELDS}
+    values["temperature"] /= options["logit_scale"]
+    epsilons = {}
+    for name in ("epsilon_low", "epsilon_high"):
+        if isinstance(values[name], Tensor):
+            epsilons[name] = _constant(_setting(name, values.pop(name), layout), dtype)
+    spec = LossSpec(**values)
     mask = token_mask(options["completion_mask"], layout, "completion_mask")
 
     def per_token(name: str) -> Tensor | None:
         return None if options[name] is None else _constant(layout.per_token(name, options[name]), dtype)
-
-    def epsilon(name: str) -> Tensor | None:
-        value = options[name]
-        return _constant(_setting(name, value, layout), dtype) if isinstance(value, Tensor) else None
 
     return spec, LossBatch(
         ids=ids,
@@ -114,8 +121,8 @@ def loss_call(
         token_weight=_token_weight(ids, mask, dtype, layout, options),
         entropy_weight=_entropy_weight(ids, mask, dtype, options),
         beta=_beta(options, layout, dtype),
-        epsilons_low=epsilon("epsilon_low"),
-        epsilons_high=epsilon("epsilon_high"),
+        epsilons_low=epsilons.get("epsilon_low"),
+        epsilons_high=epsilons.get("epsilon_high"),
         cu_seqlens=layout.cu_seqlens,
     )
 

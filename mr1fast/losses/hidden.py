@@ -100,6 +100,7 @@ def linear_token_logprobs(
     *,
     lm_head_bias: Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -122,7 +123,7 @@ def linear_token_logprobs(
         lm_head_bias,
         arguments.token_ids(ids, layout, "ids"),
         arguments.token_mask(mask, layout, "mask"),
-        checks.number("temperature", temperature, above=0),
+        arguments.temperature_of(temperature, logit_scale),
         chunk_bytes=arguments.chunk_bytes(chunk_bytes),
         backend=backend,
     )

@@ -20,16 +20,16 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Layout(NamedTuple):
     """The form of a call's tensors: how each is brought from it into [B, L], and results back."""
 
-    name: str  # of the call's main tensor
     shape: tuple[int, int]  # (B, L), or (1, T)
     token_shapes: list[tuple[int, ...]]  # that a value for each token may have: [shape], or [(T,), (1, T)]
     cu_seqlens: Tensor | None
     completions: Completions
     device: torch.device
+    hint: str  # for messages: beside which packed tensor the others stand, or nothing
 
     def per_token(self, name: str, tensor: Any) -> Tensor:
         """A tensor with a value for each token, as [B, L]."""
-        checked = self._shaped(name, tensor, self.token_shapes)
+        checked = shaped(name, tensor, self.token_shapes, self.device, self.hint)
         return checked if checked.dim() == 2 else checked.unsqueeze(0)
 
     def per_token_or_completion(self, name: str, tensor: Any, *also: tuple[int, ...]) -> Tensor:
@@ -37,13 +37,14 @@ class Layout(NamedTuple):
 
         `also`: shapes that it may have besides, which broadcast to [B, L].
         """
-        checked = self._shaped(name, tensor, [(self.completions.size,), *self.token_shapes, *also])
+        shapes = [(self.completions.size,), *self.token_shapes, *also]
+        checked = shaped(name, tensor, shapes, self.device, self.hint)
         if self.is_per_completion(checked):
             checked = self.completions.spread(checked)
         return checked if checked.shape == self.shape else checked.expand(self.shape)
 
     def per_completion(self, name: str, tensor: Any) -> Tensor:
-        return self._shaped(name, tensor, [(self.completions.size,)])
+        return shaped(name, tensor, [(self.completions.size,)], self.device, self.hint)
 
     def is_per_completion(self, tensor: Tensor) -> bool:
         return tensor.shape == (self.completions.size,)
@@ -51,9 +52,6 @@ class Layout(NamedTuple):
     def returned(self, result: Tensor) -> Tensor:
         """A result, 0-d or [B, L], as the caller gets it: packed as [T]."""
         return result.squeeze(0) if self.packed and result.dim() == 2 else result
-
-    def _shaped(self, name: str, tensor: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        return shaped(name, tensor, shapes, self.device, f" beside packed {self.name}" if self.packed else "")
 
     @property
     def packed(self) -> bool:
@@ -83,9 +81,11 @@ def layout_of(
             raise ValueError(f"{name} must be {flat} (or [1, T, ...]) with cu_seqlens, got {list(tensor.shape)}")
         check_cu_seqlens(cu_seqlens, shape[1], tensor.device)
     token_shapes: list[tuple[int, ...]] = [shape]
+    hint = ""
     if is_flat or cu_seqlens is not None:
         token_shapes.insert(0, (shape[1],))
-    return tensor, Layout(name, shape, token_shapes, cu_seqlens, Completions.of(shape, cu_seqlens), tensor.device)
+        hint = f" beside packed {name}"
+    return tensor, Layout(shape, token_shapes, cu_seqlens, Completions.of(shape, cu_seqlens), tensor.device, hint)
 
 
 def check_cu_seqlens(cu_seqlens: Any, T: int, device: torch.device) -> None:
@@ -126,8 +126,8 @@ def shaped(
     name: str, tensor: Any, shapes: Sequence[tuple[int, ...]], device: torch.device | None, hint: str = ""
 ) -> Tensor:
     """Check that `tensor` has one of the shapes and is on the device; hint: why it must have them."""
-    # Not `in`, which torch.compile answers with no where sizes are symbols and the shapes have several lengths.
-    if not isinstance(tensor, Tensor) or not any(tensor.shape == shape for shape in shapes):
+    # `in` is fast; torch.compile answers it wrongly where sizes are symbols and the shapes have several lengths.
+    if not isinstance(tensor, Tensor) or not (tensor.shape in shapes or any(tensor.shape == each for each in shapes)):
         wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name} must be a tensor of shape {wanted}{hint}, got {described(tensor)}")
     if device is not None and tensor.device != device:

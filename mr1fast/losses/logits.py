@@ -59,15 +59,13 @@ class GRPOLossOutput:
         advantages: Tensor | None,
     ) -> GRPOLossOutput:
         of_completions = advantages is None or layout.is_per_completion(advantages)
-        loss, logps, entropies, kl, is_low, is_high = outputs
+        mask = batch.mask
+        if layout.packed:
+            loss, *per_token = (None if output is None else layout.returned(output) for output in (*outputs, mask))
+            outputs, mask = (loss, *per_token[:-1]), per_token[-1]  # type: ignore[assignment]
         return cls(
-            loss=layout.returned(loss),
-            per_token_logps=layout.returned(logps),
-            entropies=None if entropies is None else layout.returned(entropies),
-            kl=None if kl is None else layout.returned(kl),
-            is_low_clipped=layout.returned(is_low),
-            is_high_clipped=layout.returned(is_high),
-            completion_mask=None if batch.mask is None else layout.returned(batch.mask),
+            *outputs,
+            completion_mask=mask,
             clipped_per_completion=spec.importance_sampling_level == "sequence" and of_completions,
             cu_seqlens=layout.cu_seqlens,
         )
@@ -142,6 +140,7 @@ def token_logprobs(
     ids: Tensor,
     *,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
     inplace_backward: bool = False,
@@ -153,6 +152,7 @@ def token_logprobs(
     Both are differentiable, so any objective can stand on top. 0 (and no gradient) where `mask` [B, L] is 0.
     Packed: logits [T, V] (with cu_seqlens also [1, T, V]) and [T] in place of [B, L]; cu_seqlens [S + 1] is accepted
     beside them as everywhere, but a log-probability does not depend on it.
+    temperature and logit_scale: the logits are divided by the one and multiplied by the other, as in `grpo_loss`.
     inplace_backward: backward writes the gradient over the logits, which are then consumed.
     """
     overwritten = checks.flag("inplace_backward", inplace_backward)
@@ -161,7 +161,7 @@ def token_logprobs(
         logits,
         arguments.token_ids(ids, layout, "ids"),
         arguments.token_mask(mask, layout, "mask"),
-        checks.number("temperature", temperature, above=0),
+        arguments.temperature_of(temperature, logit_scale),
         inplace_backward=inplace_backward,
         backend=backend,
     )

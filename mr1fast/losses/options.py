@@ -213,6 +213,15 @@ class LossOptions(TypedDict, total=False):
         float,
         Option(1.0, _number(above=0), "number by which the logits are divided."),
     ]
+    logit_scale: Annotated[
+        float,
+        Option(
+            1.0,
+            _number(above=0),
+            "number by which the model multiplies its logits, if those given (or computed here from hidden states) are "
+            "not multiplied yet: Cohere's logit_scale, 1 / logits_scaling of Granite.",
+        ),
+    ]
     reduction: Annotated[
         str,
         Option(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def load_model(
     of its weights are missing.
     """
     if is_adapter(path):
-        adapted = load_adapter(_load_base(path, device=device, dtype=dtype, attention=attention), Path(path))
+        base = _of_base(path, partial(load_model, device=device, dtype=dtype, attention=attention))
+        adapted = load_adapter(base, Path(path))
         check_finite(path, adapted)
         adapted.name_or_path = str(path)  # type: ignore[assignment]  # else it would be the base's
         return adapted.train()
@@ -128,7 +130,8 @@ def load_model(
 
 def load_config(path: str | Path) -> Any:
     """A model's configuration, or that of an adapter's base. Raises UserError as `load_model` does."""
-    path = recipes.adapter_base(path) or path
+    if is_adapter(path):
+        return _of_base(path, load_config)
     check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
@@ -155,13 +158,14 @@ def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
     return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
 
 
-def _load_base(folder: str | Path, **keywords: Any) -> Any:
+def _of_base(folder: str | Path, load: Callable[[str], Any]) -> Any:
+    """What `load` returns for the base of an adapter."""
     base = recipes.adapter_base(folder)
     assert base is not None
     try:
         if is_adapter(base):
             raise UserError("it is an adapter itself")
-        return load_model(base, **keywords)
+        return load(base)
     except UserError as error:
         where = "see base_model_name_or_path in its adapter_config.json"
         raise UserError(f"the base of the adapter {str(folder)!r} cannot be loaded ({where}): {error}") from error

@@ -19,7 +19,7 @@ def preset_file(name: str) -> Path:
 
 
 def sizes_of(model: str) -> Path | None:
-    """A folder with the config.json of a model that a preset names, None for others: a plan then needs no network."""
+    """A folder with the published configuration of a preset's model, so that a plan needs no network; else None."""
     folder = FOLDER / model.rpartition("/")[2]
     named = model.startswith("Qwen/") and not Path(model).exists()
     return folder if named and (folder / "config.json").exists() else None

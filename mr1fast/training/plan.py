@@ -139,20 +139,21 @@ def _trained(options: TrainConfig) -> tuple:
 
 
 def remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
-    """(options, the step with them) to try: pieces, which only cost time; one change of the training; LoRA."""
+    """(options, the step with them) to try: those that change the training least; with these another one; or LoRA."""
     task, options = shape.task, shape.options
     prompts, pieces = task.prompts_per_step, task.gradient_accumulation_steps
     changes: list[dict[str, Any]] = [
         {"gradient_accumulation_steps": number} for number in range(pieces + 1, prompts + 1) if prompts % number == 0
     ]
-    finest = changes[-1] if changes else {}
-    smaller = list(_smaller(shape))
-    changes += [finest | change for change in (*_fewer_trained(options), *smaller)]
+    first = changes[-1] if changes else {}
+    if shape.image_pixels > R1_V_PIXELS:
+        changes.append(first := first | {"max_pixels": R1_V_PIXELS})
+    shorter = list(_shorter(task))
+    changes += [first | change for change in (*_fewer_trained(options), *shorter)]
     if "language" not in options.frozen_parts:  # else there is no layer for the adapter
-        change: dict[str, Any] = {} if options.trains_adapter else {"lora_rank": 16}
-        for more in ({}, *smaller):
-            change = change | more
-            changes.append(finest | change)
+        adapted = first if options.trains_adapter else first | {"lora_rank": 16}
+        for change in ({}, *shorter):
+            changes.append(adapted := adapted | change)
     for change in filter(None, changes):
         written = " ".join(f"{option_string(name)} {value}" for name, value in change.items())
         yield written, dataclasses.replace(shape, options=dataclasses.replace(options, **change))
@@ -164,10 +165,7 @@ def _fewer_trained(options: TrainConfig) -> Iterator[dict[str, Any]]:
         yield {"freeze": ",".join(part for part in PARTS if part in frozen)}
 
 
-def _smaller(shape: StepShape) -> Iterator[dict[str, Any]]:
-    task = shape.task
-    if shape.image_pixels > R1_V_PIXELS:
-        yield {"max_pixels": R1_V_PIXELS}
+def _shorter(task: TaskConfig) -> Iterator[dict[str, Any]]:
     if task.method != "sft":
         yield {"max_completion_length": -(-task.max_completion_length // 2)}
         yield {"num_generations": max(task.num_generations // 2, 2)}

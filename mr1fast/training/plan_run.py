@@ -54,7 +54,6 @@ def shapes_of(options: TrainConfig, path: str | Path, device: Device) -> Iterato
     Raises UserError if there is no such model.
     """
     model, pixels = models.load_config(path), models.most_pixels(path)
-    options = dataclasses.replace(options, epochs=None)  # of which length depends on the data, and memory does not
     if options.trains_adapter and options.lora_rank is None:
         options = _as_if_asked_for(options)
     options = options.with_steps(dict.fromkeys(options.names, 1))  # a step holds the same, however many there are

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -95,6 +96,7 @@ def build_trainer(
     shape: StepShape, model: Any, reference: Any, images: type[Qwen2VLImageProcessorPil] = Qwen2VLImageProcessorPil
 ) -> Trainer:
     vision, processor = shape.model.vision_config, load_processor(EMBEDDED)
+    processor.tokenizer.model_max_length = sys.maxsize  # no warning: it is that of the embedded model
     processor.image_processor = images(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
