@@ -134,7 +134,7 @@ BAD_ARGUMENTS = [
     ("--learning-rate fast", "--learning-rate must be a number, got 'fast'"),
     ("--temperature 1e-40", "--temperature must be at least 0.01, got 1e-40: logits are divided by it"),
     ("--temperature 1e6", "--temperature must be at most 100.0, got 1000000.0"),
-    ("--max-completion-length 1000000000", "must be at most 1,000,000, got 1000000000: no Qwen2-VL accepts that many"),
+    ("--max-completion-length 1000000000", "at most 1,000,000, got 1000000000: no such model accepts that many"),
     ("--max-steps 1000000000000000000", "--max-steps must be at most 1,000,000,000, got 1000000000000000000"),
     ("--prompts-per-step 1000000", "--prompts-per-step must be at most 4,096, got 1000000: they are held in memory"),
     ("--learning-rate 1e308", "--learning-rate must be at most 1.0, got 1e+308: AdamW moves each weight by about that"),

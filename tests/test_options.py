@@ -1,6 +1,7 @@
 """The options of the loss: what signatures, help and type checkers show, and what GRPOLoss says when it is built."""
 
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ OWN = {
     GRPOLoss: {"kl_schedule": None, "inplace": False, "backend": "auto"},
 }
 DEFAULTS = {
+    "cu_seqlens": None,
     "rewards": None,
     "num_generations": None,
     "scale_rewards": "group",
@@ -33,6 +35,8 @@ DEFAULTS = {
     "old_per_token_logps": None,
     "ref_per_token_logps": None,
     "beta": 0.0,
+    "kl_estimator": "k3",
+    "kl_clamp": None,
     "epsilon_low": 0.2,
     "epsilon_high": 0.2,
     "delta": None,
@@ -42,10 +46,13 @@ DEFAULTS = {
     "importance_sampling_ratio": None,
     "sapo_temperature_pos": 1.0,
     "sapo_temperature_neg": 1.05,
+    "token_weight": None,
     "entropy_coef": 0.0,
     "max_completion_length": None,
     "num_items_in_batch": None,
+    "num_sequences": None,
     "temperature": 1.0,
+    "logit_scale": 1.0,
     "reduction": "mean",
 }
 
@@ -61,7 +68,7 @@ def test_the_signature_shows_every_keyword_with_its_default(function):
     assert positional == POSITIONAL[function]
     assert keywords == DEFAULTS | OWN[function]
     assert len(parameters) == len(positional) + len(keywords), "no **options is left"
-    assert {p.name: p.annotation for p in parameters}["epsilon_low"] is float
+    assert {p.name: p.annotation for p in parameters}["sapo_temperature_pos"] is float
 
 
 @pytest.mark.parametrize("function", POSITIONAL, ids=lambda function: function.__name__)
@@ -73,8 +80,10 @@ def test_help_explains_every_keyword(function):
 
 def test_the_defaults_of_the_oracle_and_of_the_kernels_settings_are_these():
     stated = {p.name: p.default for p in inspect.signature(oracle).parameters.values() if p.default is not p.empty}
-    assert {name: stated[name] for name in DEFAULTS} == DEFAULTS
-    spec = vars(LossSpec()) | {"delta": None}
+    padded = DEFAULTS | {"kl_clamp": math.inf}
+    del padded["cu_seqlens"]  # the oracle takes one completion after the other
+    assert {name: stated[name] for name in padded} == padded
+    spec = vars(LossSpec()) | {"delta": None, "kl_clamp": None}
     assert {name: DEFAULTS[name] for name in spec} == spec
 
 
@@ -149,7 +158,11 @@ WRONG = [
     ("loss_type", ["grpo"], "loss_type must be one of"),
     ("importance_sampling_level", "sentence", "importance_sampling_level must be one of token, sequence"),
     ("scale_rewards", "grup", "did you mean 'group'"),
-    ("reduction", "sum", "reduction must be one of mean, none"),
+    ("reduction", "max", "reduction must be one of mean, sum, none"),
+    ("kl_estimator", "k4", "kl_estimator must be one of k1, abs"),
+    ("kl_clamp", 0.0, "kl_clamp must be .* > 0"),
+    ("num_sequences", 0, "num_sequences must be .* > 0"),
+    ("logit_scale", 0.0, "logit_scale must be"),
     ("beta", -0.1, "beta must be .* >= 0"),
     ("beta", "0.1", "beta must be"),
     ("epsilon_low", -0.1, "epsilon_low must be"),
