@@ -51,6 +51,8 @@ def test_what_other_options_exclude_is_not_left_of_a_preset():
     assert config("--preset", "gr-2b", "--method", "sft").for_task("x").beta_max == 0
     assert config("--preset", "vc-2b", "--kl-schedule", "linear").beta_max == 0.1
     assert config("--preset", "vc-2b", "--task", "gr").tasks == ("gr",)
+    assert config("--preset", "vc-2b", "--lora-rank", 16).for_task("x").learning_rate == 1e-5
+    assert config("--preset", "vc-2b", "--lora-rank", 16, "--learning-rate", 2e-5).for_task("x").learning_rate == 2e-5
     assert config("--preset", "vc-2b", "--prompts-per-step", 6).for_task("x").gradient_accumulation_steps == 6
 
 

@@ -31,4 +31,6 @@ def beneath(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     excluded = {name for other, names in KL_DEFAULTS.items() if other != method for name in names}
     if "task" in given:
         excluded.add("data")
+    if given.get("lora_rank") is not None:
+        excluded.add("learning_rate")  # the preset's is for all weights, and an adapter's default is another
     return {name: value for name, value in preset.items() if name not in excluded}
