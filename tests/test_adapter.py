@@ -6,10 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from train_program import SMALL, main
+from train_program import SMALL, Drawings, main
 
 from mr1fast import evaluate
-from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.model.adapter import LANGUAGE_LAYERS, add_adapter
 from mr1fast.model.load import EMBEDDED, load_model, load_processor
@@ -20,14 +19,6 @@ from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint
 from mr1fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Drawings:
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
-        return TASKS["vc"].example("train", index)
 
 
 @pytest.fixture(scope="module")

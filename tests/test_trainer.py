@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from train_program import Drawings
 
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
@@ -26,16 +27,6 @@ SMALL = {
     "warmup_steps": 1,
     "learning_rate": 1e-2,  # high, so that a few steps change what is sampled
 }
-
-
-class Drawings:
-    """Seven drawings: the data set is gone through more than once."""
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
-        return TASKS["vc"].example("train", index)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,22 @@ import sys
 from pathlib import Path
 
 from mr1fast import train
+from mr1fast.data.tasks import TASKS
 
 SMALL = [
     "--prompts-per-step=2", "--num-generations=2", "--max-completion-length=12", "--eval-samples=4",
     "--eval-validation-samples=2", "--warmup-steps=1", "--device=cpu",
 ]  # fmt: skip
+
+
+class Drawings:
+    """Seven problems of vc: a run of a few steps goes through them more than once."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return TASKS["vc"].example("train", index)
 
 
 def program(*arguments, cwd, **keywords) -> subprocess.Popen:
