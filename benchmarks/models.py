@@ -39,7 +39,13 @@ def config(text: dict[str, Any], vision: dict[str, Any], tied: bool = True) -> Q
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
 
 
-QWEN_2B, QWEN_7B = (Qwen2VLConfig.from_pretrained(sizes_of(f"Qwen/Qwen2-VL-{size}-Instruct")) for size in ("2B", "7B"))
+def published(name: str) -> Qwen2VLConfig:
+    folder = sizes_of(name)
+    assert folder is not None, name
+    return Qwen2VLConfig.from_pretrained(folder)
+
+
+QWEN_2B, QWEN_7B = published("Qwen/Qwen2-VL-2B-Instruct"), published("Qwen/Qwen2-VL-7B-Instruct")
 
 
 def in_proportion(layers: int, vocabulary: int) -> Qwen2VLConfig:
