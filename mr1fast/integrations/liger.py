@@ -218,26 +218,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         elif ref_per_token_logps is None:
             if ref_input is None:
                 raise ValueError("ref_per_token_logps or ref_input must be given with use_ref_model=True, got neither")
-            with torch.no_grad():
-                ref_per_token_logps = linear_token_logprobs(
-                    ref_input,
-                    ref_weight,
-                    selected_token_ids,
-                    lm_head_bias=ref_bias,
-                    temperature=self.temperature,
-                    mask=attention_mask,
-                )
+            ref_per_token_logps = self._score(ref_input, ref_weight, ref_bias, selected_token_ids, attention_mask)
         loss_type, epsilon_high = self.loss_type, self.epsilon_high
         if loss_type == "vespo":
-            with torch.no_grad():
-                logps: Any = linear_token_logprobs(
-                    _input,
-                    lin_weight,
-                    selected_token_ids,
-                    lm_head_bias=bias,
-                    temperature=self.temperature,
-                    mask=attention_mask,
-                )
+            logps = self._score(_input, lin_weight, bias, selected_token_ids, attention_mask)
             k_and_lambda = (self.vespo_k_pos, self.vespo_lambda_pos, self.vespo_k_neg, self.vespo_lambda_neg)
             vllm_is_ratio = _vespo_weights(
                 logps, old_per_token_logps, advantages, attention_mask, vllm_is_ratio, k_and_lambda
@@ -271,6 +255,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if has_kl and out.kl is None:
             metrics.insert(0, torch.zeros_like(out.loss.detach()))
         return out.loss, tuple(metrics)
+
+    @torch.no_grad()
+    def _score(self, hidden, weight, bias, ids, mask) -> Any:
+        return linear_token_logprobs(hidden, weight, ids, lm_head_bias=bias, temperature=self.temperature, mask=mask)
 
 
 class LigerFusedLinearGRPOFunction:
