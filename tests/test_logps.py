@@ -16,7 +16,8 @@ def from_logits(logits, batch, **settings):
     """The loss of log-probabilities and entropies that come from the logits, with NaN where they are masked."""
     arguments = without_logits(batch) | settings
     ids, mask = arguments.pop("completion_ids"), arguments["completion_mask"]
-    made = {name: settings.get(name, 1.0) for name in ("temperature", "logit_scale")}
+    of_logits = ("temperature", "logit_scale", "final_logit_softcapping", "cu_seqlens")
+    made = {name: arguments[name] for name in of_logits if name in arguments}
     logps, entropies = token_logprobs(logits, ids, mask=mask, entropy=True, backend="torch", **made)
     if mask is not None:
         logps, entropies = logps.masked_fill(~mask, torch.nan), entropies.masked_fill(~mask, torch.nan)

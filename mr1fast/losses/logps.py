@@ -34,8 +34,8 @@ def grpo_loss_from_logps(
             trained; anything at masked positions. -inf is the log-probability of a banned token.
         advantages: [B] or [B, L]; or None, with rewards.
         entropies: like per_token_logps, required with entropy_coef; then differentiable, too.
-        **options: those of `mr1fast.losses.options.LossOptions`; `temperature` and `logit_scale`, which are in the
-            log-probabilities already, change nothing. They are:
+        **options: those of `mr1fast.losses.options.LossOptions`; `temperature`, `logit_scale` and
+            `final_logit_softcapping`, which are in the log-probabilities already, change nothing. They are:
 
     Returns:
         GRPOLossOutput; its `loss` is differentiable, as often as one likes, in per_token_logps and in entropies.
