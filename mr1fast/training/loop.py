@@ -16,7 +16,7 @@ from mr1fast.errors import UserError
 from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
 from mr1fast.rewards import unanswered, unanswered_summary
-from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
+from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model, whole_checkpoint
 from mr1fast.training.loggers import open_loggers
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.model_card import write_card
@@ -130,7 +130,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     """Train a model on one task from this checkpoint, or else the task's newest, or else from the beginning."""
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
-    checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
+    checkpoint = whole_checkpoint(checkpoint, folder)
     if not setup.base_is_reference(config):
         setup.loaded_base = None
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)

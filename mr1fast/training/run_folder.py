@@ -8,7 +8,7 @@
         answers/before-training/vc.jsonl
         answers/trained-on-vc/vc.jsonl
         tensorboard/vc/
-        vc/checkpoint-000050/  model, processor, trainer_state.pt
+        vc/checkpoint-000050/  model, processor, trainer_state.pt, SHA256SUMS
         vc/model/              the trained model; with LoRA, its adapter
         vc/adapter/            with LoRA and --merge, the adapter; vc/model is the whole model
         vc/skipped/            samples of steps with NaN or inf
