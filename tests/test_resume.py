@@ -44,7 +44,10 @@ def stopped(number, options, run) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("number", "options"),
-    [(signal.SIGINT, ["--task=gr", "--num-iterations=2"]), (signal.SIGTERM, ["--task=vc", "--method=sft"])],
+    [
+        (signal.SIGINT, ["--task=gr", "--num-iterations=2"]),
+        pytest.param(signal.SIGTERM, ["--task=vc", "--method=sft"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     """Stopped in the middle and resumed: the weights and metrics of a run that was left alone."""
