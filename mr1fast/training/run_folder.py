@@ -31,7 +31,7 @@ from typing import Any
 from mr1fast import __version__
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
-from mr1fast.options.parse import SCHEMA_VERSION
+from mr1fast.options.config_file import SCHEMA_VERSION
 
 RUNS = Path("runs")
 STATE = "trainer_state.pt"  # of a checkpoint; training cannot be continued without it
