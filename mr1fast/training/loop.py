@@ -173,9 +173,11 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
 def open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
     """metrics.jsonl and the loggers of a task's training."""
     config, folder = setup.config, setup.folder
-    recorded = {**config.resolved(), **dataclasses.asdict(config.for_task(name)), "versions": versions()}
+    settings = config.for_task(name)
+    recorded = {**config.resolved(), **dataclasses.asdict(settings), "versions": versions()}
     loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
-    return MetricsLog(folder, name, first_step, loggers)
+    labels = {} if config.method == "sft" else {"loss_type": settings.loss["loss_type"]}
+    return MetricsLog(folder, name, first_step, loggers, labels)
 
 
 def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
