@@ -4,6 +4,7 @@
         config.json            the options with every default filled in, as `--config` reads them
         metrics.jsonl          one line per step and task; step 0 is before training
         result.json            accuracies before and after
+        run.html               the run as it goes, for a browser
         curves.png, samples.png
         answers/before-training/vc.jsonl
         answers/trained-on-vc/vc.jsonl
@@ -51,6 +52,7 @@ class RunFolder:
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.result_file = path / "result.json"
+        self.page = path / "run.html"
         self.curves, self.samples = path / "curves.png", path / "samples.png"
 
     def task(self, name: str) -> Path:
