@@ -61,6 +61,8 @@ class TrainConfig(TrainOptions):
             raise UserError("--merge needs --lora-rank, or the folder of an adapter as --model")
         if self.num_iterations > 1 and self.method == "sft":
             raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
+        if self.sft_reasoning and self.method != "sft":
+            raise UserError(f"--sft-reasoning belongs to --method sft, and the method is {self.method}")
         for name in self.names:
             task = self.for_task(name)
             if task.prompts_per_step % task.gradient_accumulation_steps:
@@ -253,6 +255,7 @@ class TaskConfig:
     """The options with which one model is trained, every default filled in. GRPO's KL weight is a constant schedule."""
 
     method: str
+    sft_reasoning: bool
     seed: int
     reward_weights: dict[str, float]  # without those of weight 0
     num_generations: int
