@@ -22,8 +22,9 @@ from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
+from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
-from mr1fast.training.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
