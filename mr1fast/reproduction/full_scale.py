@@ -20,8 +20,9 @@ from mr1fast.data.sources import sources_of
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import kl_weight
 from mr1fast.options.config import TrainConfig
+from mr1fast.options.config_file import read_yaml
 from mr1fast.options.fields import option_string
-from mr1fast.options.parse import parse_arguments, read_yaml
+from mr1fast.options.parse import parse_arguments
 from mr1fast.options.preset import preset_file
 from mr1fast.reproduction.arms import OTHER, TEST_OF
 from mr1fast.reproduction.cost import Cost
