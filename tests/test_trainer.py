@@ -58,7 +58,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# `make test` takes those that differ most.
+SLOW = ("grpo", "grpo-d", "grpo without KL")
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SETTINGS]
+)
 def test_a_resumed_run_ends_with_the_same_weights(setting, processor, tmp_path):
     options = SETTINGS[setting]
     whole = make_trainer(processor, **options)
@@ -210,6 +216,13 @@ def test_sft_learns_its_target(processor):
     assert sft_target("3") == "<think>3</think><answer>3</answer>"
     ids = trainer.step_data.batch.completion_ids[0][trainer.step_data.batch.completion_mask[0]]
     assert processor.tokenizer.decode(ids) == trainer.step_data.completions[0] + processor.tokenizer.eos_token
+
+
+def test_sft_with_reasoning(processor):
+    trainer = make_trainer(processor, method="sft", sft_reasoning=True)
+    trainer.step()
+    shown = zip(trainer.step_data.completions, trainer.examples(), strict=True)
+    assert all(text == f"<think>{e.solution} items</think><answer>{e.solution}</answer>" for text, e in shown)
 
 
 def test_the_weighted_sum_of_the_rewards(processor):

@@ -6,6 +6,7 @@ tensor's values, because the CPU would have to wait for the GPU. Checks that nee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -17,11 +18,14 @@ from mr1fast.checks import described, integer
 from mr1fast.kernels import reference
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
-from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec
+from mr1fast.kernels.reference import BatchwiseSpec, LogitMap, LossBatch, LossSpec
 from mr1fast.losses.layout import Layout, check_values, floating, layout_of, shaped
 from mr1fast.losses.options import OPTIONS
 
-_SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))  # here: torch.compile cannot trace the question
+# Here, because torch.compile cannot trace the question.
+_SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))
+_SAMPLING = "sampling_per_token_logps"
+_BATCHWISE_FIELDS = tuple({field.name for field in fields(BatchwiseSpec)} - {*_SPEC_FIELDS, "sampling_logps"})
 
 
 def logits_rows(logits: Any, overwritten: bool, **how: Any) -> tuple[Tensor, Layout]:
@@ -69,7 +73,7 @@ def token_mask(mask: Any, layout: Layout, name: str) -> Tensor | None:
 def hidden_rows(hidden: Any, weight: Any, bias: Any, **how: Any) -> tuple[Tensor, Layout]:
     """hidden as [B, L, H] and the layout of the call; weight [V, H] and bias ([V] or None) are checked to match."""
     hidden, layout = layout_of("hidden", hidden, "H", **how)
-    H, V = hidden.shape[-1], floating("lm_head_weight", weight, "[V, H]").shape[0]
+    H, V = hidden.shape[-1], floating("lm_head_weight", weight, "V", "H").shape[0]
     if H == 0:
         raise ValueError(f"hidden must be [B, L, H] with H >= 1, got {list(hidden.shape)}")
     if weight.shape[1] != H or V == 0:
@@ -127,7 +131,8 @@ def loss_call(
     for name in ("epsilon_low", "epsilon_high"):
         if isinstance(values[name], Tensor):
             epsilons[name] = _constant(_setting(name, values.pop(name), layout), dtype)
-    spec = LossSpec(**values)
+    batchwise = _batchwise(dtype, layout, options)
+    spec = LossSpec(**values) if batchwise is None else BatchwiseSpec(**values, **batchwise)
 
     def per_token(name: str) -> Tensor | None:
         return None if options[name] is None else _constant(layout.per_token(name, options[name]), dtype)
@@ -147,6 +152,21 @@ def loss_call(
         temperatures=temperatures,
         cu_seqlens=layout.cu_seqlens,
     )
+
+
+def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields that BatchwiseSpec adds to LossSpec; None where the call needs no more than a token at a time."""
+    loss_type, level, sampling = options["loss_type"], options["importance_sampling_level"], options[_SAMPLING]
+    if level not in reference.levels_of(loss_type):
+        raise ValueError(f"importance_sampling_level must be 'token' with loss_type={loss_type!r}, got {level!r}")
+    if sampling is not None:
+        sampling = _constant(layout.per_token(_SAMPLING, sampling), dtype)
+    elif options["old_per_token_logps"] is None:  # then no completion is off-policy
+        options = {**options, "off_policy_mask_threshold": math.inf}
+    masked = options["top_entropy_quantile"] < 1 or options["off_policy_mask_threshold"] != math.inf
+    if not masked and loss_type in reference.ONE_PASS_LOSS_TYPES:
+        return None
+    return {"sampling_logps": sampling, **{name: options[name] for name in _BATCHWISE_FIELDS}}
 
 
 def _advantages(
@@ -205,9 +225,15 @@ def _token_weight(
     if reduction != "mean" and options["num_sequences"] is not None:
         raise ValueError(f"num_sequences must be None with reduction={reduction!r}, which has no normaliser")
     if reduction == "mean":
-        items, many = (_count(name, layout.device, options) for name in ("num_items_in_batch", "num_sequences"))
         weight = reference.token_weight(
-            ids, mask, dtype, options["loss_type"], options["max_completion_length"], items, layout.completions, many
+            ids,
+            mask,
+            dtype,
+            options["loss_type"],
+            options["max_completion_length"],
+            _count("num_items_in_batch", layout.device, options),
+            layout.completions,
+            _count("num_sequences", layout.device, options),
         )
     else:
         weight = torch.ones((), dtype=dtype, device=layout.device).expand(layout.shape)

@@ -21,9 +21,10 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
+from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
+from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
-from mr1fast.training.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
@@ -132,7 +133,7 @@ class Trainer:
         repeated = [example for example in examples for _ in range(G)]
         scores = score(self.rewards, completions, repeated)
         total = weighted_sum(self.rewards, scores)
-        advantages = group_advantages(total, G)
+        advantages = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
         self.scored = first_scored(repeated, completions, scores, advantages)
         batch = Batch(
             inputs=inputs,
@@ -158,8 +159,9 @@ class Trainer:
             return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
-        """What supervised fine-tuning imitates: the solution in the required form."""
-        completions = [sft_target(example.solution) for example in examples]
+        """What supervised fine-tuning imitates."""
+        reasoning = self.config.sft_reasoning
+        completions = [sft_target(one.solution, one.columns["reasoning"] if reasoning else None) for one in examples]
         batch = Batch(inputs, 1, *self.policy.encode_completions(completions))
         return StepData(batch, completions, [], completion_metrics(batch, self.policy.end_ids))
 
@@ -183,16 +185,14 @@ class Trainer:
     def update(self, data: StepData) -> dict[str, float]:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         config, batch = self.config, data.batch
-        pieces = split_batch(batch, config.gradient_accumulation_steps)
-        scale = 1 / len(pieces)  # the loss is a mean over completions, and the pieces are equally large
+        weighted_batch, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
+        pieces = split_batch(weighted_batch, config.gradient_accumulation_steps)
         total, rows, logps = 0.0, [], []
         for piece in pieces:
             if config.method == "sft":
-                loss = sft_batch_loss(self.policy, piece) * scale
+                loss = sft_batch_loss(self.policy, piece) / len(pieces)  # a mean, of equally many completions
             else:
-                output = grpo_batch_loss(
-                    self.policy, piece, beta=self.beta, temperature=config.temperature, scale=scale
-                )
+                output = grpo_batch_loss(self.policy, piece, beta=self.beta, temperature=config.temperature, **keywords)
                 loss = output.loss
                 rows.append(output.metrics())
                 logps.append(output.per_token_logps)
@@ -200,7 +200,7 @@ class Trainer:
             loss.backward()
         metrics = {"loss": total}
         if rows:  # means over tokens
-            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces])
+            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces], keywords)
         if batch.sampling_per_token_logps is not None:
             metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
@@ -262,9 +262,14 @@ class Trainer:
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
 
 
-def sft_target(solution: str) -> str:
-    """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
-    return f"<think>{solution}</think><answer>{solution}</answer>"
+def sft_target(solution: str, reasoning: str | None = None) -> str:
+    """The completion that supervised fine-tuning imitates; where there is no reasoning, the solution stands for it."""
+    return f"<think>{solution if reasoning is None else reasoning}</think><answer>{solution}</answer>"
+
+
+def without_reasoning(example: Example) -> str | None:
+    """Why an example is left out with --sft-reasoning."""
+    return None if str(example.columns.get("reasoning") or "").strip() else "no reasoning"
 
 
 def _without_images(example: Example) -> dict[str, Any]:
