@@ -103,9 +103,12 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
   }
   Token token{};
   if (thread() == 0) token = load_token<kCap>(call, row, logits);
-  const Layout at = layout_of<T>(logits, kGradient ? grad : logits, call.V);
   const float rate = rate_of(call, row);
-  const Levels s = reduce(visit_row<T, !kGradient, kCap>(logits, at, rate, call.softcap), rate, shared.scratch);
+  Levels s;
+  {
+    const Layout at = layout_of<T>(logits, kGradient ? grad : logits, call.V);
+    s = reduce(visit_row<T, !kGradient, kCap>(logits, at, rate, call.softcap), rate, shared.scratch);
+  }
   if (thread() == 0) {
     const float base = base_of(s.max);
     shared.plan = finish(call, row, token, relative(s, base, inv_temperature_of(call, row)), base, true);
@@ -113,6 +116,7 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
   if (!kGradient) return;
   barrier();
   const Plan plan = shared.plan;
+  const Layout at = layout_of<T>(logits, grad, call.V);  // once more: it need not be kept meanwhile
   if (plan.zero) {
     write_zeros(grad, at);
   } else {
