@@ -26,7 +26,7 @@ def loss_of(*arguments):
 
 def test_keywords_have_the_types_of_the_loss(tmp_path):
     assert loss_of() == {"loss_type": "grpo"}
-    text = "loss_type=dapo, epsilon-high=0.28,scale_rewards=none,delta=none,use_bias_correction_kl=yes"
+    text = "loss_type=dapo, epsilon_high=0.28,scale_rewards=none,delta=none,use_bias_correction_kl=yes"
     expected = {
         "loss_type": "dapo", "epsilon_high": 0.28, "scale_rewards": "none", "delta": None,
         "use_bias_correction_kl": True,
@@ -51,8 +51,8 @@ def test_keywords_have_the_types_of_the_loss(tmp_path):
         ("completion_mask=1", "--loss: a keyword must be one of"),
         ("temperature=0.9", "--loss: temperature is set by --temperature, not here"),
         ("reduction=sum", "--loss: reduction is set by the trainer, not here"),
-        ("dapo", "--loss must be of the form loss_type=grpo,epsilon_high=0.28, got 'dapo'"),
-        ("delta=3,delta=4", "--loss names delta twice"),
+        ("dapo", "--loss must be KEY=VALUE, separated by commas, got 'dapo'"),
+        ("delta=3,delta=4", "--loss sets delta twice"),
     ],
 )
 def test_mistakes(text, message):

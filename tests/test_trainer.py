@@ -52,10 +52,14 @@ SETTINGS = {
     "grpo-d": {"method": "grpo-d", "temperature": 1.5},
     "grpo": {"method": "grpo", "temperature": 1.5, "gradient_accumulation_steps": 2},
     "grpo-d, 2 iterations": {"num_iterations": 2, "gradient_accumulation_steps": 2, "temperature": 1.5},
+    "refilled, 2 iterations": {
+        "dynamic_sampling": True, "mask_truncated": True, "num_iterations": 2, "temperature": 1.5,
+        "max_completion_length": 8,
+    },
     "grpo-d, adaptive": {"kl_schedule": "adaptive", "target_kl": 0.1, "max_steps": 10, "temperature": 1.5},
     "grpo without KL": {"method": "grpo", "beta": 0.0, "num_iterations": 3},
     "sft": {"method": "sft", "gradient_accumulation_steps": 2},
-}
+}  # fmt: skip
 
 
 # `make test` takes those that differ most.
@@ -89,7 +93,7 @@ def test_prompts_are_new_each_step_and_all_are_seen_in_an_epoch(processor):
     names = []
     for step in range(14):
         trainer.finished_steps = step
-        names.append([example.name for example in trainer.examples()])
+        names.append(trainer.rows())
     assert names[0] == names[1] != names[2]
     seen = [name for batch in names[::2] for name in batch]
     assert len(set(seen[:7])) == len(set(seen[7:14])) == 7

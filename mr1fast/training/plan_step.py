@@ -8,6 +8,7 @@ benchmarks/plan_check.py runs the same step with true weights to compare.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -107,7 +108,9 @@ def build_trainer(
     if not policy.trainable_parameters():
         raise UserError(f"--freeze {shape.options.freeze} leaves nothing to train")
     others = {"none": None, "shared": policy, "own": reference and Policy(reference, processor).freeze()}
-    return Trainer(shape.task, policy, others[shape.reference], _Prompts(shape, processor))
+    # Its completions all have the same reward, and none of them ends.
+    task = dataclasses.replace(shape.task, dynamic_sampling=False, mask_truncated=False)
+    return Trainer(task, policy, others[shape.reference], _Prompts(shape, processor))
 
 
 class _Prompts:
