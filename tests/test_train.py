@@ -96,6 +96,16 @@ def test_too_little_memory_is_one_sentence(error, tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
+def test_an_evaluation_by_several_processes_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate.main(["--task=vc", "--output-dir", str(tmp_path / "evaluation")]) == 2
+    assert capsys.readouterr().err == (
+        "error: WORLD_SIZE is 2, but evaluation runs in one process, on one device: start it without torchrun or "
+        "accelerate launch\n"
+    )
+    assert not (tmp_path / "evaluation").exists()
+
+
 def test_several_processes_are_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main("--task=vc", "--output-dir", tmp_path / "run") == 2
