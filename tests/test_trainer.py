@@ -93,7 +93,7 @@ def test_prompts_are_new_each_step_and_all_are_seen_in_an_epoch(processor):
     names = []
     for step in range(14):
         trainer.finished_steps = step
-        names.append(trainer.rows())
+        names.append([example.name for example in trainer.examples()])
     assert names[0] == names[1] != names[2]
     seen = [name for batch in names[::2] for name in batch]
     assert len(set(seen[:7])) == len(set(seen[7:14])) == 7
@@ -220,6 +220,13 @@ def test_sft_learns_its_target(processor):
     assert sft_target("3") == "<think>3</think><answer>3</answer>"
     ids = trainer.step_data.batch.completion_ids[0][trainer.step_data.batch.completion_mask[0]]
     assert processor.tokenizer.decode(ids) == trainer.step_data.completions[0] + processor.tokenizer.eos_token
+
+
+def test_sft_with_reasoning(processor):
+    trainer = make_trainer(processor, method="sft", sft_reasoning=True)
+    trainer.step()
+    shown = zip(trainer.step_data.completions, trainer.examples(), strict=True)
+    assert all(text == f"<think>{e.solution} items</think><answer>{e.solution}</answer>" for text, e in shown)
 
 
 def test_the_weighted_sum_of_the_rewards(processor):

@@ -23,8 +23,9 @@ from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
 from mr1fast.training.groups import Groups, Shortage, refill
+from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, mean_metrics, sampling_metrics
-from mr1fast.training.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
@@ -105,6 +106,10 @@ class Trainer:
         """The prompts of this step: each epoch has a new order, which is the same in every run with this seed."""
         return self._rows_from(self.finished_steps // self.config.num_iterations, self.config.prompts_per_step)
 
+    def examples(self, rows: Sequence[int] | None = None) -> list[Example]:
+        """Those of these rows, or of this step."""
+        return [self.dataset[row] for row in (self.rows() if rows is None else rows)]
+
     def _rows_from(self, steps: int, count: int) -> list[int]:
         """`count` rows of the data, after so many steps' prompts and the further ones that were taken."""
         first = steps * self.config.prompts_per_step + self.further_prompts
@@ -145,7 +150,7 @@ class Trainer:
     def _sample(self, rows: list[int]) -> tuple[Groups, dict[str, Tensor], Prefix | None]:
         """Sample and reward completions of these prompts. Also their inputs, and their prefix if it has a graph."""
         config, G = self.config, self.config.num_generations
-        examples = [self.dataset[row] for row in rows]
+        examples = self.examples(rows)
         inputs = self.policy.encode(examples)
         # Sampler and policy are one network at this point: prompts and images are computed once for both. But an update
         # in pieces computes them again, because its point is to hold the activations of one piece at a time.
@@ -184,9 +189,9 @@ class Trainer:
             return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
 
     def _targets(self, rows: list[int]) -> StepData:
-        """What supervised fine-tuning imitates: the solution in the required form."""
-        examples = [self.dataset[row] for row in rows]
-        completions = [sft_target(example.solution) for example in examples]
+        """What supervised fine-tuning imitates."""
+        examples, reasoning = self.examples(rows), self.config.sft_reasoning
+        completions = [sft_target(one.solution, one.columns["reasoning"] if reasoning else None) for one in examples]
         batch = Batch(self.policy.encode(examples), 1, *self.policy.encode_completions(completions))
         self._count_tokens(batch.inputs, 1, batch.completion_mask)
         metrics = completion_metrics(batch.completion_ids, batch.completion_mask, self.policy.end_ids)
@@ -255,7 +260,7 @@ class Trainer:
         self.skipped_sample = {
             "step": self.finished_steps + 1,
             "reason": reason,
-            "examples": [_without_images(self.dataset[row]) for row in self.step_data.rows],
+            "examples": [_without_images(example) for example in self.examples(self.step_data.rows)],
             "completions": self.step_data.completions,
             "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
         }
@@ -291,9 +296,14 @@ class Trainer:
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
 
 
-def sft_target(solution: str) -> str:
-    """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
-    return f"<think>{solution}</think><answer>{solution}</answer>"
+def sft_target(solution: str, reasoning: str | None = None) -> str:
+    """The completion that supervised fine-tuning imitates; where there is no reasoning, the solution stands for it."""
+    return f"<think>{solution if reasoning is None else reasoning}</think><answer>{solution}</answer>"
+
+
+def without_reasoning(example: Example) -> str | None:
+    """Why an example is left out with --sft-reasoning."""
+    return None if str(example.columns.get("reasoning") or "").strip() else "no reasoning"
 
 
 def _without_images(example: Example) -> dict[str, Any]:
