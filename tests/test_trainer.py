@@ -282,7 +282,7 @@ def test_a_reward_that_is_infinite_skips_the_step(processor, monkeypatch):
         assert metrics["skipped_steps"] == trainer.skipped_in_a_row == step
     assert trainer.skipped_sample["reason"] == "a reward is not a finite number"
     assert len(trainer.skipped_sample["completions"]) == 8
-    assert trainer.skipped_sample["examples"][0]["problem"] == TASKS["vc"].question
+    assert trainer.skipped_sample["examples"][0]["problem"] == TASKS["vc"].questions[0]
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
     monkeypatch.undo()
     metrics = trainer.step()
