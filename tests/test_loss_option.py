@@ -50,8 +50,8 @@ def test_keywords_have_the_types_of_the_loss(tmp_path):
         ("completion_mask=1", "--loss: a keyword must be one of"),
         ("temperature=0.9", "--loss: temperature is set by --temperature, not here"),
         ("reduction=sum", "--loss: reduction is set by the trainer, not here"),
-        ("dapo", "--loss must be KEY=VALUE, separated by commas, got 'dapo'"),
-        ("delta=3,delta=4", "--loss sets delta twice"),
+        ("dapo", "--loss must be of the form loss_type=grpo,epsilon_high=0.28, got 'dapo'"),
+        ("delta=3,delta=4", "--loss names delta twice"),
     ],
 )
 def test_mistakes(text, message):

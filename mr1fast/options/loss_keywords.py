@@ -9,10 +9,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mr1fast.checks import not_one_of
+from mr1fast.checks import not_one_of, pairs
 from mr1fast.errors import UserError
 from mr1fast.options.fields import SWITCH
-from mr1fast.options.pairs import parse_pairs
 
 DEFAULT_LOSS = "loss_type=grpo"  # the paper's
 # Keywords of which the trainer takes care itself, and the options for them, if there are any.
@@ -38,7 +37,7 @@ def parse_loss(text: str, source: str) -> dict[str, Any]:
     # All but the trainer's own and those that can only be tensors.
     known = [name for name in OPTIONS if name not in TRAINERS_OWN and {bool, int, float, str} & {*kinds[name]}]
     values: dict[str, Any] = {"loss_type": OPTIONS["loss_type"].default}
-    for name, value in parse_pairs(text, source).items():
+    for name, value in pairs(text, source, f"{DEFAULT_LOSS},epsilon_high=0.28").items():
         if name in TRAINERS_OWN:
             option = TRAINERS_OWN[name]
             raise UserError(f"{source}: {name} is set by {option or 'the trainer'}, not here")

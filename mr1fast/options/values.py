@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from typing import Any
 
@@ -10,7 +11,6 @@ from mr1fast.checks import described
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import LIST, PAIRS, SWITCH, check_value
-from mr1fast.options.pairs import written_pairs
 from mr1fast.options.train_options import BY_TASK
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -46,7 +46,7 @@ def _as_text(field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, list) and (metadata["several"] or metadata["metavar"] == LIST):
         return ",".join(map(str, value))
     if isinstance(value, dict) and metadata["metavar"] == PAIRS:
-        return written_pairs(value)
+        return ",".join(f"{key}={each if isinstance(each, str) else json.dumps(each)}" for key, each in value.items())
     if isinstance(value, str) and field_type(field.name) is bool:
         return SWITCH.get(value.strip().lower(), value)
     return value
