@@ -418,7 +418,7 @@ def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path, one_thread):
     state = trainer.state_dict()
     _go_on(small_trainer(load()), state, tmp_path)
     optimizer = {"adamw": torch.optim.AdamW([torch.zeros(3)]).state_dict(), "masters": [None]}
-    for broken in ({}, state | {"optimizer": optimizer}, state | {"generator": 3}, state | {"kl_schedule": None}):
+    for broken in ({}, state | {"optimizer": optimizer}, state | {"kl_schedule": None}):
         with pytest.raises(ResumeError, match=re.escape(f"{tmp_path} is not a checkpoint of this run")):
             _go_on(small_trainer(load()), broken, tmp_path)
     with pytest.raises(ResumeError, match="is beyond the run's last step, 4"):

@@ -64,8 +64,7 @@ class Trainer:
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
-        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length, generator=self.generator)
+        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
         self.finished_steps = 0
         self.num_tokens = 0
         self.skipped_steps = 0
@@ -126,6 +125,7 @@ class Trainer:
             top_k=config.top_k,
             top_p=config.top_p,
             prefix=prefix.detach(),
+            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in range(len(examples))],
         )
         completions = rollout.completions
         unanswered_before = unanswered()
@@ -242,7 +242,6 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "max_steps": self.config.max_steps,
             "kl_schedule": self.kl_schedule.state_dict(),
             "step_data": None,
@@ -256,7 +255,6 @@ class Trainer:
         for name in ("finished_steps", "num_tokens", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
         if (data := state["step_data"]) is not None:
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
