@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterable
 from typing import Any
 from unittest.mock import patch
 
@@ -57,14 +55,16 @@ def measure(shape: StepShape) -> tuple[Trainer, dict[str, dict[str, int]]]:
         trainer.sampler.tracker = tracker
 
         def begin(phase: str) -> None:
+            if phase == "rewards":  # they hold nothing
+                return
             tracker.begin(phase, "gradients" if phase == "optimizer" else "activations")
             if phase == "policy" and shape.task.gradient_accumulation_steps > 1:  # those of the pieces before
                 for weight in trainer.policy.trainable_parameters():
                     weight.grad = torch.empty_like(weight)
                     tracker.label([weight.grad], "gradients")
 
-        with phases_of(trainer, begin):
-            trainer.step()
+        trainer.phases.on_begin = begin
+        trainer.step()
     return trainer, {phase: dict(held) for phase, held in tracker.peaks.items()}
 
 
@@ -139,31 +139,6 @@ def _largest(pixels: int, side: int) -> tuple[int, int]:
     heights = range(math.isqrt(tokens), max(math.isqrt(tokens // 2), 1) - 1, -1)
     height = max(heights, key=lambda height: height * (tokens // height))
     return tokens // height * side, height * side
-
-
-@contextmanager
-def phases_of(trainer: Trainer, begin: Callable[[str], None]) -> Iterator[None]:
-    """Call `begin` where the phases of the next step begin: rollout (or prompts), reference, policy, optimizer."""
-
-    def after(phase: str, function: Callable) -> Callable:
-        begun: list[str] = []
-
-        @wraps(function)
-        def call(*args, **kwargs):
-            if not begun:
-                begun.append(phase)
-                begin(phase)
-            return function(*args, **kwargs)
-
-        return call
-
-    with (
-        patch.object(trainer_module, "batch_logps", after("reference", trainer_module.batch_logps)),
-        patch.object(trainer, "update", after("policy", trainer.update)),
-        patch.object(trainer.optimizer, "step", after("optimizer", trainer.optimizer.step)),
-    ):
-        begin("prompts" if trainer.config.method == "sft" else "rollout")
-        yield
 
 
 # ---- stand-ins ------------------------------------------------------------------------------------------------------
