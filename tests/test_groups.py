@@ -37,12 +37,12 @@ def test_groups_that_agree_are_replaced_by_the_next_that_do_not():
     further = [groups_of([4, 5, 6], [AGREE, DIFFER, ABSENT], L=5), groups_of([7, 8], [DIFFER, DIFFER])]
     asked = []
 
-    def sample(count):
-        asked.append(count)
+    def sample(place, count):
+        asked.append((place, count))
         return further.pop(0)
 
     sampled, chosen = refill(groups_of([0, 1, 2, 3], [AGREE, DIFFER, ONE, ABSENT]), sample)
-    assert asked == [3, 2]
+    assert asked == [(4, 3), (7, 2)]
     assert sampled.rows == list(range(9))
     kept = sampled.take(chosen)
     assert kept.rows == [5, 1, 7, 8]
@@ -60,7 +60,7 @@ def test_groups_that_agree_are_replaced_by_the_next_that_do_not():
 
 def test_the_search_has_a_bound_which_is_said_once(capsys):
     first = groups_of([0, 1], [DIFFER, AGREE])
-    sampled, chosen = refill(first, lambda count: groups_of([9] * count, [AGREE] * count))
+    sampled, chosen = refill(first, lambda place, count: groups_of([9] * count, [AGREE] * count))
     assert len(sampled.rows) == MOST_BATCHES * 2
     assert chosen == [0, 1]
     shortage = Shortage()
@@ -82,8 +82,8 @@ def test_further_prompts_are_the_next_in_the_order(processor, one_thread):
     trainer.rewards = [Reward("some", 1.0, reward)]
     real = trainer._sample
 
-    def sample(rows):
-        sampled = real(rows)
+    def sample(rows, place=0):
+        sampled = real(rows, place)
         seen.extend(rows)
         return sampled
 

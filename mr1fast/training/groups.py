@@ -97,10 +97,10 @@ class Groups:
         )
 
 
-def refill(groups: Groups, sample: Callable[[int], Groups]) -> tuple[Groups, list[int]]:
+def refill(groups: Groups, sample: Callable[[int, int], Groups]) -> tuple[Groups, list[int]]:
     """All groups that were sampled, and which of them to train on: as many as there were at first.
 
-    sample: the groups of so many further prompts. A group whose rewards agree stays in its place if, within
+    sample: given how many prompts there have been, the groups of so many further ones. A group whose rewards agree stays in its place if, within
     MOST_BATCHES, no other is found.
     """
     P = len(groups.rows)
@@ -112,7 +112,7 @@ def refill(groups: Groups, sample: Callable[[int], Groups]) -> tuple[Groups, lis
         if not more:
             return groups, chosen
         further = range(len(groups.rows), len(groups.rows) + more)
-        groups = groups.joined(sample(more))
+        groups = groups.joined(sample(len(groups.rows), more))
         found = [prompt for prompt in further if groups.teach[prompt]]
         for place, prompt in zip(lacking, found):
             chosen[place] = prompt

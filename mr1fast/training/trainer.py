@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, mean_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
+from mr1fast.training.phases import Phases
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -68,8 +68,8 @@ class Trainer:
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
-        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length, generator=self.generator)
+        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
+        self.phases = Phases(policy.device)
         self.finished_steps = 0
         self.further_prompts = 0  # that --dynamic-sampling has taken beside those of each step
         self.shortage = Shortage()
@@ -82,7 +82,6 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """Take one optimizer step and return its metrics. A step with NaN or inf in it changes no weight."""
-        started = time.perf_counter()
         if self.step_data is None or self.finished_steps % self.config.num_iterations == 0:
             self.step_data = self.collect()
         metrics = {"learning_rate": self.learning_rate}
@@ -99,7 +98,7 @@ class Trainer:
         self.kl_schedule.step()
         self.finished_steps += 1
         progress = {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
-        return metrics | progress | {"step_time": time.perf_counter() - started}
+        return metrics | progress | self.phases.metrics()
 
     # ---- prompts, completions, rewards ------------------------------------------------------------------------------
 
@@ -118,6 +117,7 @@ class Trainer:
 
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
+        self.phases.begin("prompts" if self.config.method == "sft" else "rollout")
         return self._targets(self.rows()) if self.config.method == "sft" else self._rollout(self.rows())
 
     def _rollout(self, rows: list[int]) -> StepData:
@@ -148,8 +148,11 @@ class Trainer:
         metrics["rewards/unanswered"] = unanswered() - unanswered_before
         return StepData(batch, groups.rollout.completions, groups.total.tolist(), metrics, groups.rows)
 
-    def _sample(self, rows: list[int]) -> tuple[Groups, dict[str, Tensor], Prefix | None]:
-        """Sample and reward completions of these prompts. Also their inputs, and their prefix if it has a graph."""
+    def _sample(self, rows: list[int], place: int = 0) -> tuple[Groups, dict[str, Tensor], Prefix | None]:
+        """Sample and reward completions of these prompts. Also their inputs, and their prefix if it has a graph.
+
+        place: of the first of them among those of this step.
+        """
         config, G = self.config, self.config.num_generations
         examples = self.examples(rows)
         inputs = self.policy.encode(examples)
@@ -165,16 +168,20 @@ class Trainer:
             top_k=config.top_k,
             top_p=config.top_p,
             prefix=prefix.detach(),
+            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in range(place, place + len(examples))],
         )
+        self.phases.begin("rewards")
         self._count_tokens(inputs, G, rollout.completion_mask)
         scores = score(self.rewards, rollout.completions, [example for example in examples for _ in range(G)])
         groups = Groups(rows, examples, rollout, scores, weighted_sum(self.rewards, scores))
         return groups, inputs, prefix if whole else None
 
-    def _further(self, count: int) -> Groups:
+    def _further(self, place: int, count: int) -> Groups:
         """The groups of the prompts that come next in the order; the next step begins after them."""
+        self.phases.begin("rollout")
+        rows = self._rows_from(self.finished_steps // self.config.num_iterations + 1, count)
         with torch.no_grad():
-            groups, *_ = self._sample(self._rows_from(self.finished_steps // self.config.num_iterations + 1, count))
+            groups, *_ = self._sample(rows, place)
         self.further_prompts += count
         return groups
 
@@ -184,6 +191,7 @@ class Trainer:
     @torch.no_grad()
     def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
         """[B, L] float32. A reference that is offloaded is on the policy's device only meanwhile."""
+        self.phases.begin("reference")
         adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
         with adapter_off, reference.on(self.policy.device):
             pieces = split_batch(batch, self.config.gradient_accumulation_steps)
@@ -217,6 +225,7 @@ class Trainer:
 
     def update(self, data: StepData) -> dict[str, float]:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
+        self.phases.begin("policy")
         config, batch = self.config, data.batch
         weighted_batch, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
         pieces = split_batch(weighted_batch, config.gradient_accumulation_steps)
@@ -237,6 +246,7 @@ class Trainer:
         if batch.sampling_per_token_logps is not None:
             metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
+        self.phases.begin("optimizer")
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
             if config.num_iterations > 1 and logps and old is None:
@@ -276,7 +286,6 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "max_steps": self.config.max_steps,
             "kl_schedule": self.kl_schedule.state_dict(),
             "step_data": None,
@@ -291,7 +300,6 @@ class Trainer:
             setattr(self, name, state[name])
         self.further_prompts = state.get("further_prompts", 0)  # older versions took none
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
         if (data := state["step_data"]) is not None:
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
