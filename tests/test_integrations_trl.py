@@ -282,6 +282,17 @@ def test_a_beta_that_a_callback_sets_is_kept_and_said_once(model, tmp_path, sett
     assert unpatch(trainer).beta == 0.3
 
 
+def test_gmpo_is_that_of_trls_gmpo_trainer(model, tmp_path):
+    settings = {"beta": 0.2, "top_entropy_quantile": 0.6, "per_device_train_batch_size": 2, "max_steps": 2}
+    settings["gradient_accumulation_steps"] = 2
+    theirs, _ = tiny_trl.train(model, GMPOTrainer, GMPOConfig, tmp_path, **settings)
+    settings |= {"loss_type": "gmpo", "epsilon": 0.4, "use_bias_correction_kl": False}
+    ours, trainer = tiny_trl.train(model, GRPODTrainer, GRPODConfig, tmp_path, **settings)
+    assert integration.outside_one_pass(trainer) == []
+    assert ours[1]["clip_ratio/region_mean"] > 0
+    assert_same_steps(ours, theirs)
+
+
 def test_a_trainer_with_an_objective_of_its_own_keeps_it(model, tmp_path):
     """GMPO's loss is TRL's own, on our log-probabilities."""
     theirs, _ = tiny_trl.train(model, GMPOTrainer, GMPOConfig, tmp_path, beta=0.2)
