@@ -100,8 +100,8 @@ class Groups:
 def refill(groups: Groups, sample: Callable[[int, int], Groups]) -> tuple[Groups, list[int]]:
     """All groups that were sampled, and which of them to train on: as many as there were at first.
 
-    sample: given how many prompts there have been, the groups of so many further ones. A group whose rewards agree stays in its place if, within
-    MOST_BATCHES, no other is found.
+    sample: given how many prompts there have been, the groups of so many further ones. A group whose rewards agree
+    stays in its place if, within MOST_BATCHES, no other is found.
     """
     P = len(groups.rows)
     chosen = list(range(P))
