@@ -7,8 +7,9 @@ import torch
 
 from mr1fast import make_embedded
 from mr1fast.data.tasks import TASKS
-from mr1fast.make_embedded import DISOBEDIENT, OBEDIENT, held_out_examples, image_examples, main, make_tokenizer
+from mr1fast.make_embedded import main, make_tokenizer
 from mr1fast.model.load import load_model, load_processor
+from mr1fast.reproduction.lessons import DISOBEDIENT, OBEDIENT, held_out_examples, image_examples
 
 
 @pytest.fixture
