@@ -220,8 +220,9 @@ def test_sft_learns_its_target(processor):
 
 def test_sft_with_reasoning(processor):
     trainer = make_trainer(processor, method="sft", sft_reasoning=True)
+    examples = trainer.examples()
     trainer.step()
-    shown = zip(trainer.step_data.completions, trainer.examples(), strict=True)
+    shown = zip(trainer.step_data.completions, examples, strict=True)
     assert all(text == f"<think>{e.solution} items</think><answer>{e.solution}</answer>" for text, e in shown)
 
 
