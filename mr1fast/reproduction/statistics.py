@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-import mpmath
+import mpmath  # which torch needs, through sympy
 
 LEVEL = 0.05
 
