@@ -258,7 +258,9 @@ def test_the_kernels_refuse_an_id_out_of_range(clusters, bad, on_host, monkeypat
             run(grpo_loss, batch["logits"], batch, backend="cuda", importance_sampling_level=level)
     scored = [torch.ones(3, 4) for _ in range(3)]
     with pytest.raises(RuntimeError, match="mr1_score_backward: completion_ids out of range"):
-        cuda.score_backward(batch["logits"], batch["completion_ids"], None, *scored, None, 1.0, batch["logits"])
+        cuda.score_backward(
+            batch["logits"], batch["completion_ids"], None, *scored, None, reference.LogitMap(), batch["logits"]
+        )
 
 
 def test_the_call_is_laid_out_as_in_c(library):

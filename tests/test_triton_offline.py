@@ -53,6 +53,7 @@ def test_lengths_and_kl_weights_compile_nothing_again():
     assert counts.pop("mr1fast, aligned rows") == [1, 1, 1, 1]
     assert counts.pop("mr1fast, unaligned rows") == [1, 1, 1, 1]
     assert counts.pop("mr1fast, packed rows") == [1, 1, 1, 1]
+    assert counts.pop("mr1fast, capped rows") == [1, 1, 1, 1]
     assert all(line == [1, 20, 20, 400] for line in counts.values()), (
         "Liger has changed: the README quotes these counts"
     )
