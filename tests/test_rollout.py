@@ -7,9 +7,9 @@ from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
-from mr1fast.model.prompts import encode_prompts
+from mr1fast.model.prompts import encode_prompts, take_prompts
 from mr1fast.model.rollout import Rollout, Sampler, likeliest
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, slice_prompts, split_batch
+from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
 from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model, tiny_policy
 
 BANNED = [IMAGE, VIDEO, START, END, PAD]
@@ -158,9 +158,9 @@ def test_the_generator_decides():
 def test_sampling_follows_the_distribution():
     """Chi-squared of 4,000 first tokens against the model's softmax, banned tokens left out."""
     policy, inputs = placed()
-    rollout = sample(policy, slice_prompts(inputs, 0, 1), G=4000, L=1, temperature=1.3)
+    rollout = sample(policy, take_prompts(inputs, [0]), G=4000, L=1, temperature=1.3)
     with torch.no_grad():
-        probabilities = (policy.model(**slice_prompts(tiny_inputs(), 0, 1)).logits[0, -1].double() / 1.3).softmax(-1)
+        probabilities = (policy.model(**take_prompts(tiny_inputs(), [0])).logits[0, -1].double() / 1.3).softmax(-1)
     probabilities[BANNED] = 0
     expected = 4000 * probabilities / probabilities.sum()
     counts = torch.bincount(rollout.completion_ids[:, 0], minlength=VOCABULARY).double()
@@ -205,14 +205,14 @@ def test_pieces_add_up_to_the_gradient_of_the_batch(pieces):
     policy, inputs = placed()
     batch, model = make_batch(policy, inputs), policy.model
     losses = {
-        "grpo": lambda part: grpo_batch_loss(policy, part, beta=0.1, temperature=0.9).loss,
-        "sft": lambda part: sft_batch_loss(policy, part),
+        "grpo": lambda part: grpo_batch_loss(policy, part, beta=0.1, temperature=0.9, num_sequences=12).loss,
+        "sft": lambda part: sft_batch_loss(policy, part, num_sequences=12),
     }
     for loss in losses.values():
         gradients = []
         for count in (1, pieces):
             for part in split_batch(batch, count):
-                (loss(part) / count).backward()
+                loss(part).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
             model.zero_grad()
         torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
@@ -225,7 +225,7 @@ def test_old_logps_and_kl_reach_the_loss():
     output = grpo_batch_loss(policy, batch, beta=0.1, temperature=0.9)
     with torch.no_grad():
         expected = plain_logps(policy.model, inputs, batch.completion_ids, batch.completion_mask, 3, 0.9)
-    torch.testing.assert_close(output.per_token_logps.double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(batch.padded(output.per_token_logps).double(), expected, atol=2e-5, rtol=1e-5)
     assert output.kl.sum() > 0
     old = batch.ref_per_token_logps
     clipped = grpo_batch_loss(policy, Batch(**{**vars(batch), "old_per_token_logps": old * 2}), beta=0, temperature=0.9)

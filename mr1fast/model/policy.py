@@ -1,8 +1,8 @@
 """The policy: a model and its processor. Only this file knows how such a model is built inside.
 
-Each prompt, with its image, runs once for all of its completions. That is exact, with gradients: completions attend to
-the prompt's keys and values, which are repeated and not computed again, and a gradient flows back through them into
-prompt and vision tower.
+Each prompt, with its image, runs once for all of its completions, to sample them (`encode_prefix` and `extend`) and to
+find their log-probabilities (`completion_hidden`). That is exact, with gradients: completions attend to the prompt's
+keys and values, and a gradient flows back through them into prompt and vision tower.
 
 Shapes: P prompts of T tokens (padded on the left), G completions each, B = P * G with the completions of a prompt
 adjacent, L tokens, H hidden, V vocabulary.
@@ -24,6 +24,7 @@ from mr1fast.errors import UserError
 from mr1fast.model.adapter import merged, save_adapter, without_adapter
 from mr1fast.model.checks import VISION_TOKENS, check_fit, check_image_tokens
 from mr1fast.model.family import Model, known
+from mr1fast.model.passes import packed_hidden, plain_hidden
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import encode_prompts, end_of_turn
@@ -49,6 +50,9 @@ class Policy:
         # Images in an answer have no pixels, padding is no answer, and the last rows of the head are no tokens.
         banned = {getattr(config, field) for field in VISION_TOKENS}
         banned |= {self.pad_id, *range(len(processor.tokenizer), config.get_text_config().vocab_size)}
+        # How `completion_hidden` runs: a packed row cannot be told from its windows.
+        self.shares_prefix = not self._base.model.language_model.has_sliding_layers
+        self.checkpointing = False  # whether layers run again in backward instead of keeping their activations
         self.end_ids = torch.tensor(ends, device=device)  # [N] int64: any of them ends a completion; the first, a turn
         self.banned_ids = torch.tensor(sorted(banned - {*ends}), device=device)  # never sampled
 
@@ -203,19 +207,14 @@ class Policy:
             past_key_values=cache,
         ).last_hidden_state
 
-    def completion_hidden(self, prefix: Prefix, completion_ids: Tensor) -> Tensor:
-        """Hidden states [B, L, H]: the one at t predicts `completion_ids[:, t]` (padded on the right, [B, L]).
+    def completion_hidden(self, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """Hidden states [N, H], each of which predicts one of the N tokens of `completion_ids` [B, L] that count.
 
-        `prefix`: of the P prompts of the B completions. A completion that a prompt has several times, as is usual when
-        answers are short, runs once.
+        inputs: of `place`, for the P prompts of the B completions. completion_mask: [B, L], which tokens count; the
+        order is that of the completions, one after another. Differentiable.
         """
-        prompts = prefix.prompts_of(completion_ids.shape[0])
-        distinct, row_of = torch.cat([prompts[:, None], completion_ids], 1).unique(dim=0, return_inverse=True)
-        prefix, ids = prefix.take(distinct[:, 0]), distinct[:, 1:]
-        hidden = prefix.last_hidden[:, None]
-        if ids.shape[1] > 1:
-            hidden = torch.cat([hidden, self.extend(prefix, prefix.cache(), ids[:, :-1], 0)], 1)
-        return hidden[row_of]
+        run = packed_hidden if self.shares_prefix else plain_hidden
+        return run(self._base, inputs, completion_ids, completion_mask, checkpointing=self.checkpointing)
 
     def _attention_mask(self, prompt_mask: Tensor, start: int, N: int) -> Tensor | dict[str, Tensor | None]:
         """For N tokens from `start` on. Padding on the right needs no mask: nothing before it attends to it.

@@ -114,10 +114,7 @@ class Trainer:
 
     def _rollout(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         config, G = self.config, self.config.num_generations
-        # Sampler and policy are one network at this point: prompts and images are computed once for both. But an update
-        # in pieces computes them again, because its point is to hold the activations of one piece at a time.
-        whole = config.gradient_accumulation_steps == 1
-        with torch.set_grad_enabled(whole):
+        with torch.no_grad():
             prefix = self.policy.encode_prefix(inputs)
         rollout = self.sampler.generate(
             examples,
@@ -125,7 +122,7 @@ class Trainer:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            prefix=prefix.detach(),
+            prefix=prefix,
         )
         completions = rollout.completions
         unanswered_before = unanswered()
@@ -141,7 +138,6 @@ class Trainer:
             completion_mask=rollout.completion_mask,
             advantages=advantages.to(self.policy.device),
             sampling_per_token_logps=rollout.per_token_logps,
-            prefix=prefix if whole else None,
         )
         if self.reference is not None:
             batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
@@ -184,18 +180,18 @@ class Trainer:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         config, batch = self.config, data.batch
         pieces = split_batch(batch, config.gradient_accumulation_steps)
-        scale = 1 / len(pieces)  # the loss is a mean over completions, and the pieces are equally large
+        completions = len(batch.completion_ids)
         total, rows, logps = 0.0, [], []
         for piece in pieces:
             if config.method == "sft":
-                loss = sft_batch_loss(self.policy, piece) * scale
+                loss = sft_batch_loss(self.policy, piece, num_sequences=completions)
             else:
                 output = grpo_batch_loss(
-                    self.policy, piece, beta=self.beta, temperature=config.temperature, scale=scale
+                    self.policy, piece, beta=self.beta, temperature=config.temperature, num_sequences=completions
                 )
                 loss = output.loss
                 rows.append(output.metrics())
-                logps.append(output.per_token_logps)
+                logps.append(piece.padded(output.per_token_logps.detach()))
             total += loss.item()
             loss.backward()
         metrics = {"loss": total}
@@ -208,12 +204,11 @@ class Trainer:
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
             if config.num_iterations > 1 and logps and old is None:
                 # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
-                old = torch.cat(logps).detach()
+                old = torch.cat(logps)
         else:
             metrics["grad_norm"] = math.nan
             self.optimizer.zero_grad()
-        # The graph of the prefix is used up.
-        used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None, prefix=None)
+        used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None)
         self.step_data = dataclasses.replace(data, batch=used)
         return metrics
 
@@ -248,7 +243,7 @@ class Trainer:
             "step_data": None,
         }
         if self.step_data is not None and self.finished_steps % self.config.num_iterations:
-            state["step_data"] = {**vars(self.step_data), "batch": {**vars(self.step_data.batch), "prefix": None}}
+            state["step_data"] = {**vars(self.step_data), "batch": vars(self.step_data.batch)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

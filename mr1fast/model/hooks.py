@@ -1,0 +1,109 @@
+"""All that is changed in transformers, and only within these contexts; tested with transformers 5.23.
+
+- `ALL_ATTENTION_FUNCTIONS` has two implementations more. `mr1fast_shared_prefix` is the language model's: it takes the
+  layout of the row from the keyword `shared_prefix`, which the models hand on to their attention. The vision tower's
+  is the same function under another name, because transformers tells where its images and windows begin
+  (`cu_seq_lens_q`) to implementations with "flash" in their name alone, and calls others once for each.
+- `config._attn_implementation`, of the two parts of a model, names these.
+- `GradientCheckpointingLayer` checkpoints in training mode only, which is switched on for the layers and not for what
+  is in them: there would be dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mr1fast.model.segments import Segments
+from mr1fast.model.varlen import SharedPrefix, attention, kernel_for
+
+LANGUAGE, VISION = "mr1fast_shared_prefix", "mr1fast_flash_segments"
+EAGER = "_eager"  # appended where the model's own implementation is eager
+
+
+def shared_attention(model: Any) -> AbstractContextManager[None]:
+    """Within the context the model (not a PeftModel: its base) takes the keyword `shared_prefix`, a SharedPrefix."""
+    language, vision = model.config.get_text_config(), model.config.vision_config
+    return _renamed({LANGUAGE: language, VISION: vision}, EAGER if language._attn_implementation == "eager" else "")
+
+
+@contextmanager
+def checkpointed(
+    model: nn.Module, *, on: bool, within: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[None]:
+    """Within the context, if `on`, each layer runs again in backward instead of keeping its activations.
+
+    within: the contexts in which it runs again.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not (on and torch.is_grad_enabled()):
+        layers = []
+    for layer in layers:
+        layer.gradient_checkpointing, layer.training = True, True
+        layer._gradient_checkpointing_func = partial(
+            checkpoint,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing is random
+            context_fn=lambda: (nullcontext(), within()),
+        )
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing, layer.training = False, False
+
+
+@contextmanager
+def _renamed(parts: dict[str, Any], suffix: str) -> Iterator[None]:
+    before = [config._attn_implementation for config in parts.values()]
+    for name, config in parts.items():
+        config._attn_implementation = name + suffix
+    try:
+        yield
+    finally:
+        for config, name in zip(parts.values(), before):
+            config._attn_implementation = name
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    eager: bool,
+    shared_prefix: SharedPrefix | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls with query, key and value [1, heads, T, D]; the output is [1, T, heads, D]."""
+    if cu_seq_lens_q is not None:
+        lengths = tuple(cu_seq_lens_q.diff().tolist())
+        layout = SharedPrefix(0, _segments(lengths, query.device))
+    else:
+        assert shared_prefix is not None
+        layout = shared_prefix
+    kernel = kernel_for(query.device, query.dtype, eager=eager)
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return attention(query, key, value, layout, kernel, scaling)[None], None
+
+
+@lru_cache(maxsize=8)
+def _segments(lengths: tuple[int, ...], device: torch.device) -> Segments:
+    """Images, or windows of images. All layers have the same, or alternate between two."""
+    return Segments(lengths, causal=False, device=device)
+
+
+for _name in (LANGUAGE, VISION):
+    AttentionInterface.register(_name, partial(_attend, eager=False))
+    AttentionInterface.register(_name + EAGER, partial(_attend, eager=True))
