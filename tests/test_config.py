@@ -10,6 +10,7 @@ from mr1fast import train
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import option_string
+from mr1fast.options.keyed import key_of
 from mr1fast.options.parse import FIELDS, build_parser, field_type, parse_arguments
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, is_small
 
@@ -70,16 +71,21 @@ def test_the_size_of_the_model_picks_the_recipe_and_no_name_does(tmp_path):
     assert config("--data", "x/gr").defaults_from("gr") == "defaults of vc for small models"
 
 
-def test_a_large_model_takes_one_prompt_at_a_time():
+def test_pieces_of_a_step_are_left_to_the_planner_for_a_large_model():
     def pieces(*arguments):
         chosen = config("--task", "gr", *arguments)
-        assert chosen.resolved()["gradient_accumulation_steps"] == chosen.for_task("gr").gradient_accumulation_steps
-        return chosen.for_task("gr").gradient_accumulation_steps
+        task, recorded = chosen.for_task("gr"), chosen.resolved()
+        found = task.gradient_accumulation_steps, task.tokens_per_microbatch
+        assert found == tuple(map(recorded.get, ("gradient_accumulation_steps", "tokens_per_microbatch")))
+        return found
 
-    assert pieces() == 1
-    assert pieces("--model", "nobody/large") == 16
-    assert pieces("--model", "nobody/large", "--prompts-per-step", 6) == 6
-    assert pieces("--model", "nobody/large", "--prompts-per-step", 6, "--gradient-accumulation-steps", 2) == 2
+    assert pieces() == (1, None)
+    assert pieces("--model", "nobody/large") == (None, None)
+    assert pieces("--model", "nobody/large", "--prompts-per-step", 6, "--gradient-accumulation-steps", 2) == (2, None)
+    for model in ((), ("--model", "nobody/large")):
+        assert pieces(*model, "--tokens-per-microbatch", 5000) == (None, 5000)
+    with pytest.raises(UserError, match="both divide a step into pieces; give one"):
+        config("--tokens-per-microbatch", 5000, "--gradient-accumulation-steps", 2)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
@@ -256,10 +262,10 @@ def test_yaml_that_is_not_text(tmp_path):
 def test_help_explains_every_option_with_its_default():
     text = " ".join(build_parser().format_help().split())
     for name, field in FIELDS.items():
-        assert option_string(name) in text
+        assert (f" {key_of(name)}=" if field.metadata["key_of"] else f" {option_string(name)}") in text
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
-            assert f"[default: {field.default}]" in text
+            assert f"[default: {'no' if field.default is False else field.default}]" in text
     assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others; ten times that for LoRA]" in text
     assert "(paper, linear, constant, cosine, exponential, reversed, adaptive)" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))

@@ -58,14 +58,18 @@ def allocated(step) -> int:
     return peak
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_completion_length": 20},
-        {"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"},
-        {"gradient_accumulation_steps": 2, "freeze": "vision,merger"},
+        slow({"max_completion_length": 20}),
+        slow({"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"}),
+        slow({"gradient_accumulation_steps": 2, "freeze": "vision,merger"}),
         {"method": "sft"},
-        {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
+        {"method": "grpo", "beta": 0.0, "loss": "importance_sampling_level=sequence", "gradient_accumulation_steps": 2},
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},
     ],
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),
@@ -155,7 +159,7 @@ def test_the_largest_image():
 
 def test_a_plan_leaves_the_trainer_as_it_was():
     def patched():
-        functions = trainer_module.batch_logps, trainer_module.split_batch
+        functions = trainer_module.batch_logps, trainer_module.pieces_of
         return dispatch.BACKENDS, dict(linear.CHUNK_BYTES), dict(linear.MIN_ROWS), functions
 
     before, numbers = patched(), torch.get_rng_state()
@@ -291,9 +295,9 @@ def test_a_run_that_cannot_fit(large, planned, monkeypatch, capsys):
         monkeypatch.setattr(plan_run, "free_memory", lambda _: free)
         return plan_run.plans_before(options)
 
-    assert with_free(planned.peak) == [planned]
+    assert with_free(planned.peak) == {"data": planned}
     assert capsys.readouterr().err == ""
-    assert with_free(planned.least) == [planned]  # it may be enough for short completions
+    assert with_free(planned.least) == {"data": planned}  # it may be enough for short completions
     warning = (
         r"warning: a step needs up to .* and does not fit cpu, where .* can be used; it fits with --lora-rank 16\n"
     )
@@ -315,7 +319,7 @@ def test_a_run_says_so_before_it_loads_anything(monkeypatch, capsys, tmp_path):
 
 def test_a_run_offloads_the_reference_if_the_plan_says_so(planned, monkeypatch, tmp_path):
     options = TrainConfig(task="vc", eval_steps=0, eval_samples=1, max_steps=1)
-    for plans, offloads in (([], False), ([planned], False), ([planned.with_reference_offloaded()], True)):
+    for plans, offloads in (({}, False), ({"vc": planned}, False), ({"vc": planned.with_reference_offloaded()}, True)):
         monkeypatch.setattr(setup, "plans_before", lambda _, plans=plans: plans)
         prepared = setup.prepare(OpenRun(RunFolder(tmp_path), options))
         assert prepared.offloads_reference is offloads
@@ -327,14 +331,14 @@ def test_a_run_does_without_a_plan_that_fails(large, monkeypatch, capsys):
         raise NotImplementedError("an operation of tomorrow")
 
     monkeypatch.setattr(plan_run, "plan_for", fails)
-    assert plan_run.plans_before(TrainConfig(model=str(large), data=str(large), device="cpu")) == []
+    assert plan_run.plans_before(TrainConfig(model=str(large), data=str(large), device="cpu")) == {}
     warning = "warning: no plan of the memory that a step takes (NotImplementedError: an operation of tomorrow)\n"
     assert capsys.readouterr().err == warning
 
 
 def test_a_small_model_is_not_planned_for(monkeypatch):
     monkeypatch.setattr(plan_run, "plan_for", None)
-    assert plan_run.plans_before(TrainConfig()) == []
+    assert plan_run.plans_before(TrainConfig()) == {}
 
 
 # ---- the device -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mr1fast.model.segments import Segments
 from mr1fast.model.varlen import SharedPrefix, attention, kernel_for
 
 LANGUAGE, VISION = "mr1fast_shared_prefix", "mr1fast_flash_segments"
@@ -82,26 +81,17 @@ def _attend(
     *,
     scaling: float,
     eager: bool,
-    shared_prefix: SharedPrefix | None = None,
+    shared_prefix: SharedPrefix,
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls with query, key and value [1, heads, T, D]; the output is [1, T, heads, D]."""
-    if cu_seq_lens_q is not None:
-        lengths = tuple(cu_seq_lens_q.diff().tolist())
-        layout = SharedPrefix(0, _segments(lengths, query.device))
-    else:
-        assert shared_prefix is not None
-        layout = shared_prefix
+    layout = shared_prefix
+    if cu_seq_lens_q is not None:  # of images, or of windows in them
+        layout = SharedPrefix(0, shared_prefix.images(tuple(cu_seq_lens_q.diff().tolist()), query.device))
     kernel = kernel_for(query.device, query.dtype, eager=eager)
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     return attention(query, key, value, layout, kernel, scaling)[None], None
-
-
-@lru_cache(maxsize=8)
-def _segments(lengths: tuple[int, ...], device: torch.device) -> Segments:
-    """Images, or windows of images. All layers have the same, or alternate between two."""
-    return Segments(lengths, causal=False, device=device)
 
 
 for _name in (LANGUAGE, VISION):

@@ -29,6 +29,7 @@ from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import encode_prompts, end_of_turn
 from mr1fast.model.save import make_readable, save_model, save_processor
+from mr1fast.model.varlen import kernel_for
 
 
 class Policy:
@@ -215,6 +216,14 @@ class Policy:
         """
         run = packed_hidden if self.shares_prefix else plain_hidden
         return run(self._base, inputs, completion_ids, completion_mask, checkpointing=self.checkpointing)
+
+    def describe_pass(self, *, share_prefix: bool = True) -> str:
+        """What `completion_hidden` does with these weights, if it shares prefixes where it can."""
+        if not (share_prefix and self.shares_prefix):
+            return "each completion with its prompt, padded"
+        model, language = self._base, self._base.config.get_text_config()
+        kernel = kernel_for(model.device, model.dtype, eager=language._attn_implementation == "eager")
+        return f"prompts and completions in one packed row, {kernel.name}"
 
     def _attention_mask(self, prompt_mask: Tensor, start: int, N: int) -> Tensor | dict[str, Tensor | None]:
         """For N tokens from `start` on. Padding on the right needs no mask: nothing before it attends to it.

@@ -9,7 +9,7 @@ in ring attention. So the keys and values of a prompt are read where they lie, b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -193,6 +193,13 @@ class SharedPrefix:
     shared: int
     itself: Segments
     on_prompts: Segments | None = None
+    _images: dict[tuple[int, ...], Segments] = field(default_factory=dict)
+
+    def images(self, lengths: tuple[int, ...], device: torch.device) -> Segments:
+        """Images, or windows in them, each on itself: all layers of the vision tower have the same, or one of two."""
+        if lengths not in self._images:
+            self._images[lengths] = Segments(lengths, causal=False, device=device)
+        return self._images[lengths]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, kernel: Kernel, scale: float) -> Tensor:

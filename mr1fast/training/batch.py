@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from mr1fast.kernels import reference
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.logits import GRPOLossOutput
+from mr1fast.model.checks import image_starts
 from mr1fast.model.policy import Policy
 from mr1fast.model.prompts import take_prompts
 
@@ -29,6 +31,7 @@ class Batch:
     advantages: Tensor | None = None  # [B] float32; None for supervised fine-tuning
     ref_per_token_logps: Tensor | None = None  # [B, L] float32, of the frozen reference; None where the KL weight is 0
     old_per_token_logps: Tensor | None = None  # [B, L] float32, of the policy that sampled; None while it is still that
+    token_weight: Tensor | None = None  # [B, L] float32, see `weighted`
     sampling_per_token_logps: Tensor | None = None  # [B, L] float32, of the sampler; good for the first update only
 
     def hidden(self, policy: Policy) -> Tensor:
@@ -45,11 +48,16 @@ class Batch:
 
     def take(self, prompts: Sequence[int]) -> Batch:
         """These prompts, each with all of its completions, in this order."""
-        G = self.num_generations
-        rows = torch.tensor([prompt * G + i for prompt in prompts for i in range(G)], device=self.completion_ids.device)
-        tensors = {name: getattr(self, name) for name in _OF_COMPLETIONS}
+        if list(prompts) == [*range(len(self.inputs["input_ids"]))]:
+            return self
+        tensors, rows = {name: getattr(self, name) for name in _OF_COMPLETIONS}, self.rows_of(prompts)
         taken: dict[str, Any] = {name: None if values is None else values[rows] for name, values in tensors.items()}
         return dataclasses.replace(self, inputs=take_prompts(self.inputs, prompts), **taken)
+
+    def rows_of(self, prompts: Sequence[int]) -> Tensor:
+        """int64, the completions of these prompts."""
+        G = self.num_generations
+        return torch.tensor([prompt * G + i for prompt in prompts for i in range(G)], device=self.completion_ids.device)
 
 
 _OF_COMPLETIONS = (
@@ -58,6 +66,7 @@ _OF_COMPLETIONS = (
     "advantages",
     "ref_per_token_logps",
     "old_per_token_logps",
+    "token_weight",
     "sampling_per_token_logps",
 )
 
@@ -76,40 +85,80 @@ def _packed_logps(policy: Policy, batch: Batch, temperature: float) -> Tensor:
     return logps
 
 
-def grpo_batch_loss(
-    policy: Policy, batch: Batch, *, beta: float, temperature: float, num_sequences: int | None = None
-) -> GRPOLossOutput:
-    """The paper's loss of a batch, a mean over completions; its per-token outputs are packed, [N].
+def weighted(batch: Batch, loss: Mapping[str, Any], *, max_completion_length: int) -> tuple[Batch, dict[str, Any]]:
+    """A step's batch, each token with its weight in the loss, and the loss's keywords with which its pieces add up.
 
-    num_sequences: the completions of the whole step, of which this batch is a piece: the losses, and the gradients, of
-    all pieces then add up to those of the step.
+    Whatever the normaliser counts, tokens or completions, it counts them in the whole batch.
+    """
+    ids, mask = batch.completion_ids, batch.completion_mask
+    keywords = {name: value for name, value in loss.items() if name != "scale_rewards"}  # that is for the advantages
+    weight = reference.token_weight(ids, mask, torch.float32, loss["loss_type"], max_completion_length, None)
+    if keywords.get("entropy_coef"):  # a mean over tokens
+        keywords["entropy_coef"] /= max(mask.sum().item(), 1)
+    return dataclasses.replace(batch, token_weight=weight), {**keywords, "reduction": "sum"}
+
+
+def grpo_batch_loss(
+    policy: Policy, batch: Batch, *, beta: float, temperature: float, **keywords: Any
+) -> GRPOLossOutput:
+    """The loss of a batch, by default the paper's; `weighted` gives the keywords for a piece of one.
+
+    Per-token outputs are [N], of the tokens that count.
     """
     assert batch.advantages is not None
-    lengths = batch.completion_mask.sum(1)
     return linear_grpo_loss(
         batch.hidden(policy),
         policy.head_weight,
         batch.packed(batch.completion_ids),
         batch.advantages,
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        cu_seqlens=torch.nn.functional.pad(batch.completion_mask.sum(1).cumsum(0), (1, 0)),
         old_per_token_logps=batch.packed(batch.old_per_token_logps),
         ref_per_token_logps=batch.packed(batch.ref_per_token_logps),
+        token_weight=batch.packed(batch.token_weight),
         beta=beta,
         temperature=temperature,
-        num_sequences=num_sequences,
+        **keywords,
     )
 
 
-def sft_batch_loss(policy: Policy, batch: Batch, *, num_sequences: int | None = None) -> Tensor:
-    """Mean over completions of the negative log-likelihood per token (nats), 0-d. num_sequences: see above."""
-    lengths = batch.completion_mask.sum(1)
-    weight = (1 / lengths.clamp(min=1)).repeat_interleave(lengths)
-    return -(_packed_logps(policy, batch, 1.0) * weight).sum() / (num_sequences or len(lengths))
+def sft_batch_loss(policy: Policy, batch: Batch) -> Tensor:
+    """The negative log-likelihood (nats), 0-d, of tokens with the weights that `weighted` has given them."""
+    assert batch.token_weight is not None
+    return -(_packed_logps(policy, batch, 1.0) * batch.packed(batch.token_weight)).sum()
 
 
-def split_batch(batch: Batch, pieces: int) -> list[Batch]:
-    """The batch in pieces of equally many prompts, each with all of its completions."""
-    prompts = batch.inputs["input_ids"].shape[0]
-    assert prompts % pieces == 0
-    size = prompts // pieces
-    return [batch] if pieces == 1 else [batch.take(range(i * size, (i + 1) * size)) for i in range(pieces)]
+def pieces_of(batch: Batch, *, equal: int | None = None, most_tokens: int | None = None) -> list[Sequence[int]]:
+    """The prompts in pieces that pass through the model at a time, each prompt with all of its completions.
+
+    equal: pieces of equally many prompts. most_tokens: pieces of at most so many tokens (see `tokens_of`), or of a
+    single prompt that has more. The longest come first, so that what does not fit in memory fails at the first step.
+    None of both: a prompt at a time.
+    """
+    sizes = tokens_of(batch)
+    if equal is not None:
+        each = len(sizes) // equal
+        return [range(first, first + each) for first in range(0, len(sizes), each)]
+    pieces: list[list[int]] = []
+    room: list[int] = []
+    for prompt in sorted(range(len(sizes)), key=lambda prompt: -sizes[prompt]):
+        fitting = next((i for i, left in enumerate(room) if sizes[prompt] <= left), None)
+        if fitting is None:
+            pieces.append([])
+            room.append(most_tokens or 0)
+        chosen = -1 if fitting is None else fitting
+        pieces[chosen].append(prompt)
+        room[chosen] -= sizes[prompt]
+    return [sorted(piece) for piece in pieces]
+
+
+def tokens_of(batch: Batch) -> list[int]:
+    """[P] What passes through the model for a prompt: its tokens, those of its completions, its images' patches."""
+    inputs = batch.inputs
+    tokens = inputs["attention_mask"].sum(1) + batch.completion_mask.unflatten(0, (-1, batch.num_generations)).sum(
+        (1, 2)
+    )
+    if "image_grid_thw" in inputs:
+        patches = inputs["image_grid_thw"].prod(1)
+        image = image_starts(inputs["mm_token_type_ids"] == 1).nonzero()[:, 0]  # [images], the prompt of each
+        tokens = tokens.index_add(0, image, patches)
+    return tokens.tolist()

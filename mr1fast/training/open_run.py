@@ -20,8 +20,9 @@ from mr1fast.data.sources import is_hub_name
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig, canonical
+from mr1fast.options.config_file import read_options, say_unknown
 from mr1fast.options.fields import option_string
-from mr1fast.options.parse import FIELDS, Request, read_options, say_unknown
+from mr1fast.options.parse import FIELDS, Request
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.training.loggers import check_installed
 from mr1fast.training.run_folder import (
@@ -34,6 +35,8 @@ from mr1fast.training.run_folder import (
     new_folder,
     step_of,
 )
+
+PIECES = ("gradient_accumulation_steps", "tokens_per_microbatch")
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,9 @@ def _resumed_config(request: Request, config: TrainConfig) -> TrainConfig:
             raise UserError(f"--resume continues with the run's own options: {differs}")
     if isinstance(steps := given.get("max_steps"), Mapping):
         given["max_steps"] = {name: config.for_task(name).max_steps for name in config.names} | dict(steps)
+    for one, other in (PIECES, PIECES[::-1]):  # they exclude each other
+        if one in given and other not in given:
+            given[other] = None
     given |= {name: canonical(name, given[name]) for name in CHANGEABLE if isinstance(given.get(name), str)}
     return dataclasses.replace(config, **given)
 

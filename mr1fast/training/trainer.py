@@ -21,7 +21,7 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
+from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, pieces_of, sft_batch_loss, weighted
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
@@ -61,6 +61,9 @@ class Trainer:
         self.config, self.policy, self.reference, self.dataset = config, policy, reference, dataset
         # eval() throughout: policy, sampler and reference must be the same network, so there is no dropout.
         policy.model.eval()
+        for one in filter(None, (policy, reference)):
+            one.shares_prefix = one.shares_prefix and config.share_prefix
+        policy.checkpointing = config.gradient_checkpointing == "on"
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
@@ -129,7 +132,7 @@ class Trainer:
         repeated = [example for example in examples for _ in range(G)]
         scores = score(self.rewards, completions, repeated)
         total = weighted_sum(self.rewards, scores)
-        advantages = group_advantages(total, G)
+        advantages = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
         self.scored = first_scored(repeated, completions, scores, advantages)
         batch = Batch(
             inputs=inputs,
@@ -150,8 +153,15 @@ class Trainer:
         """[B, L] float32. A reference that is offloaded is on the policy's device only meanwhile."""
         adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
         with adapter_off, reference.on(self.policy.device):
-            pieces = split_batch(batch, self.config.gradient_accumulation_steps)
-            return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
+            logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
+            for prompts in self._pieces(batch):
+                logps[batch.rows_of(prompts)] = batch_logps(reference, batch.take(prompts), self.config.temperature)
+        return logps
+
+    def _pieces(self, batch: Batch) -> list[Sequence[int]]:
+        """The prompts that are in the model at a time, with all of their completions."""
+        config = self.config
+        return pieces_of(batch, equal=config.gradient_accumulation_steps, most_tokens=config.tokens_per_microbatch)
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         """What supervised fine-tuning imitates: the solution in the required form."""
@@ -179,32 +189,32 @@ class Trainer:
     def update(self, data: StepData) -> dict[str, float]:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         config, batch = self.config, data.batch
-        pieces = split_batch(batch, config.gradient_accumulation_steps)
-        completions = len(batch.completion_ids)
-        total, rows, logps = 0.0, [], []
-        for piece in pieces:
+        batch_of_step, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
+        total, rows, counted = 0.0, [], []
+        logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
+        for prompts in self._pieces(batch):
+            piece = batch_of_step.take(prompts)
             if config.method == "sft":
-                loss = sft_batch_loss(self.policy, piece, num_sequences=completions)
+                loss = sft_batch_loss(self.policy, piece)
             else:
-                output = grpo_batch_loss(
-                    self.policy, piece, beta=self.beta, temperature=config.temperature, num_sequences=completions
-                )
+                output = grpo_batch_loss(self.policy, piece, beta=self.beta, temperature=config.temperature, **keywords)
                 loss = output.loss
                 rows.append(output.metrics())
-                logps.append(piece.padded(output.per_token_logps.detach()))
+                counted.append(piece.completion_mask.sum().item())
+                logps[batch.rows_of(prompts)] = piece.padded(output.per_token_logps.detach())
             total += loss.item()
             loss.backward()
         metrics = {"loss": total}
         if rows:  # means over tokens
-            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces])
+            metrics |= mean_metrics(rows, counted, keywords)
         if batch.sampling_per_token_logps is not None:
-            metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
+            metrics |= sampling_metrics(logps, batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
-            if config.num_iterations > 1 and logps and old is None:
+            if config.num_iterations > 1 and old is None:
                 # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
-                old = torch.cat(logps)
+                old = logps
         else:
             metrics["grad_norm"] = math.nan
             self.optimizer.zero_grad()
