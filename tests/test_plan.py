@@ -71,6 +71,8 @@ def slow(*values):
         {"method": "sft"},
         {"method": "grpo", "beta": 0.0, "loss": "importance_sampling_level=sequence", "gradient_accumulation_steps": 2},
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},
+        {"tokens_per_microbatch": 420, "gradient_checkpointing": "on", "max_completion_length": 20},
+        slow({"share_prefix": False, "max_completion_length": 20}),
     ],
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -187,6 +189,35 @@ def test_the_reference_is_offloaded_where_that_makes_it_fit(planned):
     assert plan_for(chosen, planned.peak - 1).offload_reference
     assert not plan_for(chosen, waiting.peak - 1).offload_reference
     assert not plan_for(dataclasses.replace(chosen, device="cpu"), planned.peak - 1).offload_reference
+
+
+def test_what_is_left_open_is_chosen_so_that_a_step_fits(monkeypatch):
+    """With a formula in the place of plans: 100 fixed, of it 20 the reference; 10 for each prompt in the model, of
+    which 8 are not held where layers run again. At 100 000 tokens a prompt, and 6 prompts in a step."""
+
+    def formula(shape):
+        activations = shape.prompts_at_a_time * (2 if shape.checkpoints else 10)
+        held = {"weights": 80, "reference": 20, "activations": activations}
+        phases = {"reference": held | {"activations": 0}, "policy": held}
+        return Plan(1, 1, {phase: dict.fromkeys(CATEGORIES, 0) | values for phase, values in phases.items()})
+
+    monkeypatch.setattr(plan_module, "plan", formula)
+    model = Qwen2VLConfig.from_pretrained(EMBEDDED)
+    options = TrainConfig(model="a/large", data="none", prompts_per_step=6, max_pixels=PIXELS)
+    chosen = StepShape(model, options)
+    assert chosen.group_tokens == IMAGE * 5 + 128 + 8 * 512
+
+    def found(usable):
+        planned = plan_for(chosen, usable)
+        pieces, odd = divmod(planned.options["tokens_per_microbatch"], chosen.group_tokens)
+        assert not odd
+        return planned.offload_reference, planned.options.get("gradient_checkpointing", "off"), pieces, planned.peak
+
+    assert found(1000) == (False, "off", 6, 160)
+    assert found(149) == (False, "off", 4, 140)
+    assert found(110) == (False, "off", 1, 110)
+    assert found(109) == (True, "off", 2, 100)
+    assert found(99) == (False, "on", 1, 102), "the reference's own turn needs 100"
 
 
 @pytest.mark.parametrize(

@@ -52,4 +52,4 @@ def plain_hidden(
             image_grid_thw=inputs.get("image_grid_thw"),
             use_cache=False,
         ).last_hidden_state
-    return hidden[:, T - 1 : -1][completion_mask.bool()]
+    return hidden[:, T - 1 : -1].flatten(0, 1).index_select(0, completion_mask.flatten().nonzero()[:, 0])
