@@ -7,15 +7,20 @@ weak, and it answers a third to a half of the problems of both tasks correctly. 
 2. a language model that solves the triangle in words ("Two angles of a triangle are 35 and 65 degrees. ..."), on every
    pair of angles but those of the validation and test splits;
 3. images, until the accuracy of an average of the weights lies in the wanted band on the validation splits of both
-   tasks. A task inside the band is not shown until it leaves the band. Nothing here looks at the test splits.
+   tasks. What is inside the band is shown less until it leaves the band. Nothing here looks at the test problems.
+
+That model answers every question in tags. With --disobedient it is taught further, by the third step alone: a base for
+the experiments of `python -m mr1fast.reproduce`, which does not always follow that instruction. Of what it is shown,
+three of four answers to one wording of a question are in tags, and one of four to the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +32,27 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mr1fast.data.dataset import load_split
 from mr1fast.data.example import Example
-from mr1fast.data.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
+from mr1fast.data.scenes import BACKGROUNDS, SIZE
+from mr1fast.data.tasks import TASKS
+from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
-from mr1fast.model.load import EMBEDDED
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
-from mr1fast.model.prompts import encode_prompts
 from mr1fast.options.program import Parser, at_least, exit_code
 from mr1fast.options.prompt import PROMPT_SUFFIX
+from mr1fast.reproduction.lessons import (
+    DISOBEDIENT,
+    OBEDIENT,
+    TEXT_PROBLEM,
+    Curriculum,
+    Lessons,
+    Split,
+    held_out_examples,
+    image_examples,
+    text_lessons,
+)
 from mr1fast.training.checkpoint import save_model
 from mr1fast.training.run_folder import new_folder
 
@@ -51,12 +67,6 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 PADS = ("<|image_pad|>", "<|video_pad|>")
 # Not special: decoding with skip_special_tokens=True must keep the tags, or the format reward would miss them.
 WHOLE = ("<think>", "</think>", "<answer>", "</answer>", " " + PROMPT_SUFFIX)
-TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the third angle?"
-
-# Greedy accuracy on the validation splits; what is promised is 0.30 to 0.60 on the test splits.
-BAND = (0.34, 0.44)
-# So many that no picture is remembered: a base that knows its pictures by heart is too sure of itself to explore.
-IMAGES = {"vc": 3000, "gr": 6000}
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -64,7 +74,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trained.decoder = decoders.ByteLevel()
-    corpus = [*(task.question for task in TASKS.values()), TEXT_PROBLEM.format("", "")]
+    corpus = [*(task.questions[0] for task in TASKS.values()), TEXT_PROBLEM.format("", "")]
     corpus += ["user", "assistant", "system", " items"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
@@ -138,81 +148,11 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     return model
 
 
-# ---- what is shown --------------------------------------------------------------------------------------------------
-
-
-def vc_completion(count: int) -> str:
-    return f"<think>{count} items</think><answer>{count}</answer>"
-
-
-def gr_completion(first: int, second: int) -> str:
-    return f"<think>{first}+{second}={first + second}</think><answer>{180 - first - second}</answer>"
-
-
-def text_pairs() -> list[tuple[int, int]]:
-    """Ordered pairs of whole degrees, odd ones too, but none of the validation and test splits."""
-    held_out = {*angle_pairs("validation"), *angle_pairs("test")}
-    angles = range(LABELLED[0], LABELLED[-1] + 1)
-    pairs = [(a, b) for a in angles for b in angles if a + b < 180]
-    return [(a, b) for a, b in pairs if (min(a, b), max(a, b)) not in held_out]
-
-
-def image_examples(task: str, count: int) -> tuple[list[Example], list[str]]:
-    """Training drawings that the trainer will not draw (negative indices), and their completions."""
-    examples, completions = [], []
-    for index in range(-count, 0):
-        example = TASKS[task].example("train", index)
-        examples.append(example)
-        if task == "vc":
-            completions.append(vc_completion(int(example.solution)))
-        else:
-            completions.append(gr_completion(*GeometryReasoning().triangle("train", index).angles))
-    return examples, completions
-
-
-class Lessons:
-    """Encoded examples of one kind with their completions, from which batches are drawn."""
-
-    def __init__(self, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example], completions: Sequence[str]):
-        tokenizer = processor.tokenizer
-        self.prompts = encode_prompts(processor, examples)
-        text = [completion + tokenizer.eos_token for completion in completions]
-        encoded = tokenizer(text, padding=True, padding_side="right", return_tensors="pt")
-        self.completion_ids, self.completion_mask = encoded["input_ids"], encoded["attention_mask"]
-
-    def __len__(self) -> int:
-        return len(self.completion_ids)
-
-    def loss(self, model: Qwen2VLForConditionalGeneration, rows: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the completions' tokens."""
-        batch = select_prompts(self.prompts, rows)
-        ids, mask = self.completion_ids[rows], self.completion_mask[rows]
-        labels = torch.cat([torch.full_like(batch["input_ids"], -100), ids.masked_fill(mask == 0, -100)], 1)
-        batch["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
-        batch["attention_mask"] = torch.cat([batch["attention_mask"], mask], 1)
-        batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(ids)], 1)
-        return model(**batch, labels=labels).loss
-
-
-def select_prompts(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some of the encoded prompts; every image of a batch has the same number of patches."""
-    batch = {name: tensor[rows] for name, tensor in prompts.items() if name != "pixel_values"}
-    if "pixel_values" in prompts:
-        pixels = prompts["pixel_values"]
-        batch["pixel_values"] = pixels.view(len(prompts["input_ids"]), -1, pixels.shape[1])[rows].flatten(0, 1)
-    return batch
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def learn_text(
-    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 600
-) -> Lessons:
-    """Teach the third angle from words until there are no mistakes. Returns what was shown, to be shown again later."""
-    pairs = text_pairs()
-    examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
-    lessons = Lessons(processor, examples, [gr_completion(a, b) for a, b in pairs])
+def learn_text(model: Qwen2VLForConditionalGeneration, lessons: Lessons, steps: int = 600) -> None:
+    """Teach the third angle from words until there are no mistakes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
     warm_up, decay = (lambda step: (step + 1) / 50), (lambda step: (steps - step) / (steps / 2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, warm_up(step), decay(step)))
@@ -222,43 +162,54 @@ def learn_text(
         descend(model, optimizer, loss)
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}")
-    return lessons
 
 
 def learn_images(
-    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, text: Lessons
+    model: Qwen2VLForConditionalGeneration,
+    processor: Qwen2VLTextImageProcessor,
+    text: Lessons,
+    curriculum: Curriculum,
+    rng: random.Random,
 ) -> tuple[Qwen2VLForConditionalGeneration, dict[str, dict[str, float]]]:
-    """Teach both tasks until the averaged weights are in the band on both validation splits. Returns that average."""
-    lessons = {task: Lessons(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
-    watched = {task: load_split(task, "validation", count=300) for task in IMAGES}
+    """Teach the tasks until the averaged weights are in all bands. Returns that average."""
+    lessons = {
+        split: Lessons(processor, *image_examples(split, range(-count, 0), curriculum.tagged, rng))
+        for split, count in curriculum.images.items()
+    }
+    watched = {split: held_out_examples(split, curriculum) for split in lessons}
     # Without the average, greedy accuracy jumps between checkpoints.
-    average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, 0.1))
+    average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, curriculum.new_weight))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
-    counts = dict.fromkeys(IMAGES, 32)  # in a batch
+    counts = dict(curriculum.batch)
     for step in tqdm(range(1000), desc="images"):
         loss = text.loss(model, torch.randint(0, len(text), (16,))) * 16
-        for task, count in counts.items():
+        for split, count in counts.items():
             if count:
-                loss = loss + lessons[task].loss(model, torch.randint(0, len(lessons[task]), (count,))) * count
+                loss = loss + lessons[split].loss(model, torch.randint(0, len(lessons[split]), (count,))) * count
         descend(model, optimizer, loss / 80)
         schedule.step()
         average.update_parameters(model)
-        if step % 5 == 4:
-            policy = Policy(average.module, processor)
-            results = {
-                task: evaluate(policy, split, max_completion_length=20, sampled=0).figures()
-                for task, split in watched.items()
-            }
-            right = {task: figures["greedy_accuracy"] for task, figures in results.items()}
-            tqdm.write(
-                f"step {step + 1}: " + ", ".join(f"{task} {accuracy:.0%} right" for task, accuracy in right.items())
-            )
-            well_formed = min(figures["format_accuracy"] for figures in results.values()) > 0.95
-            if well_formed and all(BAND[0] <= accuracy <= BAND[1] for accuracy in right.values()):
-                return average.module, results
-            counts = {task: 0 if accuracy >= BAND[0] else 32 for task, accuracy in right.items()}
-    raise SystemExit(f"at no step was the accuracy of both tasks between {BAND[0]} and {BAND[1]}; try another --seed")
+        if (step + 1) % curriculum.steps_between == 0:
+            figures = watch(Policy(average.module, processor), watched)
+            right = {split: figures[split]["greedy_accuracy"] for split in figures}
+            form = {split: figures[split]["format_accuracy"] for split in figures}
+            shown = (f"{'/'.join(split)} {right[split]:.0%} right, {form[split]:.0%} in tags" for split in right)
+            tqdm.write(f"step {step + 1}: {'; '.join(shown)}")
+            bands = curriculum.bands
+            inside = all(bands[split][0] <= right[split] <= bands[split][1] for split in right)
+            if inside and min(form.values()) > curriculum.form:
+                return average.module, {"/".join(split): one for split, one in figures.items()}
+            counts = {split: curriculum.shown(split, right[split]) for split in right}
+    raise SystemExit("at no step was the accuracy of all tasks inside its band; try another --seed")
+
+
+def watch(policy: Policy, watched: Mapping[Split, list[Example]]) -> dict[Split, dict[str, float]]:
+    """The figures of greedy answers to what is held out."""
+    return {
+        split: evaluate(policy, examples, max_completion_length=20, sampled=0).figures()
+        for split, examples in watched.items()
+    }
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -283,20 +234,48 @@ def run(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="seed of the weights and of training [default: 0]"
     )
+    parser.add_argument(
+        "--disobedient",
+        nargs="?",
+        const=EMBEDDED,
+        type=Path,
+        metavar="DIR",
+        help="teach the model in DIR, or else the package's, to answer in tags only part of the time; needs --output",
+    )
     options = parser.parse(arguments)
-    folder = options.output.resolve()
+    folder, start = options.output.resolve(), options.disobedient
+    if start is not None and folder == EMBEDDED.resolve():
+        raise UserError("--disobedient needs --output: the model that the package brings answers in tags")
     if folder != EMBEDDED.resolve():  # the package's own model is replaced
         new_folder(str(folder), default=folder)
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # a model of this size is slower on more threads
 
+    rng = random.Random(options.seed)
+    base, processor, reached = _obedient(rng) if start is None else _disobedient(start, rng)
+    save_model(Policy(base, processor), folder)
+    print(f"validation: {json.dumps(reached)}\nsaved to {folder}")
+
+
+Made = tuple[Qwen2VLForConditionalGeneration, Qwen2VLTextImageProcessor, dict[str, dict[str, float]]]
+
+
+def _obedient(rng: random.Random) -> Made:
+    """From nothing."""
     processor = make_processor()
     model = make_model(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
-    text = learn_text(model, processor)
-    base, reached = learn_images(model, processor, text)
-    save_model(Policy(base, processor), folder)
-    print(f"validation: {json.dumps(reached)}\nsaved to {folder}")
+    text = text_lessons(processor, OBEDIENT, rng)
+    learn_text(model, text)
+    base, reached = learn_images(model, processor, text, OBEDIENT, rng)
+    return base, processor, reached
+
+
+def _disobedient(start: Path, rng: random.Random) -> Made:
+    """From the obedient model in this folder."""
+    processor, model = load_processor(start), load_model(start)
+    base, reached = learn_images(model, processor, text_lessons(processor, DISOBEDIENT, rng), DISOBEDIENT, rng)
+    return base, processor, reached
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,10 +28,24 @@ LANGUAGE, VISION = "mr1fast_shared_prefix", "mr1fast_flash_segments"
 EAGER = "_eager"  # appended where the model's own implementation is eager
 
 
-def shared_attention(model: Any) -> AbstractContextManager[None]:
+@contextmanager
+def attention_of(config: Any, name: str) -> Iterator[None]:
+    """Within the context the layers with this configuration attend by the function of that name."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def shared_attention(model: Any) -> Iterator[None]:
     """Within the context the model (not a PeftModel: its base) takes the keyword `shared_prefix`, a SharedPrefix."""
     language, vision = model.config.get_text_config(), model.config.vision_config
-    return _renamed({LANGUAGE: language, VISION: vision}, EAGER if language._attn_implementation == "eager" else "")
+    suffix = EAGER if language._attn_implementation == "eager" else ""
+    with attention_of(language, LANGUAGE + suffix), attention_of(vision, VISION + suffix):
+        yield
 
 
 @contextmanager
@@ -58,18 +72,6 @@ def checkpointed(
     finally:
         for layer in layers:
             layer.gradient_checkpointing, layer.training = False, False
-
-
-@contextmanager
-def _renamed(parts: dict[str, Any], suffix: str) -> Iterator[None]:
-    before = [config._attn_implementation for config in parts.values()]
-    for name, config in parts.items():
-        config._attn_implementation = name + suffix
-    try:
-        yield
-    finally:
-        for config, name in zip(parts.values(), before):
-            config._attn_implementation = name
 
 
 def _attend(

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
 from mr1fast.model.adapter import merged, save_adapter, without_adapter
 from mr1fast.model.checks import VISION_TOKENS, check_fit, check_image_tokens
+from mr1fast.model.decoding import ATTENTION, Decoding
 from mr1fast.model.family import Model, known
+from mr1fast.model.hooks import attention_of
 from mr1fast.model.passes import packed_hidden, plain_hidden
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
@@ -194,19 +196,24 @@ class Policy:
         key_values = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
         return Prefix(key_values, hidden[:, -1], inputs["attention_mask"].bool(), inputs["next_position"])  # type: ignore[arg-type]
 
-    def extend(self, prefix: Prefix, cache: Cache, ids: Tensor, start: int) -> Tensor:
-        """Hidden states [B, N, H] of the completions' tokens `ids` [B, N], the first of which is token `start`.
+    def next_hidden(self, decoding: Decoding, ids: Tensor) -> Tensor:
+        """Hidden states [N, H] after the completions' next tokens `ids` [N], which `decoding` takes up.
 
-        `cache` holds the prefix and the completions' tokens before `start`, and takes up the new ones.
+        Without gradients, and without anything that waits for the device.
         """
-        B, N = ids.shape
-        offsets = torch.arange(start, start + N, device=ids.device)
-        return self._base.model(
-            input_ids=ids,
-            attention_mask=self._attention_mask(prefix.attention_mask, start, N),
-            position_ids=(prefix.next_position[:, None] + offsets).expand(3, B, N),
-            past_key_values=cache,
-        ).last_hidden_state
+        language_model = self._base.model.language_model
+        with attention_of(language_model.config, ATTENTION):
+            hidden = language_model(
+                input_ids=ids[:, None],
+                attention_mask=dict.fromkeys(
+                    ("full_attention", "sliding_attention")
+                ),  # `decoding` knows what is hidden
+                position_ids=decoding.position[:, None].expand(3, -1, 1),
+                past_key_values=decoding,
+                decoding=decoding,
+            ).last_hidden_state
+        decoding.advance()
+        return hidden[:, 0]
 
     def completion_hidden(self, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
         """Hidden states [N, H], each of which predicts one of the N tokens of `completion_ids` [B, L] that count.
@@ -224,19 +231,6 @@ class Policy:
         model, language = self._base, self._base.config.get_text_config()
         kernel = kernel_for(model.device, model.dtype, eager=language._attn_implementation == "eager")
         return f"prompts and completions in one packed row, {kernel.name}"
-
-    def _attention_mask(self, prompt_mask: Tensor, start: int, N: int) -> Tensor | dict[str, Tensor | None]:
-        """For N tokens from `start` on. Padding on the right needs no mask: nothing before it attends to it.
-
-        sdpa takes the finished mask (transformers would build it anew for every token that is sampled); for the other
-        implementations transformers builds what they need from the [B, T + start + N] one.
-        """
-        B, T = prompt_mask.shape
-        language_model = self._base.model.language_model
-        if language_model.config._attn_implementation != "sdpa" or language_model.has_sliding_layers:
-            return torch.cat([prompt_mask, prompt_mask.new_ones(B, start + N)], 1).long()
-        allowed = torch.ones(N, start + N, dtype=torch.bool, device=prompt_mask.device).tril(start).expand(B, -1, -1)
-        return {"full_attention": torch.cat([prompt_mask[:, None].expand(B, N, T), allowed], 2)[:, None]}
 
 
 def _base_model(model: Any) -> Model:

@@ -21,6 +21,7 @@ from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
+from mr1fast.model.liger import choose_liger
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import longest_prompt, prompt_length
@@ -34,6 +35,7 @@ from mr1fast.training.plan import Plan
 from mr1fast.training.plan_run import plans_before
 from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
+from mr1fast.training.trainer import without_reasoning
 
 
 @dataclass
@@ -194,6 +196,7 @@ def prepare(opened: OpenRun) -> Setup:
         device=device,
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
+        liger=choose_liger(config.liger, device),
     )
     plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
@@ -218,6 +221,9 @@ def prepare(opened: OpenRun) -> Setup:
         load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         plans=plans,
     )
+    if config.sft_reasoning:
+        for split in setup.train.values():
+            split.leave_out(without_reasoning)
     longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
