@@ -67,8 +67,7 @@ def of_trainer(x: Inputs) -> Tensor:
 
 
 def logits_of(x: Inputs) -> Tensor:
-    prefix = x.policy.encode_prefix(x.batch.inputs)
-    return x.policy.logits(x.policy.completion_hidden(prefix, x.batch.completion_ids))
+    return x.policy.logits(x.batch.hidden(x.policy).unflatten(0, x.batch.completion_ids.shape))
 
 
 def of_logits(x: Inputs) -> Tensor:

@@ -267,12 +267,13 @@ def test_too_little_memory_in_training_keeps_the_checkpoints(tmp_path, capsys, m
         patch.setattr(Trainer, "step", third)
         assert main(*SFT, "--task=vc", "--max-steps=3", "--save-steps=1", "--output-dir", run) == 1
     said = capsys.readouterr().err
-    options = "--lora-rank 16, --freeze vision, a larger --gradient-accumulation-steps, smaller values of"
-    assert f"error: there is too little memory; try {options} --prompts-per-step or --max-pixels or" in said
+    options = "--lora-rank 16, --freeze vision, --gradient-checkpointing on, a larger --gradient-accumulation-steps"
+    smaller = "smaller values of --prompts-per-step or --max-pixels"
+    assert f"error: there is too little memory; try {options}, {smaller} or" in said
     assert f"to continue: python -m mr1fast.train --resume {run}" in said
     assert "Traceback" not in said
     assert (run / "vc" / "checkpoint-000002" / "trainer_state.pt").exists()
-    assert main("--resume", run, "--gradient-accumulation-steps=2") == 0
+    assert main("--resume", run, "--tokens-per-microbatch=1", "--gradient-checkpointing=on") == 0
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]
 
 
@@ -295,7 +296,9 @@ def test_how_too_little_memory_looks():
 
 def test_memory_advice_names_what_is_not_in_use_yet():
     small = {"task": "vc", "prompts_per_step": 4, "gradient_accumulation_steps": 4}
-    assert "--gradient-accumulation-steps, s" not in too_little_memory(TrainConfig(**small))
+    assert "a larger --gradient-accumulation-steps" not in too_little_memory(TrainConfig(**small))
+    assert "a smaller --tokens-per" in too_little_memory(TrainConfig(task="vc", tokens_per_microbatch=9))
+    assert "-checkpointing on" not in too_little_memory(TrainConfig(**small, gradient_checkpointing="on"))
     assert "--freeze" not in too_little_memory(TrainConfig(**small, freeze="vision"))
     assert "--lora-rank" not in too_little_memory(TrainConfig(**small, lora_rank=4))
     assert "--max-completion-length, --num-generations, " in too_little_memory(TrainConfig(**small))

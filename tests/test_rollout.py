@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -8,9 +10,17 @@ from mr1fast.model import decoding
 from mr1fast.model import rollout as module
 from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
-from mr1fast.model.prompts import encode_prompts
+from mr1fast.model.prompts import encode_prompts, take_prompts
 from mr1fast.model.rollout import Pace, Rollout, Sampler
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, slice_prompts, split_batch
+from mr1fast.training.batch import (
+    Batch,
+    batch_logps,
+    grpo_batch_loss,
+    pieces_of,
+    sft_batch_loss,
+    tokens_of,
+    weighted,
+)
 from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model, tiny_policy
 
 BANNED = [IMAGE, VIDEO, START, END, PAD]
@@ -90,7 +100,7 @@ def test_prompts_with_no_image_and_with_three_share_their_prefix_too():
     batch = Batch(inputs, 2, rollout.completion_ids, rollout.completion_mask)
     with torch.no_grad():
         whole = batch_logps(policy, batch)
-        pieces = torch.cat([batch_logps(policy, piece) for piece in split_batch(batch, 3)])
+        pieces = torch.cat([batch_logps(policy, piece) for piece in map(batch.take, pieces_of(batch, equal=3))])
         for row, example in enumerate(examples):
             alone, each = encode_prompts(policy.processor, [example]), slice(2 * row, 2 * row + 2)
             ids, mask = batch.completion_ids[each], batch.completion_mask[each]
@@ -177,7 +187,7 @@ def test_a_completion_is_the_same_whatever_is_sampled_with_it():
     whole = row_by_row(sample(policy, inputs, G=4))
     for pieces in ([(0, 1), (1, 3), (3, 4)], [(2, 4), (0, 2)]):  # other micro-batches, in another order
         for start, stop in pieces:
-            part = sample(policy, slice_prompts(inputs, start, stop), G=4, first=start)
+            part = sample(policy, take_prompts(inputs, range(start, stop)), G=4, first=start)
             assert row_by_row(part) == whole[4 * start : 4 * stop]
     assert row_by_row(sample(policy, inputs, G=2)) == [row for i, row in enumerate(whole) if i % 4 < 2]
 
@@ -253,9 +263,9 @@ def test_attention_on_a_gpu_is_that_on_a_cpu():
 def test_sampling_follows_the_distribution():
     """Chi-squared of 4,000 first tokens against the model's softmax, banned tokens left out."""
     policy, inputs = placed()
-    rollout = sample(policy, slice_prompts(inputs, 0, 1), G=4000, L=1, temperature=1.3)
+    rollout = sample(policy, take_prompts(inputs, [0]), G=4000, L=1, temperature=1.3)
     with torch.no_grad():
-        probabilities = (policy.model(**slice_prompts(tiny_inputs(), 0, 1)).logits[0, -1].double() / 1.3).softmax(-1)
+        probabilities = (policy.model(**take_prompts(tiny_inputs(), [0])).logits[0, -1].double() / 1.3).softmax(-1)
     probabilities[BANNED] = 0
     expected = 4000 * probabilities / probabilities.sum()
     counts = torch.bincount(rollout.completion_ids[:, 0], minlength=VOCABULARY).double()
@@ -300,23 +310,59 @@ def test_decode_keeps_tags_that_are_special():
     assert again_mask.tolist() == [[True, True, True], [True, True, False]]
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
-def test_pieces_add_up_to_the_gradient_of_the_batch(pieces):
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "sft"])
+def test_pieces_add_up_to_the_gradient_of_the_batch(seed, loss_type):
+    """Prompts in any order, in pieces of any size."""
     policy, inputs = placed()
     batch, model = make_batch(policy, inputs), policy.model
-    losses = {
-        "grpo": lambda part: grpo_batch_loss(policy, part, beta=0.1, temperature=0.9).loss,
-        "sft": lambda part: sft_batch_loss(policy, part),
-    }
-    for loss in losses.values():
-        gradients = []
-        for count in (1, pieces):
-            for part in split_batch(batch, count):
-                (loss(part) / count).backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-            model.zero_grad()
-        torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
-        assert gradients[0].norm() > 0
+    loss = {"loss_type": "grpo" if loss_type == "sft" else loss_type}
+    weighted_batch, keywords = weighted(batch, loss, max_completion_length=12)
+
+    def gradient(pieces):
+        model.zero_grad()
+        losses = 0.0
+        for prompts in pieces:
+            piece = weighted_batch.take(prompts)
+            if loss_type == "sft":
+                value = sft_batch_loss(policy, piece)
+            else:
+                value = grpo_batch_loss(policy, piece, beta=0.1, temperature=0.9, **keywords).loss
+            value.backward()
+            losses += value.item()
+        return losses, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.randperm(4, generator=rng).tolist()
+    cuts = [0, *(i for i in (1, 2, 3) if torch.rand((), generator=rng) < 0.6), 4]
+    pieces = [order[start:stop] for start, stop in pairwise(cuts)]
+    total, found = gradient(pieces)
+    expected_total, expected = gradient([range(4)])
+    assert total == pytest.approx(expected_total, rel=1e-5)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_by_tokens_are_full_and_the_longest_come_first(seed):
+    rng = torch.Generator().manual_seed(seed)
+    inputs = placed()[1]
+    P, G, L = 4, 3, 40
+    lengths = torch.randint(0, L + 1, (P * G, 1), generator=rng)
+    batch = Batch(inputs, G, torch.zeros(P * G, L, dtype=torch.long), torch.arange(L) < lengths)
+    patches = [16, 32, 0, 32]
+    prompts = inputs["attention_mask"].sum(1).tolist()
+    sizes = [prompts[p] + patches[p] + int(lengths.view(P, G)[p].sum()) for p in range(P)]
+    assert tokens_of(batch) == sizes
+    most = int(torch.randint(1, 400, (), generator=rng))
+    pieces = pieces_of(batch, most_tokens=most)
+    assert sorted(prompt for piece in pieces for prompt in piece) == [*range(P)]
+    held = [sum(sizes[prompt] for prompt in piece) for piece in pieces]
+    assert all(tokens <= most or len(piece) == 1 for tokens, piece in zip(held, pieces))
+    firsts = [max(sizes[prompt] for prompt in piece) for piece in pieces]
+    assert firsts == sorted(firsts, reverse=True)
+    assert firsts[0] == max(sizes)
+    for i in range(len(pieces)):  # none could have been filled with what came later
+        assert all(held[i] + min(sizes[p] for p in later) > most for later in pieces[i + 1 :])
 
 
 def test_old_logps_and_kl_reach_the_loss():
@@ -325,7 +371,7 @@ def test_old_logps_and_kl_reach_the_loss():
     output = grpo_batch_loss(policy, batch, beta=0.1, temperature=0.9)
     with torch.no_grad():
         expected = plain_logps(policy.model, inputs, batch.completion_ids, batch.completion_mask, 3, 0.9)
-    torch.testing.assert_close(output.per_token_logps.double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(batch.padded(output.per_token_logps).double(), expected, atol=2e-5, rtol=1e-5)
     assert output.kl.sum() > 0
     old = batch.ref_per_token_logps
     clipped = grpo_batch_loss(policy, Batch(**{**vars(batch), "old_per_token_logps": old * 2}), beta=0, temperature=0.9)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,3 @@ class Prefix:
         """The prompt [B] of each of this many completions, where those of a prompt are adjacent."""
         P = self.last_hidden.shape[0]
         return torch.arange(P, device=self.last_hidden.device).repeat_interleave(completions // P)
-
-    def detach(self) -> Prefix:
-        key_values = [(keys.detach(), values.detach()) for keys, values in self.key_values]
-        return Prefix(key_values, self.last_hidden.detach(), self.attention_mask, self.next_position)
-
-    def cache(self) -> Cache:
-        """A cache that holds the prefix, for completions that are run at once."""
-        return DynamicCache(self.key_values)

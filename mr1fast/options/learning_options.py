@@ -190,10 +190,29 @@ class LearningOptions:
     )
     gradient_accumulation_steps: int | Mapping[str, int] | None = option(
         None,
-        "number of pieces in which a batch passes through the model, to save memory; the gradient is the same",
+        "number of equal pieces in which a batch passes through the model, to save memory; the gradient is the same",
         group="optimizer",
         at_least=1,
-        shown="1 for small models, --prompts-per-step for others, which is one prompt at a time",
+        shown="1 for small models; see --tokens-per-microbatch for others",
+        machine=True,
+    )
+    tokens_per_microbatch: int | None = option(
+        None,
+        "most tokens in the model at a time, patches of images included: prompts, each with its completions, pass "
+        "through it in pieces filled up to that, instead of --gradient-accumulation-steps; the gradient is the same",
+        group="optimizer",
+        unit="tokens",
+        at_least=1,
+        at_most=MANY,
+        shown="for models that are not small, what fits in memory by --plan",
+        machine=True,
+    )
+    gradient_checkpointing: str = option(
+        "auto",
+        "compute the layers' activations again in backward instead of keeping them, which takes less memory and more "
+        "time; auto does so where a step does not fit otherwise",
+        group="optimizer",
+        choices=("auto", "on", "off"),
         machine=True,
     )
     max_grad_norm: float = option(

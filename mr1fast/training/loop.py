@@ -129,7 +129,7 @@ def closing_words(setup: Setup, result: dict[str, Any]) -> str:
 
 def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     """Train a model on one task from this checkpoint, or else the task's newest, or else from the beginning."""
-    config, folder = setup.config.for_task(name), setup.folder.task(name)
+    config, folder = setup.task_config(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = whole_checkpoint(checkpoint, folder)
     if not setup.base_is_reference(config):

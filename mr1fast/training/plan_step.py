@@ -48,7 +48,7 @@ def measure(shape: StepShape) -> tuple[Trainer, dict[str, dict[str, int]]]:
     tracker.take_numbers(model, "weights")
     if reference is not None:
         tracker.take_numbers(reference, "reference")
-    with loss_head_of(shape.device), patch.object(trainer_module, "split_batch", _first_piece), tracker:
+    with loss_head_of(shape.device), patch.object(trainer_module, "pieces_of", _first_piece), tracker:
         trainer = build_trainer(shape, model, reference, _Patches)
         _label_training(trainer, tracker)
         length = shape.task.max_completion_length
@@ -59,7 +59,9 @@ def measure(shape: StepShape) -> tuple[Trainer, dict[str, dict[str, int]]]:
             if phase == "rewards":  # they hold nothing
                 return
             tracker.begin(phase, "gradients" if phase == "optimizer" else "activations")
-            if phase == "policy" and shape.task.gradient_accumulation_steps > 1:  # those of the pieces before
+            if (
+                phase == "policy" and shape.prompts_at_a_time < shape.task.prompts_per_step
+            ):  # those of the pieces before
                 for weight in trainer.policy.trainable_parameters():
                     weight.grad = torch.empty_like(weight)
                     tracker.label([weight.grad], "gradients")
@@ -158,12 +160,12 @@ def _label_training(trainer: Trainer, tracker: MemoryTracker) -> None:
     tracker.label((t for state in optimizer.adamw.state.values() for t in state.values()), "moments")
 
 
-_split_batch = trainer_module.split_batch
+_pieces_of = trainer_module.pieces_of
 
 
-def _first_piece(batch: Any, pieces: int) -> list[Any]:
-    """In the place of `split_batch`: the pieces are equally large, and all but their gradients is freed after each."""
-    return _split_batch(batch, pieces)[:1]
+def _first_piece(*arguments: Any, **keywords: Any) -> list[Any]:
+    """In the place of `pieces_of`: no piece is larger, and all but its gradients is freed after each."""
+    return _pieces_of(*arguments, **keywords)[:1]
 
 
 class _Patches(Qwen2VLImageProcessorPil):

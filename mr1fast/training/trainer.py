@@ -15,12 +15,11 @@ from mr1fast.data.example import Example, Examples
 from mr1fast.losses.kl_weight import KLSchedule
 from mr1fast.losses.logits import group_advantages
 from mr1fast.model.policy import Policy
-from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, batch_on, grpo_batch_loss, sft_batch_loss, split_batch, weighted
+from mr1fast.training.batch import Batch, batch_logps, batch_on, grpo_batch_loss, pieces_of, sft_batch_loss, weighted
 from mr1fast.training.groups import Groups, Shortage, StepData, refill
 from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, mean_metrics, sampling_metrics
@@ -53,6 +52,9 @@ class Trainer:
         self.config, self.policy, self.reference, self.dataset = config, policy, reference, dataset
         # eval() throughout: policy, sampler and reference must be the same network, so there is no dropout.
         policy.model.eval()
+        for one in filter(None, (policy, reference)):
+            one.shares_prefix = one.shares_prefix and config.share_prefix
+        policy.checkpointing = config.gradient_checkpointing == "on"
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
@@ -110,13 +112,13 @@ class Trainer:
 
     def _rollout(self, rows: list[int]) -> StepData:
         config, G, unanswered_before = self.config, self.config.num_generations, unanswered()
-        sampled, inputs, prefix = self._sample(rows)
+        sampled, inputs = self._sample(rows)
         groups = sampled
         if config.dynamic_sampling:
             sampled, chosen = refill(sampled, self._further)
             groups = sampled.take(chosen)
         if groups.rows != rows:
-            inputs, prefix = self.policy.encode(groups.examples), None
+            inputs = self.policy.encode(groups.examples)
         advantages = group_advantages(groups.total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
         self.scored = first_scored(groups.repeated, groups.rollout.completions, groups.scores, advantages)
         batch = Batch(
@@ -126,7 +128,6 @@ class Trainer:
             completion_mask=groups.that_ended(self.policy.end_ids) if config.mask_truncated else groups.completion_mask,
             advantages=advantages.to(self.policy.device),
             sampling_per_token_logps=groups.rollout.per_token_logps,
-            prefix=prefix,
         )
         if self.reference is not None:
             batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
@@ -136,18 +137,15 @@ class Trainer:
         metrics["rewards/unanswered"] = unanswered() - unanswered_before
         return StepData(batch, groups.rollout.completions, groups.total.tolist(), metrics, groups.rows)
 
-    def _sample(self, rows: list[int], place: int = 0) -> tuple[Groups, dict[str, Tensor], Prefix | None]:
-        """Sample and reward completions of these prompts. Also their inputs, and their prefix if it has a graph.
+    def _sample(self, rows: list[int], place: int = 0) -> tuple[Groups, dict[str, Tensor]]:
+        """Sample and reward completions of these prompts. Also their inputs.
 
         place: of the first of them among those of this step.
         """
         config, G = self.config, self.config.num_generations
         examples = self.examples(rows)
         inputs = self.policy.encode(examples)
-        # Sampler and policy are one network at this point: prompts and images are computed once for both. But an update
-        # in pieces computes them again, because its point is to hold the activations of one piece at a time.
-        whole = config.gradient_accumulation_steps == 1 and torch.is_grad_enabled()
-        with torch.set_grad_enabled(whole):
+        with torch.no_grad():
             prefix = self.policy.encode_prefix(inputs)
         rollout = self.sampler.generate(
             examples,
@@ -155,21 +153,20 @@ class Trainer:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            prefix=prefix.detach(),
+            prefix=prefix,
             streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in range(place, place + len(examples))],
         )
         self.phases.begin("rewards")
         self._count_tokens(inputs, G, rollout.completion_mask)
         scores = score(self.rewards, rollout.completions, [example for example in examples for _ in range(G)])
         groups = Groups(rows, examples, rollout, scores, weighted_sum(self.rewards, scores))
-        return groups, inputs, prefix if whole else None
+        return groups, inputs
 
     def _further(self, place: int, count: int) -> Groups:
         """The groups of the prompts that come next in the order; the next step begins after them."""
         self.phases.begin("rollout")
         rows = self._rows_from(self.finished_steps // self.config.num_iterations + 1, count)
-        with torch.no_grad():
-            groups, *_ = self._sample(rows, place)
+        groups, _ = self._sample(rows, place)
         self.further_prompts += count
         return groups
 
@@ -182,8 +179,15 @@ class Trainer:
         self.phases.begin("reference")
         adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
         with adapter_off, reference.on(self.policy.device):
-            pieces = split_batch(batch, self.config.gradient_accumulation_steps)
-            return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
+            logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
+            for prompts in self._pieces(batch):
+                logps[batch.rows_of(prompts)] = batch_logps(reference, batch.take(prompts), self.config.temperature)
+        return logps
+
+    def _pieces(self, batch: Batch) -> list[Sequence[int]]:
+        """The prompts that are in the model at a time, with all of their completions."""
+        config = self.config
+        return pieces_of(batch, equal=config.gradient_accumulation_steps, most_tokens=config.tokens_per_microbatch)
 
     def _targets(self, rows: list[int]) -> StepData:
         """What supervised fine-tuning imitates."""
@@ -215,36 +219,37 @@ class Trainer:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         self.phases.begin("policy")
         config, batch = self.config, data.batch
-        weighted_batch, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
-        pieces = split_batch(weighted_batch, config.gradient_accumulation_steps)
-        total, rows, logps = 0.0, [], []
-        for piece in pieces:
+        batch_of_step, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
+        total, rows, counted = 0.0, [], []
+        logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
+        for prompts in self._pieces(batch):
+            piece = batch_of_step.take(prompts)
             if config.method == "sft":
-                loss = sft_batch_loss(self.policy, piece) / len(pieces)  # a mean, of equally many completions
+                loss = sft_batch_loss(self.policy, piece)
             else:
                 output = grpo_batch_loss(self.policy, piece, beta=self.beta, temperature=config.temperature, **keywords)
                 loss = output.loss
                 rows.append(output.metrics())
-                logps.append(output.per_token_logps)
+                counted.append(piece.completion_mask.sum().item())
+                logps[batch.rows_of(prompts)] = piece.padded(output.per_token_logps.detach())
             total += loss.item()
             loss.backward()
         metrics = {"loss": total}
         if rows:  # means over tokens
-            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces], keywords)
+            metrics |= mean_metrics(rows, counted, keywords)
         if batch.sampling_per_token_logps is not None:
-            metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
+            metrics |= sampling_metrics(logps, batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
         self.phases.begin("optimizer")
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
-            if config.num_iterations > 1 and logps and old is None:
+            if config.num_iterations > 1 and old is None:
                 # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
-                old = torch.cat(logps).detach()
+                old = logps
         else:
             metrics["grad_norm"] = math.nan
             self.optimizer.zero_grad()
-        # The graph of the prefix is used up.
-        used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None, prefix=None)
+        used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None)
         self.step_data = dataclasses.replace(data, batch=used)
         return metrics
 
@@ -279,7 +284,7 @@ class Trainer:
             "step_data": None,
         }
         if self.step_data is not None and self.finished_steps % self.config.num_iterations:
-            state["step_data"] = {**vars(self.step_data), "batch": {**vars(self.step_data.batch), "prefix": None}}
+            state["step_data"] = {**vars(self.step_data), "batch": vars(self.step_data.batch)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
