@@ -29,7 +29,7 @@ struct Mr1RowsCall {
   int64_t weight_stride_b, weight_stride_l, beta_stride_b, beta_stride_l;
   int64_t epsilon_low_stride_b, epsilon_low_stride_l, epsilon_high_stride_b, epsilon_high_stride_l;
   int64_t num_generations;
-  double temperature;
+  float rate, inv_temperature;  // log2(e) / temperature and 1 / temperature
   mr1fast::TokenSpec spec;
   int32_t dtype;          // 0 float32, 1 bfloat16, 2 float16
   int32_t scale_rewards;  // mr1fast::RewardScale
@@ -45,5 +45,5 @@ MR1_EXPORT const char* mr1_grpo_forward(const Mr1RowsCall* call, void* stream);
 MR1_EXPORT const char* mr1_score_forward(const Mr1RowsCall* call, void* stream);
 MR1_EXPORT const char* mr1_score_backward(const Mr1RowsCall* call, void* stream);
 
-// "cluster of 4, 77056 bytes each" or "two-phase, 1024 threads": the path grpo_forward would take.
+// "cluster of 4, 77056 bytes each" or "two-phase, 1024 threads, rows in a block: 1": the path grpo_forward would take.
 MR1_EXPORT const char* mr1_grpo_path(const Mr1RowsCall* call);

@@ -8,6 +8,7 @@ kernels of the same file. cuda_build.py compiles the library at first use. The t
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 
 import torch
@@ -51,7 +52,8 @@ class RowsCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
-        ("temperature", ctypes.c_double),
+        ("rate", ctypes.c_float),
+        ("inv_temperature", ctypes.c_float),
         ("spec", TokenSpec),
         *((name, ctypes.c_int32) for name in _INTS),
     )
@@ -136,7 +138,8 @@ class _Call:
             logits = logits.contiguous()
         self.logits = logits
         self.kept: list[Tensor] = []
-        self.c = RowsCall(temperature=temperature, dtype=DTYPES[logits.dtype])
+        rates = {"rate": math.log2(math.e) / temperature, "inv_temperature": 1 / temperature}
+        self.c = RowsCall(**rates, dtype=DTYPES[logits.dtype])
         self.c.B, self.c.L, self.c.V = logits.shape
         self.rows("logits", logits)
         if grad is not None:
