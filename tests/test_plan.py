@@ -58,14 +58,18 @@ def allocated(step) -> int:
     return peak
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_completion_length": 20},
-        {"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"},
-        {"gradient_accumulation_steps": 2, "freeze": "vision,merger"},
+        slow({"max_completion_length": 20}),
+        slow({"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"}),
+        slow({"gradient_accumulation_steps": 2, "freeze": "vision,merger"}),
         {"method": "sft"},
-        {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
+        {"method": "grpo", "beta": 0.0, "loss": "importance_sampling_level=sequence", "gradient_accumulation_steps": 2},
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},
     ],
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),

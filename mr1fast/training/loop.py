@@ -16,11 +16,12 @@ from mr1fast.errors import UserError
 from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
 from mr1fast.rewards import unanswered, unanswered_summary
-from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
-from mr1fast.training.loggers import open_loggers
-from mr1fast.training.metrics import MetricsLog
+from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model, whole_checkpoint
+from mr1fast.training.loggers import Guarded, open_loggers
+from mr1fast.training.metrics import MetricsLog, read_rows
 from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
+from mr1fast.training.page import Page
 from mr1fast.training.pictures import Unfinished, draw_pictures
 from mr1fast.training.run_folder import (
     ResumeError,
@@ -130,7 +131,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     """Train a model on one task from this checkpoint, or else the task's newest, or else from the beginning."""
     config, folder = setup.config.for_task(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
-    checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
+    checkpoint = whole_checkpoint(checkpoint, folder)
     if not setup.base_is_reference(config):
         setup.loaded_base = None
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
@@ -173,9 +174,13 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
 def open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
     """metrics.jsonl and the loggers of a task's training."""
     config, folder = setup.config, setup.folder
-    recorded = {**config.resolved(), **dataclasses.asdict(config.for_task(name)), "versions": versions()}
+    own = config.for_task(name)
+    recorded = {**config.resolved(), **dataclasses.asdict(own), "versions": versions()}
     loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
-    return MetricsLog(folder, name, first_step, loggers)
+    before = [row for row in read_rows(folder.metrics_file) if row["task"] == name and row["step"] < first_step]
+    loggers.append(Guarded(folder.page.name, lambda: Page(folder, name, before, own.max_steps)))
+    labels = {} if config.method == "sft" else {"loss_type": own.loss["loss_type"]}
+    return MetricsLog(folder, name, first_step, loggers, labels)
 
 
 def _go_on(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
