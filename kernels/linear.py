@@ -68,7 +68,7 @@ class Head:
         return cls(rows, weight.to(how.dtype), bias, how, weight.dtype)
 
     def buffer(self, rows: int, *, sums_weight: bool) -> Tensor:
-        """A buffer for a block of logits [n, V]: all `rows`, or else as many as `chunk_bytes` holds, or the least number.
+        """A buffer for a block of logits [n, V]: all `rows`, or as many as `chunk_bytes` holds, or the least number.
 
         sums_weight: whether the weight's gradient is computed, block by block. From a single block it comes as it is;
         over several it is summed in float32, which for a 16-bit weight takes V * H * 2 bytes more than the gradient, as
