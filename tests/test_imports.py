@@ -16,6 +16,7 @@ ALLOWED["options"] = {"data", *ALLOWED["data"]}  # which tasks there are to choo
 ALLOWED["model"] = {"options", *ALLOWED["options"]}
 ALLOWED["evaluation"] = {"model", *ALLOWED["model"]}
 ALLOWED["training"] = {"evaluation", *ALLOWED["evaluation"]}  # it evaluates on the way
+ALLOWED["reproduction"] = {"training", *ALLOWED["training"]}
 ALLOWED["integrations"] = {"kernels", "losses", "model", "data", "options", *FOUNDATION}
 ALLOWED["__init__"] = {"losses"}
 FILES = sorted(path for folder in ("mr1fast", "kernels") for path in (ROOT / folder).rglob("*.py"))

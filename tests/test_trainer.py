@@ -218,6 +218,14 @@ def test_sft_learns_its_target(processor):
     assert processor.tokenizer.decode(ids) == trainer.step_data.completions[0] + processor.tokenizer.eos_token
 
 
+def test_sft_with_reasoning(processor):
+    trainer = make_trainer(processor, method="sft", sft_reasoning=True)
+    examples = trainer.examples()
+    trainer.step()
+    shown = zip(trainer.step_data.completions, examples, strict=True)
+    assert all(text == f"<think>{e.solution} items</think><answer>{e.solution}</answer>" for text, e in shown)
+
+
 def test_the_weighted_sum_of_the_rewards(processor):
     both = make_trainer(processor, reward_weights="accuracy=0.25,format=2").step()
     means = [both[f"rewards/{name}/mean"] for name in ("accuracy_reward", "format_reward")]

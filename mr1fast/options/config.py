@@ -181,6 +181,7 @@ class TaskConfig:
     """The options with which one model is trained, every default filled in. GRPO's KL weight is a constant schedule."""
 
     method: str
+    sft_reasoning: bool
     seed: int
     reward_weights: dict[str, float]  # without those of weight 0
     num_generations: int

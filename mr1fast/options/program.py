@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError, and suggests the option that was meant."""
 
     def __init__(self, **keywords: Any):
-        super().__init__(formatter_class=_Lines, **keywords)
+        super().__init__(**{"formatter_class": _Lines, **keywords})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

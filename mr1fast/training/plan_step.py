@@ -122,7 +122,7 @@ class _Prompts:
         tags = len(processor.tokenizer(sft_target(""))["input_ids"]) + 1  # the end of the turn
         problem = "1" * max(shape.text_tokens - without, 1)
         solution = "1" * max((shape.task.max_completion_length - tags) // 2, 1)
-        self.example = Example(image, problem, solution, "an example")
+        self.example = Example(image, problem, solution, "an example", columns={"reasoning": solution})
 
     def __len__(self) -> int:
         return 1

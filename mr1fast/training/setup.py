@@ -32,6 +32,7 @@ from mr1fast.training.open_run import OpenRun
 from mr1fast.training.plan_run import plans_before
 from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
+from mr1fast.training.trainer import without_reasoning
 
 
 @dataclass
@@ -195,6 +196,9 @@ def prepare(opened: OpenRun) -> Setup:
         load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         offloads_reference=any(plan.offload_reference for plan in plans),
     )
+    if config.sft_reasoning:
+        for split in setup.train.values():
+            split.leave_out(without_reasoning)
     longest = _longest_prompt(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))

@@ -22,8 +22,9 @@ from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
+from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
-from mr1fast.training.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
@@ -158,8 +159,9 @@ class Trainer:
             return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
-        """What supervised fine-tuning imitates: the solution in the required form."""
-        completions = [sft_target(example.solution) for example in examples]
+        """What supervised fine-tuning imitates."""
+        reasoning = self.config.sft_reasoning
+        completions = [sft_target(one.solution, one.columns["reasoning"] if reasoning else None) for one in examples]
         batch = Batch(inputs, 1, *self.policy.encode_completions(completions))
         return StepData(batch, completions, [], completion_metrics(batch, self.policy.end_ids))
 
@@ -260,9 +262,14 @@ class Trainer:
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
 
 
-def sft_target(solution: str) -> str:
-    """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
-    return f"<think>{solution}</think><answer>{solution}</answer>"
+def sft_target(solution: str, reasoning: str | None = None) -> str:
+    """The completion that supervised fine-tuning imitates; where there is no reasoning, the solution stands for it."""
+    return f"<think>{solution if reasoning is None else reasoning}</think><answer>{solution}</answer>"
+
+
+def without_reasoning(example: Example) -> str | None:
+    """Why an example is left out with --sft-reasoning."""
+    return None if str(example.columns.get("reasoning") or "").strip() else "no reasoning"
 
 
 def _without_images(example: Example) -> dict[str, Any]:
