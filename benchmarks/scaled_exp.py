@@ -7,15 +7,16 @@ gradient needs besides is one number a row, f = coef / (T sum): it goes into the
 
 - m need not be the row's maximum, which nobody knows before the GEMM ends: bfloat16 has as large exponents as float32,
   so that E loses no digits. It is the sampled token's logit, one dot product a row, plus MARGIN: that token has
-  E = 2^-MARGIN exactly, and a row overflows only if the token's probability is below 2^-(127 - MARGIN + log2 V).
+  E = 2^-MARGIN exactly, the row's sum is 2^-MARGIN / p, and it overflows only if p is below 2^-(128 + MARGIN).
 - The sampled token stays out of E and of its sums, `others`. So 1 - p = others / sum has all its digits where p is
   nearly 1; as the difference of a one-hot term and a rounded product it would have none.
 - An entropy bonus does not fit: p (log p + entropy) is no product of E and a factor per row. It would take a second
   matrix, E log E, and two more GEMMs. The entropy itself comes out of the epilogue.
 
 It prints the errors against float64 of this, of the kernels as they are (logits in bfloat16, their gradient written
-over them), and of E with the sampled token in it: the largest of log-probabilities and entropies, the norm of the
-gradients' errors by the gradients', and that of the worst row of dhidden (of those above a millionth of the largest). Nothing here is part of the package; docs/gpu.md has the prediction.
+over them), and of E with the sampled token in it: the largest of log-probabilities and entropies, the norms of the
+gradients' errors by the gradients', and that of the worst row of dhidden, of those above a millionth of the largest.
+Nothing here is part of the package; docs/gpu.md says what it would bring.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def scaled_exp(
     temperature: float,
     exponentials: Callable[..., Exponentials] = exponentials_in_torch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logps [N], entropies [N], dhidden [N, H], dweight [V, H]), float32; coef_of gives d(loss)/d(logp) of the logps."""
+    """(logps [N], entropies [N], dhidden [N, H], dweight [V, H]), float32; coef_of: d(loss)/d(logp) of the logps."""
     rate, own = math.log2(math.e) / temperature, 2.0**-MARGIN
     sampled = weight[ids].float()
     level = (hidden.float() * sampled).sum(1) * rate + MARGIN
@@ -156,7 +157,9 @@ def case(spread: float, *, N: int = 256, H: int = 128, V: int = 4096) -> tuple[T
 
 
 def main() -> None:
-    print(f"{'logits':>8}{'mean p':>8}  {'':12}{'logp':>10}{'entropy':>10}{'dhidden':>10}{'dweight':>10}{'worst row':>11}")
+    print(
+        f"{'logits':>8}{'mean p':>8}  {'':12}{'logp':>10}{'entropy':>10}{'dhidden':>10}{'dweight':>10}{'worst row':>11}"
+    )
     for spread in (1.0, 3.0, 10.0, 20.0):
         hidden, weight, ids, coef = case(spread)
         double = hidden.double(), weight.double(), ids, lambda logps, coef=coef: coef.double(), 0.9
