@@ -60,13 +60,15 @@ def kernels(arch: str) -> list[Kernel]:
 
 
 def readable(mangled: str) -> str:
-    """ "rows_fwd_kernel<bfloat16, no gradient>" from a mangled name."""
+    """ "rows_fwd_kernel<bfloat16, no gradient, soft cap>" from a mangled name."""
     name = re.search(r"\d+([a-z_]+_kernel)(I)?", mangled)
     assert name, mangled
     if not name[2]:
         return name[1]
     dtype = "bfloat16" if "BFloat16" in mangled else "float16" if "Float16" in mangled else "float32"
-    return f"{name[1]}<{dtype}{', no gradient' if 'Lb0E' in mangled else ', gradient' if 'Lb1E' in mangled else ''}>"
+    *gradient, cap = (flag == "1" for flag in re.findall(r"Lb([01])E", mangled))
+    words = [dtype] + ["gradient" if flag else "no gradient" for flag in gradient] + ["soft cap"] * cap
+    return f"{name[1]}<{', '.join(words)}>"
 
 
 def main() -> int:
@@ -77,11 +79,11 @@ def main() -> int:
     except cuda_build.CannotBuild as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{'':79}  instructions a logit\n{'kernel':45}{'for':9}{'registers':>10}{'stack':>7}{'spills':>8}", end="")
+    print(f"{'':84}  instructions a logit\n{'kernel':50}{'for':9}{'registers':>10}{'stack':>7}{'spills':>8}", end="")
     print("  statistics    gradient")
     for kernel in sorted(found, key=lambda kernel: kernel.name):
         wrong = "  SPILLS" if kernel.spills or kernel.stack else ""
-        print(f"{kernel.name:45}sm_{kernel.arch:6}{kernel.registers:10}{kernel.stack:7}{kernel.spills:8}", end="")
+        print(f"{kernel.name:50}sm_{kernel.arch:6}{kernel.registers:10}{kernel.stack:7}{kernel.spills:8}", end="")
         print(f"  {kernel.per_logit(writes=False):>10}  {kernel.per_logit(writes=True):>10}{wrong}")
     good = not any(kernel.spills or kernel.stack for kernel in found)
     print("no spills, nothing in local memory" if good else "FAILED: see SPILLS above")

@@ -30,13 +30,13 @@ struct alignas(128) ClusterShared {
 };
 
 // Turns the block's part of the row into its gradient, and stores it chunk by chunk. grad: of the part's first element.
-template <typename T, bool kBonus>
+template <typename T, bool kCap, bool kBonus>
 MR1_DEVICE void write_part(
-    Words* slice, Words* grad, int count, const Split& split, const Plan& plan, uint64_t policy) {
+    Words* slice, Words* grad, int count, const Split& split, const Plan& plan, float softcap, uint64_t policy) {
   for (int begin = 0; begin < count; begin += split.chunk) {
     const int end = count - begin < split.chunk ? count : begin + split.chunk;
     for (int v = begin + thread(); v < end; v += threads()) {
-      write_words(slice + v, gradient_of<T, kBonus>(read_words(slice + v), plan));
+      write_words(slice + v, gradient_of<T, kCap, kBonus>(read_words(slice + v), plan, softcap));
       if (v == plan.id_vector) write_one((T*)(slice + v) + plan.id_lane, plan.sampled);
     }
     publish_to_bulk();
@@ -46,7 +46,7 @@ MR1_DEVICE void write_part(
   if (thread() == 0) wait_for_bulk_stores();
 }
 
-template <typename T>
+template <typename T, bool kCap>
 MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const Call call, const Split split) {
 #if MR1_HAS_CLUSTERS
   ClusterShared& shared = *(ClusterShared*)shared_memory();
@@ -79,11 +79,12 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
   barrier();
   // Stored at once, so that the id's logit has been read when this thread comes to the barrier in reduce, behind which
   // this block sends its part. Without all parts no block overwrites the row, and a value once read cannot change.
-  if (thread() == 0) shared.token = load_token(call, row, logits);
+  if (thread() == 0) shared.token = load_token<kCap>(call, row, logits);
   // This block has begun, and others may send to it. No data is handed over here, so that nothing need be released: what
   // others use, parts_arrived, is published by its own fence, in the thread that has set it up.
   cluster_arrive();
 
+  const float rate = rate_of(call, row);
   Levels mine = no_levels();
   for (int c = 0, begin = 0; begin < count; ++c, begin += split.chunk) {
     const int end = count - begin < split.chunk ? count : begin + split.chunk;
@@ -91,10 +92,10 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
     for (int v = begin + thread(); v < end; v += threads()) {
       float x[kWidth<T>];
       unpack(read_words(slice + v), x, T{});
-      visit(mine, x, call.rate);
+      visit<kCap>(mine, x, rate, call.softcap);
     }
   }
-  const Part part{reduce(mine, call.rate, shared.of_warps)};
+  const Part part{reduce(mine, rate, shared.of_warps)};
   cluster_wait();  // every block has begun
   // The store itself counts its bytes at the receiver, after it has been made (a release at cluster scope), and the
   // receiver's wait is the acquire: the part is all that is handed over, and no thread needs a fence. Each block ends
@@ -104,7 +105,7 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
   if (thread() < 32) {
     wait_for_cluster(&shared.parts_arrived);
     const Levels part = thread() < split.parts ? shared.parts[thread()].levels : no_levels();
-    const Levels s = reduce_warp(part, call.rate);
+    const Levels s = reduce_warp(part, rate);
     if (thread() == 0) {
       const int64_t id = shared.token.id;
       shared.plan = finish(call, row, shared.token, s, rank == 0);
@@ -117,9 +118,9 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
   if (plan.zero) {
     for (int v = thread(); v < count; v += threads()) write_words_once(grad + v, Words{{0, 0, 0, 0}});
   } else if (plan.d.slope == 0.0f) {
-    write_part<T, false>(slice, grad, count, split, plan, policy);
+    write_part<T, kCap, false>(slice, grad, count, split, plan, call.softcap, policy);
   } else {
-    write_part<T, true>(slice, grad, count, split, plan, policy);
+    write_part<T, kCap, true>(slice, grad, count, split, plan, call.softcap, policy);
   }
 #endif
 }

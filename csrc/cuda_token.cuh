@@ -45,6 +45,13 @@ MR1_DEVICE T* grad_of(const Call& call, const Row& row) {
   return (T*)call.grad + row.b * call.grad_stride_b + row.l * call.grad_stride_l;
 }
 
+MR1_DEVICE float rate_of(const Call& call, const Row& row) {
+  return call.temperatures ? kLog2E / call.temperatures[row.at] : call.rate;
+}
+MR1_DEVICE float inv_temperature_of(const Call& call, const Row& row) {
+  return call.temperatures ? 1.0f / call.temperatures[row.at] : call.inv_temperature;
+}
+
 MR1_DEVICE float warp_max(float x) {
   MR1_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) x = max_or_nan(x, from_lane(x, mask));
@@ -78,7 +85,8 @@ MR1_DEVICE Levels reduce(const Levels& mine, float rate, Levels (&of_warps)[kMax
 
 struct Token {
   int64_t id;
-  float x_id, weight, entropy_weight;
+  Capped<float> x_id;  // the id's logit
+  float weight, entropy_weight;
   TokenInput<float> in;
 };
 
@@ -89,12 +97,12 @@ MR1_DEVICE float at(const float* values, const Row& row, int64_t stride_b, int64
 
 // Everything small is loaded before the row, behind whose latency its own hides; and in place the id's logit is soon
 // gone.
-template <typename T>
+template <bool kCap, typename T>
 MR1_DEVICE Token load_token(const Call& call, const Row& row, const T* logits) {
   Token t{};
   t.id = call.ids[row.at];
   require(t.id >= 0 && t.id < call.V);
-  t.x_id = read_one(logits + t.id);
+  t.x_id = capped_logit<kCap>(read_one(logits + t.id), call.softcap);
   if (!call.token_weight) return t;  // scoring
   t.weight = at(call.token_weight, row, call.weight_stride_b, call.weight_stride_l, 1.0f);
   t.entropy_weight = call.entropy_weight ? *call.entropy_weight : 0.0f;
@@ -122,29 +130,31 @@ struct Plan {
   bool zero;
 };
 
-template <typename T, bool kBonus>
-MR1_DEVICE Words gradient_of(const Words& logits, const Plan& plan) {
+template <typename T, bool kCap, bool kBonus>
+MR1_DEVICE Words gradient_of(const Words& logits, const Plan& plan, float softcap) {
   float x[kWidth<T>];
   unpack(logits, x, T{});
-  differentiate<kBonus>(x, plan.d);
+  differentiate<kCap, kBonus>(x, plan.d, softcap);
   return pack(x, T{});
 }
 
 // The log-sum-exp in powers of two is level + rest.
-MR1_DEVICE Plan plan_of(const Call& call, const RowGradient<float>& g, bool zero, float logp, float level, float rest) {
-  return {differentiation(g, call.rate, level, rest), sampled_gradient(g, logp), 0, 0, zero};
+MR1_DEVICE Plan plan_of(
+    const RowGradient<float>& g, const Token& t, bool zero, float logp, float rate, float level, float rest) {
+  return {differentiation(g, rate, level, rest), sampled_gradient(g, logp) * t.x_id.slope, 0, 0, zero};
 }
 
 // From the row's statistics: the token's outputs, which are stored, and the plan.
 MR1_DEVICE Plan finish(const Call& call, const Row& row, const Token& t, const Levels& s, bool store) {
-  const float base = base_of(s.max), level = product(base, call.rate), top = fmaf(base, call.rate, -level);
+  const float inv_temperature = inv_temperature_of(call, row), rate = rate_of(call, row);
+  const float base = base_of(s.max), level = product(base, rate), top = fmaf(base, rate, -level);
   // Relative to the maximum itself, whose exponent is `top`: where it is all there is, log_sum and logp are exactly 0.
   const float log_sum = logf(s.sum / exp2_of(top)), entropy = log_sum - kLn2 * (s.weighted / s.sum - top);
-  const float logp = (t.x_id - base) * call.inv_temperature - log_sum;
+  const float logp = (t.x_id.y - base) * inv_temperature - log_sum;
   if (store) {
     call.logps[row.at] = logp;
     call.entropies[row.at] = entropy;
-    if (call.lse) call.lse[row.at] = base * call.inv_temperature + log_sum;
+    if (call.lse) call.lse[row.at] = base * inv_temperature + log_sum;
   }
   if (!call.token_weight) return {};
   TokenInput<float> in = t.in;
@@ -159,10 +169,10 @@ MR1_DEVICE Plan finish(const Call& call, const Row& row, const Token& t, const L
     call.is_low[row.at] = loss.low;
     call.is_high[row.at] = loss.high;
   }
-  const RowGradient<float> g = row_gradient(coef, t.entropy_weight, entropy, call.inv_temperature);
+  const RowGradient<float> g = row_gradient(coef, t.entropy_weight, entropy, inv_temperature);
   const float log2_sum = log_sum * kLog2E + top, log2_total = level + log2_sum, added = log2_total - level;
   const float rest = (level - (log2_total - added)) + (log2_sum - added);  // exactly what the addition has lost
-  return plan_of(call, g, coef == 0.0f && t.entropy_weight == 0.0f, logp, log2_total, rest);
+  return plan_of(g, t, coef == 0.0f && t.entropy_weight == 0.0f, logp, rate, log2_total, rest);
 }
 
 MR1_DEVICE void clear_outputs(const Call& call, const Row& row) {

@@ -28,8 +28,8 @@ MR1_DEVICE int scalar_at(const Layout& at, int i) {
 
 constexpr int kBatch = 4;  // loads in flight per thread
 
-template <typename T, bool kOnce>
-MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float rate) {
+template <typename T, bool kOnce, bool kCap>
+MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float rate, float softcap) {
   Levels s = no_levels();
   const T* body = row + at.head;
   const int step = threads();
@@ -45,44 +45,46 @@ MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float rate) {
     for (int u = 0; u < kBatch; ++u) {
       float x[kWidth<T>];
       unpack(words[u], x, T{});
-      visit(s, x, rate);
+      visit<kCap>(s, x, rate, softcap);
     }
   }
   for (; v < at.vectors; v += step) {
     float x[kWidth<T>];
     unpack(read_words(body + v * kWidth<T>), x, T{});
-    visit(s, x, rate);
+    visit<kCap>(s, x, rate, softcap);
   }
   for (int i = thread(); i < at.scalars; i += step) {
-    const float x[1] = {read_one(row + scalar_at<T>(at, i))};
-    visit(s, x, rate);
+    float x[1] = {read_one(row + scalar_at<T>(at, i))};
+    visit<kCap>(s, x, rate, softcap);
   }
   return s;
 }
 
 // Backwards.
-template <typename T, bool kBonus>
-MR1_DEVICE void write_logits(T* grad, const T* row, const Layout& at, const Plan& plan) {
+template <typename T, bool kCap, bool kBonus>
+MR1_DEVICE void write_logits(T* grad, const T* row, const Layout& at, const Plan& plan, float softcap) {
+  constexpr int kAtOnce = kCap ? kBatch / 2 : kBatch;  // the cap needs more registers
   for (int i = thread(); i < at.scalars; i += threads()) {
     float x[1] = {read_one(row + scalar_at<T>(at, i))};
-    differentiate<kBonus>(x, plan.d);
+    differentiate<kCap, kBonus>(x, plan.d, softcap);
     write_one(grad + scalar_at<T>(at, i), x[0]);
   }
   const T* body = row + at.head;
   T* to = grad + at.head;
   const int step = threads();
   int v = at.vectors - 1 - thread();
-  for (; v - (kBatch - 1) * step >= 0; v -= kBatch * step) {
-    Words words[kBatch];
+  for (; v - (kAtOnce - 1) * step >= 0; v -= kAtOnce * step) {
+    Words words[kAtOnce];
     MR1_UNROLL
-    for (int u = 0; u < kBatch; ++u) words[u] = read_words_once(body + (v - u * step) * kWidth<T>);
+    for (int u = 0; u < kAtOnce; ++u) words[u] = read_words_once(body + (v - u * step) * kWidth<T>);
     MR1_UNROLL
-    for (int u = 0; u < kBatch; ++u) {
-      write_words_once(to + (v - u * step) * kWidth<T>, gradient_of<T, kBonus>(words[u], plan));
+    for (int u = 0; u < kAtOnce; ++u) {
+      write_words_once(to + (v - u * step) * kWidth<T>, gradient_of<T, kCap, kBonus>(words[u], plan, softcap));
     }
   }
   for (; v >= 0; v -= step) {
-    write_words_once(to + v * kWidth<T>, gradient_of<T, kBonus>(read_words_once(body + v * kWidth<T>), plan));
+    const Words logits = read_words_once(body + v * kWidth<T>);
+    write_words_once(to + v * kWidth<T>, gradient_of<T, kCap, kBonus>(logits, plan, softcap));
   }
 }
 
@@ -90,12 +92,12 @@ MR1_DEVICE void write_logits(T* grad, const T* row, const Layout& at, const Plan
 MR1_DEVICE void row_barrier() { rows_in_block() > 1 ? warp_barrier() : barrier(); }
 
 // The caller has made sure that every thread has read the id's logit, for grad may be row.
-template <typename T>
-MR1_DEVICE void write_row(T* grad, const T* row, const Layout& at, const Plan& plan, int64_t id) {
+template <typename T, bool kCap>
+MR1_DEVICE void write_row(T* grad, const T* row, const Layout& at, const Plan& plan, int64_t id, float softcap) {
   if (plan.d.slope == 0.0f) {
-    write_logits<T, false>(grad, row, at, plan);
+    write_logits<T, kCap, false>(grad, row, at, plan, softcap);
   } else {
-    write_logits<T, true>(grad, row, at, plan);
+    write_logits<T, kCap, true>(grad, row, at, plan, softcap);
   }
   row_barrier();
   if (thread() == 0) write_one(grad + id, plan.sampled);
@@ -118,7 +120,7 @@ struct RowShared {
 };
 
 // The one pass, or scoring where there is no gradient and no token_weight.
-template <typename T, bool kGradient>
+template <typename T, bool kGradient, bool kCap>
 MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
   if (row_index() >= call.B * call.L) return;
   RowShared& shared = ((RowShared*)shared_memory())[row_in_block()];
@@ -130,10 +132,11 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
     if (thread() == 0) clear_outputs(call, row);
     return;
   }
-  if (thread() == 0) shared.token = load_token(call, row, logits);
+  if (thread() == 0) shared.token = load_token<kCap>(call, row, logits);
   const Layout at = layout_of<T>(logits, kGradient ? grad : logits, (int)call.V);
-  const Levels mine = visit_row<T, !kGradient>(logits, at, call.rate);
-  const Levels s = threads() == 32 ? reduce_warp(mine, call.rate) : reduce(mine, call.rate, shared.of_warps);
+  const float rate = rate_of(call, row);
+  const Levels mine = visit_row<T, !kGradient, kCap>(logits, at, rate, call.softcap);
+  const Levels s = threads() == 32 ? reduce_warp(mine, rate) : reduce(mine, rate, shared.of_warps);
   if (thread() == 0) shared.plan = finish(call, row, shared.token, s, true);
   if (!kGradient) return;
   row_barrier();
@@ -141,11 +144,11 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
   if (plan.zero) {
     write_zeros(grad, at);
   } else {
-    write_row(grad, logits, at, plan, shared.token.id);
+    write_row<T, kCap>(grad, logits, at, plan, shared.token.id, call.softcap);
   }
 }
 
-template <typename T>
+template <typename T, bool kCap>
 MR1_KERNEL void MR1_THREADS(kRowThreads, 1) score_bwd_kernel(const Call call) {
   if (row_index() >= call.B * call.L) return;
   const Row row = row_of(call, row_index());
@@ -154,14 +157,15 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) score_bwd_kernel(const Call call) {
   const float on_logp = row.live ? call.grad_logps[row.at] : 0.0f;
   const float on_entropy = row.live && call.grad_entropies ? -call.grad_entropies[row.at] : 0.0f;
   if (on_logp == 0.0f && on_entropy == 0.0f) return write_zeros(grad, layout_of(grad, grad, (int)call.V));
-  const Token token = load_token(call, row, logits);
-  const float lse = call.lse[row.at], logp = token.x_id * call.inv_temperature - lse;
+  const Token token = load_token<kCap>(call, row, logits);
+  const float inv_temperature = inv_temperature_of(call, row), lse = call.lse[row.at];
+  const float logp = token.x_id.y * inv_temperature - lse;
   const float coef = logp == -INFINITY ? 0.0f : on_logp;  // a banned token has no derivative
-  const RowGradient<float> g = row_gradient(coef, on_entropy, call.entropies[row.at], call.inv_temperature);
+  const RowGradient<float> g = row_gradient(coef, on_entropy, call.entropies[row.at], inv_temperature);
   const float level = lse * kLog2E, rest = fmaf(lse, kLog2ERest, fmaf(lse, kLog2E, -level));
-  const Plan plan = plan_of(call, g, false, logp, level, rest);
+  const Plan plan = plan_of(g, token, false, logp, rate_of(call, row), level, rest);
   row_barrier();  // every thread has read the id's logit
-  write_row(grad, logits, layout_of<T>(logits, grad, (int)call.V), plan, token.id);
+  write_row<T, kCap>(grad, logits, layout_of<T>(logits, grad, (int)call.V), plan, token.id, call.softcap);
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ const char* launch_rows(void (*kernel)(Parameters...), const Call& call, int mos
   return launch(kernel, blocks, 0, threads, threads.rows * (int)sizeof(RowShared), stream, call);
 }
 
-template <typename T>
+template <typename T, bool kCap>
 const char* grpo_forward(const Call& call, const Machine& m, void* stream) {
   if (call.rewards) {
     const char* wrong = launch(advantage_kernel, (call.B + 127) / 128, 0, Threads{128, 1}, 0, stream, call);
@@ -64,29 +64,32 @@ const char* grpo_forward(const Call& call, const Machine& m, void* stream) {
   const Split split = choose_split(call, m);
   if (split.parts > 0) {
     return launch(
-        cluster_fwd_kernel<T>, call.B * call.L * split.parts, split.parts, Threads{kClusterThreads, 1},
+        cluster_fwd_kernel<T, kCap>, call.B * call.L * split.parts, split.parts, Threads{kClusterThreads, 1},
         slice_bytes(split), stream, call, split);
   }
-  return call.grad ? launch_rows(rows_fwd_kernel<T, true>, call, kRowThreads, stream)
-                   : launch_rows(rows_fwd_kernel<T, false>, call, kScoreThreads, stream);
+  return call.grad ? launch_rows(rows_fwd_kernel<T, true, kCap>, call, kRowThreads, stream)
+                   : launch_rows(rows_fwd_kernel<T, false, kCap>, call, kScoreThreads, stream);
 }
 
-template <typename T>
+template <typename T, bool kCap>
 const char* score_forward(const Call& call, const Machine&, void* stream) {
-  return launch_rows(rows_fwd_kernel<T, false>, call, kScoreThreads, stream);
+  return launch_rows(rows_fwd_kernel<T, false, kCap>, call, kScoreThreads, stream);
 }
 
-template <typename T>
+template <typename T, bool kCap>
 const char* score_backward(const Call& call, const Machine&, void* stream) {
-  return launch_rows(score_bwd_kernel<T>, call, kScoreThreads, stream);
+  return launch_rows(score_bwd_kernel<T, kCap>, call, kScoreThreads, stream);
 }
 
-#define MR1_FOR_DTYPE(function)                                                \
-  Machine m;                                                                   \
-  if (const char* wrong = machine(&m)) return wrong;                           \
-  if (call->dtype == 0) return mr1fast::function<float>(*call, m, stream);     \
-  if (call->dtype == 1) return mr1fast::function<BFloat16>(*call, m, stream);  \
-  return mr1fast::function<Float16>(*call, m, stream)
+#define MR1_FOR_CAP(function, T)                                                             \
+  return call->softcap == INFINITY ? mr1fast::function<T, false>(*call, m, stream)           \
+                                   : mr1fast::function<T, true>(*call, m, stream)
+#define MR1_FOR_DTYPE(function)                       \
+  Machine m;                                          \
+  if (const char* wrong = machine(&m)) return wrong;  \
+  if (call->dtype == 0) MR1_FOR_CAP(function, float);     \
+  if (call->dtype == 1) MR1_FOR_CAP(function, BFloat16);  \
+  MR1_FOR_CAP(function, Float16)
 
 }  // namespace
 }  // namespace mr1fast

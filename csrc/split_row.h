@@ -48,6 +48,23 @@ MR1_HD float product(float a, float b) {
 #endif
 }
 
+// a / b for b >= 1.
+MR1_HD float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b > 1e37f ? 1e37f : b);  // which would make NaN of an infinite b; a NaN stays one
+#else
+  return a / b;
+#endif
+}
+
+// A logit after the soft cap as in token_loss.h, with tanh(u) as 1 - 2 / (1 + e^2u), to 2e-7 of 1. kCap: there is one.
+template <bool kCap>
+MR1_HD Capped<float> capped_logit(float x, float softcap) {
+  if (!kCap) return {x, 1.0f};
+  const float t = 1.0f - quotient(2.0f, 1.0f + exp2_of(x * (2.0f * kLog2E / softcap)));
+  return {x == -INFINITY ? x : softcap * t, 1.0f - t * t};
+}
+
 // What statistics are taken relative to: the maximum, unless nothing but banned tokens (-inf) has been seen.
 MR1_HD float base_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
@@ -68,8 +85,10 @@ MR1_HD Levels rebased(const Levels& s, float max, float rate) {
   return {max, kept * s.sum, kept * (s.weighted + shift * s.sum)};
 }
 
-template <int W>
-MR1_HD void visit(Levels& s, const float (&x)[W], float rate) {
+template <bool kCap, int W>
+MR1_HD void visit(Levels& s, float (&x)[W], float rate, float softcap) {
+  MR1_UNROLL
+  for (int i = 0; i < W; ++i) x[i] = capped_logit<kCap>(x[i], softcap).y;
   float top = s.max;
   MR1_UNROLL
   for (int i = 0; i < W; ++i) top = max_or_nan(top, x[i]);
@@ -96,16 +115,18 @@ MR1_HD Differentiation differentiation(const RowGradient<float>& g, float rate, 
 }
 
 // kBonus: whether the slope may be anything but 0.
-template <bool kBonus, int W>
-MR1_HD void differentiate(float (&x)[W], const Differentiation& d) {
+template <bool kCap, bool kBonus, int W>
+MR1_HD void differentiate(float (&x)[W], const Differentiation& d, float softcap) {
   MR1_UNROLL
   for (int i = 0; i < W; ++i) {
+    const Capped<float> z = capped_logit<kCap>(x[i], softcap);
     if (kBonus) {
-      const float t = exponent(x[i], d.level, d.rate);
+      const float t = exponent(z.y, d.level, d.rate);
       x[i] = exp2_of(t) * (d.base + d.slope * t);
     } else {
-      x[i] = exp2_of(fmaf(x[i], d.rate, -d.level)) * d.base;
+      x[i] = exp2_of(fmaf(z.y, d.rate, -d.level)) * d.base;
     }
+    if (kCap) x[i] *= z.slope;
   }
 }
 

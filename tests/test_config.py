@@ -161,6 +161,7 @@ BAD_ARGUMENTS = [
     (f"--seed {10**400}", "--seed must be at most 9223372036854775807, got a number of 401 digits"),
     ("--gradient-accumulation-steps 3", "must divide --prompts-per-step, got 3 and 16"),
     ("--num-iterations 2 --method sft", "--num-iterations"),
+    ("--dynamic-sampling --method sft", "--dynamic-sampling needs sampled completions, and --method sft samples none"),
     (
         "--freeze visoin",
         "--freeze: a part must be one of vision, merger, language, got 'visoin' (did you mean 'vision'?)",

@@ -190,6 +190,8 @@ class TaskConfig:
     temperature: float
     top_k: int
     top_p: float
+    dynamic_sampling: bool
+    mask_truncated: bool
     loss: dict[str, Any]  # keywords of the loss, beside those that the trainer sets itself
     beta_min: float
     beta_max: float

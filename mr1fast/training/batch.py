@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.kernels import reference
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.logits import GRPOLossOutput
+from mr1fast.losses.weights import loss_weights
 from mr1fast.model.checks import image_starts
 from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
@@ -62,7 +62,7 @@ def weighted(batch: Batch, loss: Mapping[str, Any], *, max_completion_length: in
     """
     ids, mask = batch.completion_ids, batch.completion_mask
     keywords = {name: value for name, value in loss.items() if name != "scale_rewards"}  # that is for the advantages
-    weight = reference.token_weight(ids, mask, torch.float32, loss["loss_type"], max_completion_length, None)
+    weight = loss_weights(ids, mask, loss_type=loss["loss_type"], max_completion_length=max_completion_length)
     if keywords.get("entropy_coef"):  # a mean over tokens
         keywords["entropy_coef"] /= max(mask.sum().item(), 1)
     return dataclasses.replace(batch, token_weight=weight), {**keywords, "reduction": "sum"}

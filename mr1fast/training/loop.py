@@ -250,6 +250,6 @@ def _remove_after(task_folder: Path, step: int) -> None:
 
 def _gave_up(reason: str, folder: Path) -> str:
     return (
-        f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite numbers (the last: {reason}), so training has "
-        f"stopped; a lower --learning-rate often helps, and the samples are in {folder / 'skipped'}"
+        f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped (the last: {reason}), so training has stopped; where "
+        f"numbers are NaN or infinite, a lower --learning-rate often helps; the samples are in {folder / 'skipped'}"
     )

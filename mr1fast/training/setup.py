@@ -20,6 +20,7 @@ from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
+from mr1fast.model.liger import choose_liger
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import longest_prompt, prompt_length
@@ -172,6 +173,7 @@ def prepare(opened: OpenRun) -> Setup:
         device=device,
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
+        liger=choose_liger(config.liger, device),
     )
     plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
