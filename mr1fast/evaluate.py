@@ -21,7 +21,7 @@ from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
 from mr1fast.options.fields import check_choice, option_string
 from mr1fast.options.parse import FIELDS, add_option, convert
-from mr1fast.options.program import Parser, at_least, exit_code, prog
+from mr1fast.options.program import Parser, at_least, check_one_process, exit_code, prog
 from mr1fast.options.prompt import chosen_prompt
 from mr1fast.options.reading import check_no_reading, read_as
 from mr1fast.options.recipes import (
@@ -166,6 +166,7 @@ def run(arguments: Sequence[str] | None) -> None:
     """Raises ValueError in one sentence for a mistake of the user's."""
     options = build_parser().parse(arguments)
     _check(options)
+    check_one_process("evaluation")
     from mr1fast.evaluation.answers import read_answers
     from mr1fast.evaluation.evaluate import evaluate, result_of
     from mr1fast.model.prompts import longest_prompt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.parse import parse_arguments, printed_config
-from mr1fast.options.program import missing_package
+from mr1fast.options.program import check_one_process, missing_package
 from mr1fast.training.open_run import OpenRun, how_to_continue, open_run, requested_config
 from mr1fast.training.run_folder import ResumeError
 from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm, too_little_memory
@@ -26,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if request.plan is not None:
             return _plan(requested_config(request), request.plan or None)
-        _check_one_process()
+        check_one_process(
+            "training", "for several GPUs, TRL and verl can train with the loss of mr1fast (docs/drop-in.md)"
+        )
         with open_run(request) as opened:
             return _train(opened, started)
     except (UserError, OSError) as error:
@@ -78,15 +79,6 @@ def _train(opened: OpenRun, started: float) -> int:
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", 130, opened)
     return 0
-
-
-def _check_one_process() -> None:
-    """Raises UserError under torchrun and its kin, where each process would train the same model by itself."""
-    if (number := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(number) > 1:
-        raise UserError(
-            f"WORLD_SIZE is {number}, but training runs in one process, on one device: start it without torchrun or "
-            "accelerate launch; for several GPUs, TRL and verl can train with the loss of mr1fast (docs/drop-in.md)"
-        )
 
 
 def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:

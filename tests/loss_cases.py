@@ -116,6 +116,8 @@ OF_NORMALISER = (
     "high_entropy",
     "near_policy",
 )
+# Beside PPO's term, the others run on a kernel with the options that they have to do with.
+OF_KERNELS = [(option, name) for option in OPTIONS for name in DISTINCT if name == "grpo" or option in OF_POLICY]
 
 
 def _per_token(batch, scale):

@@ -71,16 +71,21 @@ def test_the_size_of_the_model_picks_the_recipe_and_no_name_does(tmp_path):
     assert config("--data", "x/gr").defaults_from("gr") == "defaults of vc for small models"
 
 
-def test_a_large_model_takes_one_prompt_at_a_time():
+def test_pieces_of_a_step_are_left_to_the_planner_for_a_large_model():
     def pieces(*arguments):
         chosen = config("--task", "gr", *arguments)
-        assert chosen.resolved()["gradient_accumulation_steps"] == chosen.for_task("gr").gradient_accumulation_steps
-        return chosen.for_task("gr").gradient_accumulation_steps
+        task, recorded = chosen.for_task("gr"), chosen.resolved()
+        found = task.gradient_accumulation_steps, task.tokens_per_microbatch
+        assert found == tuple(map(recorded.get, ("gradient_accumulation_steps", "tokens_per_microbatch")))
+        return found
 
-    assert pieces() == 1
-    assert pieces("--model", "nobody/large") == 16
-    assert pieces("--model", "nobody/large", "--prompts-per-step", 6) == 6
-    assert pieces("--model", "nobody/large", "--prompts-per-step", 6, "--gradient-accumulation-steps", 2) == 2
+    assert pieces() == (1, None)
+    assert pieces("--model", "nobody/large") == (None, None)
+    assert pieces("--model", "nobody/large", "--prompts-per-step", 6, "--gradient-accumulation-steps", 2) == (2, None)
+    for model in ((), ("--model", "nobody/large")):
+        assert pieces(*model, "--tokens-per-microbatch", 5000) == (None, 5000)
+    with pytest.raises(UserError, match="both divide a step into pieces; give one"):
+        config("--tokens-per-microbatch", 5000, "--gradient-accumulation-steps", 2)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
@@ -161,6 +166,7 @@ BAD_ARGUMENTS = [
     (f"--seed {10**400}", "--seed must be at most 9223372036854775807, got a number of 401 digits"),
     ("--gradient-accumulation-steps 3", "must divide --prompts-per-step, got 3 and 16"),
     ("--num-iterations 2 --method sft", "--num-iterations"),
+    ("--dynamic-sampling --method sft", "--dynamic-sampling needs sampled completions, and --method sft samples none"),
     (
         "--freeze visoin",
         "--freeze: a part must be one of vision, merger, language, got 'visoin' (did you mean 'vision'?)",
@@ -258,12 +264,13 @@ def test_yaml_that_is_not_text(tmp_path):
 def test_help_explains_every_option_with_its_default():
     text = " ".join(build_parser().format_help().split())
     for name, field in FIELDS.items():
-        switch = field.default is False and not field.metadata["key_of"]  # which --no-... turns off
+        switch = isinstance(field.default, bool) and not field.metadata["key_of"]  # which --no-... turns off
         own = f" {option_string(name)}{',' if switch else ' '}"
         assert (f" {key_of(name)}=" if field.metadata["key_of"] else own) in text
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
-            assert f"[default: {'no' if field.default is False else field.default}]" in text
+            shown = {True: "yes", False: "no"}.get(field.default, field.default) if switch else field.default
+            assert f"[default: {'no' if field.default is False else shown}]" in text
     assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others; ten times that for LoRA]" in text
     assert "(paper, linear, constant, cosine, exponential, reversed, adaptive)" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))

@@ -71,6 +71,8 @@ def slow(*values):
         {"method": "sft"},
         {"method": "grpo", "beta": 0.0, "loss": "importance_sampling_level=sequence", "gradient_accumulation_steps": 2},
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},
+        {"tokens_per_microbatch": 420, "gradient_checkpointing": "on", "max_completion_length": 20},
+        slow({"share_prefix": False, "max_completion_length": 20}),
     ],
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -119,11 +121,11 @@ def test_bytes_of_each_category(planned):
     assert planned.least < planned.peak
 
 
-def test_bytes_of_the_key_value_cache(planned):
-    token = 3 * 2 * 2 * 32 * 2  # bytes: layers, keys and values, heads, width, bfloat16
-    prompts = P * (TEXT + IMAGE)
-    # Of the prompts, of the prompt of every completion, and that once more with room for the completion.
-    assert planned.phases["rollout"]["key-value cache"] == token * (prompts + G * prompts + G * (prompts + P * L))
+def test_bytes_of_the_key_value_cache():
+    """Prompts are not repeated. Completions are so long that there is most in memory while they are sampled."""
+    length, token = 200, 3 * 2 * 2 * 32 * 2  # bytes of a token: layers, keys and values, heads, width, bfloat16
+    long = plan(shape(dtype="bfloat16", gradient_accumulation_steps=2, max_completion_length=length))
+    assert long.phases["rollout"]["key-value cache"] == token * P * (TEXT + IMAGE + G * length)
 
 
 @pytest.mark.parametrize(("device", "rows"), [("cpu", P * G * 20 // 2), ("cuda", P * G * 20)])
@@ -159,8 +161,8 @@ def test_the_largest_image():
 
 def test_a_plan_leaves_the_trainer_as_it_was():
     def patched():
-        functions = trainer_module.batch_logps, trainer_module.split_batch
-        return dispatch.BACKENDS, dict(linear.CHUNK_BYTES), dict(linear.MIN_ROWS), functions
+        functions = trainer_module.batch_logps, trainer_module.pieces_of
+        return dispatch.BACKENDS, dict(linear.BLOCKS), functions
 
     before, numbers = patched(), torch.get_rng_state()
     plan(shape(device="cuda", lora_rank=2))
@@ -187,6 +189,35 @@ def test_the_reference_is_offloaded_where_that_makes_it_fit(planned):
     assert plan_for(chosen, planned.peak - 1).offload_reference
     assert not plan_for(chosen, waiting.peak - 1).offload_reference
     assert not plan_for(dataclasses.replace(chosen, device="cpu"), planned.peak - 1).offload_reference
+
+
+def test_what_is_left_open_is_chosen_so_that_a_step_fits(monkeypatch):
+    """With a formula in the place of plans: 100 fixed, of it 20 the reference; 10 for each prompt in the model, of
+    which 8 are not held where layers run again. At 100 000 tokens a prompt, and 6 prompts in a step."""
+
+    def formula(shape):
+        activations = shape.prompts_at_a_time * (2 if shape.checkpoints else 10)
+        held = {"weights": 80, "reference": 20, "activations": activations}
+        phases = {"reference": held | {"activations": 0}, "policy": held}
+        return Plan(1, 1, {phase: dict.fromkeys(CATEGORIES, 0) | values for phase, values in phases.items()})
+
+    monkeypatch.setattr(plan_module, "plan", formula)
+    model = Qwen2VLConfig.from_pretrained(EMBEDDED)
+    options = TrainConfig(model="a/large", data="none", prompts_per_step=6, max_pixels=PIXELS)
+    chosen = StepShape(model, options)
+    assert chosen.group_tokens == IMAGE * 5 + 128 + 8 * 512
+
+    def found(usable):
+        planned = plan_for(chosen, usable)
+        pieces, odd = divmod(planned.options["tokens_per_microbatch"], chosen.group_tokens)
+        assert not odd
+        return planned.offload_reference, planned.options.get("gradient_checkpointing", "off"), pieces, planned.peak
+
+    assert found(1000) == (False, "off", 6, 160)
+    assert found(149) == (False, "off", 4, 140)
+    assert found(110) == (False, "off", 1, 110)
+    assert found(109) == (True, "off", 2, 100)
+    assert found(99) == (False, "on", 1, 102), "the reference's own turn needs 100"
 
 
 @pytest.mark.parametrize(
@@ -295,9 +326,9 @@ def test_a_run_that_cannot_fit(large, planned, monkeypatch, capsys):
         monkeypatch.setattr(plan_run, "free_memory", lambda _: free)
         return plan_run.plans_before(options)
 
-    assert with_free(planned.peak) == [planned]
+    assert with_free(planned.peak) == {"data": planned}
     assert capsys.readouterr().err == ""
-    assert with_free(planned.least) == [planned]  # it may be enough for short completions
+    assert with_free(planned.least) == {"data": planned}  # it may be enough for short completions
     warning = (
         r"warning: a step needs up to .* and does not fit cpu, where .* can be used; it fits with --lora-rank 16\n"
     )
@@ -319,7 +350,7 @@ def test_a_run_says_so_before_it_loads_anything(monkeypatch, capsys, tmp_path):
 
 def test_a_run_offloads_the_reference_if_the_plan_says_so(planned, monkeypatch, tmp_path):
     options = TrainConfig(task="vc", eval_steps=0, eval_samples=1, max_steps=1)
-    for plans, offloads in (([], False), ([planned], False), ([planned.with_reference_offloaded()], True)):
+    for plans, offloads in (({}, False), ({"vc": planned}, False), ({"vc": planned.with_reference_offloaded()}, True)):
         monkeypatch.setattr(setup, "plans_before", lambda _, plans=plans: plans)
         prepared = setup.prepare(OpenRun(RunFolder(tmp_path), options))
         assert prepared.offloads_reference is offloads
@@ -331,14 +362,14 @@ def test_a_run_does_without_a_plan_that_fails(large, monkeypatch, capsys):
         raise NotImplementedError("an operation of tomorrow")
 
     monkeypatch.setattr(plan_run, "plan_for", fails)
-    assert plan_run.plans_before(TrainConfig(model=str(large), data=str(large), device="cpu")) == []
+    assert plan_run.plans_before(TrainConfig(model=str(large), data=str(large), device="cpu")) == {}
     warning = "warning: no plan of the memory that a step takes (NotImplementedError: an operation of tomorrow)\n"
     assert capsys.readouterr().err == warning
 
 
 def test_a_small_model_is_not_planned_for(monkeypatch):
     monkeypatch.setattr(plan_run, "plan_for", None)
-    assert plan_run.plans_before(TrainConfig()) == []
+    assert plan_run.plans_before(TrainConfig()) == {}
 
 
 # ---- the device -----------------------------------------------------------------------------------------------------

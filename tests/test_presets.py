@@ -27,7 +27,7 @@ def test_a_preset_is_the_papers_setting(name, tmp_path):
     assert (run.num_generations, run.learning_rate, run.temperature, run.top_k) == (8, 1e-6, 1.0, 50)
     assert run.reward_weights == {"accuracy": 1.0, "format": 1.0}
     assert run.max_steps == {"vc-2b": 13, "vc-7b": 15}.get(name, 1004), "two epochs of 16 prompts a step"
-    assert run.gradient_accumulation_steps == 16, "one prompt at a time"
+    assert run.gradient_accumulation_steps is run.tokens_per_microbatch is None, "as the planner chooses"
     assert PRESETS == ("gr-2b", "gr-7b", "vc-2b", "vc-7b")
     file = tmp_path / "run.yaml"
     file.write_text(printed_config(chosen))
@@ -53,7 +53,6 @@ def test_what_other_options_exclude_is_not_left_of_a_preset():
     assert config("--preset", "vc-2b", "--task", "gr").tasks == ("gr",)
     assert config("--preset", "vc-2b", "--lora-rank", 16).for_task("x").learning_rate == 1e-5
     assert config("--preset", "vc-2b", "--lora-rank", 16, "--learning-rate", 2e-5).for_task("x").learning_rate == 2e-5
-    assert config("--preset", "vc-2b", "--prompts-per-step", 6).for_task("x").gradient_accumulation_steps == 6
 
 
 def test_the_plan_of_a_preset(tmp_path):
@@ -61,7 +60,7 @@ def test_the_plan_of_a_preset(tmp_path):
     in_proportion(2, 400).save_pretrained(tmp_path)
     plan, fits = report(config("--preset", "vc-2b", "--model", tmp_path, "--prompts-per-step", 2), gigabytes=80)
     assert fits
-    assert "2 prompts, 1 at a time, each of 512 tokens of an image" in plan
+    assert "2 prompts, 2 at a time, each of 512 tokens of an image" in plan
 
 
 @pytest.mark.parametrize(

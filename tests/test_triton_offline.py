@@ -33,7 +33,7 @@ def test_the_check_finds_a_spill_and_a_narrow_load():
         "from benchmarks import compile_check as check\n"
         "triton_table.TABLE[('loss', 2, 262144)] = (65536, 8, 1)\n"
         "cases = [name for name, _ in check.cases()]\n"
-        "print(check.check((cases.index('loss, no gradient  bfloat16 V=151936'), 90)))\n"
+        "print(check.check((cases.index('loss, no gradient     bfloat16 V=151936'), 90)))\n"
         "rows.rows_aligned = lambda *tensors: False\n"
         "from mr1fast.kernels import triton_score\n"
         "triton_score.rows_aligned = rows.rows_aligned\n"

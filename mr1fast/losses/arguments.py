@@ -161,7 +161,8 @@ def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -
         raise ValueError(f"importance_sampling_level must be 'token' with loss_type={loss_type!r}, got {level!r}")
     if sampling is not None:
         sampling = _constant(layout.per_token(_SAMPLING, sampling), dtype)
-    elif options["old_per_token_logps"] is None:  # then no completion is off-policy
+    elif options["old_per_token_logps"] is None and options["off_policy_mask_threshold"] != math.inf:
+        # No completion is off-policy then.
         options = {**options, "off_policy_mask_threshold": math.inf}
     masked = options["top_entropy_quantile"] < 1 or options["off_policy_mask_threshold"] != math.inf
     if not masked and loss_type in reference.ONE_PASS_LOSS_TYPES:

@@ -1,8 +1,8 @@
 """The policy: a model and its processor. Only this file knows how such a model is built inside.
 
-Each prompt, with its image, runs once for all of its completions. That is exact, with gradients: completions attend to
-the prompt's keys and values, which are repeated and not computed again, and a gradient flows back through them into
-prompt and vision tower.
+Each prompt, with its image, runs once for all of its completions, to sample them (`encode_prefix` and `extend`) and to
+find their log-probabilities (`completion_hidden`). That is exact, with gradients: completions attend to the prompt's
+keys and values, and a gradient flows back through them into prompt and vision tower.
 
 Shapes: P prompts of T tokens (padded on the left), G completions each, B = P * G with the completions of a prompt
 adjacent, L tokens, H hidden, V vocabulary.
@@ -17,17 +17,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
 from mr1fast.model.adapter import merged, save_adapter, without_adapter
 from mr1fast.model.checks import VISION_TOKENS, check_fit, check_image_tokens
+from mr1fast.model.decoding import ATTENTION, Decoding
 from mr1fast.model.family import Model, known
+from mr1fast.model.hooks import attention_of
+from mr1fast.model.passes import packed_hidden, plain_hidden
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import encode_prompts, end_of_turn
 from mr1fast.model.save import make_readable, save_model, save_processor
+from mr1fast.model.varlen import kernel_for
 
 
 class Policy:
@@ -49,6 +53,9 @@ class Policy:
         # Images in an answer have no pixels, padding is no answer, and the last rows of the head are no tokens.
         banned = {getattr(config, field) for field in VISION_TOKENS}
         banned |= {self.pad_id, *range(len(processor.tokenizer), config.get_text_config().vocab_size)}
+        # How `completion_hidden` runs: a packed row cannot be told from its windows.
+        self.shares_prefix = not self._base.model.language_model.has_sliding_layers
+        self.checkpointing = False  # whether layers run again in backward instead of keeping their activations
         self.end_ids = torch.tensor(ends, device=device)  # [N] int64: any of them ends a completion; the first, a turn
         self.banned_ids = torch.tensor(sorted(banned - {*ends}), device=device)  # never sampled
 
@@ -189,46 +196,41 @@ class Policy:
         key_values = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
         return Prefix(key_values, hidden[:, -1], inputs["attention_mask"].bool(), inputs["next_position"])  # type: ignore[arg-type]
 
-    def extend(self, prefix: Prefix, cache: Cache, ids: Tensor, start: int) -> Tensor:
-        """Hidden states [B, N, H] of the completions' tokens `ids` [B, N], the first of which is token `start`.
+    def next_hidden(self, decoding: Decoding, ids: Tensor) -> Tensor:
+        """Hidden states [N, H] after the completions' next tokens `ids` [N], which `decoding` takes up.
 
-        `cache` holds the prefix and the completions' tokens before `start`, and takes up the new ones.
+        Without gradients, and without anything that waits for the device.
         """
-        B, N = ids.shape
-        offsets = torch.arange(start, start + N, device=ids.device)
-        return self._base.model(
-            input_ids=ids,
-            attention_mask=self._attention_mask(prefix.attention_mask, start, N),
-            position_ids=(prefix.next_position[:, None] + offsets).expand(3, B, N),
-            past_key_values=cache,
-        ).last_hidden_state
-
-    def completion_hidden(self, prefix: Prefix, completion_ids: Tensor) -> Tensor:
-        """Hidden states [B, L, H]: the one at t predicts `completion_ids[:, t]` (padded on the right, [B, L]).
-
-        `prefix`: of the P prompts of the B completions. A completion that a prompt has several times, as is usual when
-        answers are short, runs once.
-        """
-        prompts = prefix.prompts_of(completion_ids.shape[0])
-        distinct, row_of = torch.cat([prompts[:, None], completion_ids], 1).unique(dim=0, return_inverse=True)
-        prefix, ids = prefix.take(distinct[:, 0]), distinct[:, 1:]
-        hidden = prefix.last_hidden[:, None]
-        if ids.shape[1] > 1:
-            hidden = torch.cat([hidden, self.extend(prefix, prefix.cache(), ids[:, :-1], 0)], 1)
-        return hidden[row_of]
-
-    def _attention_mask(self, prompt_mask: Tensor, start: int, N: int) -> Tensor | dict[str, Tensor | None]:
-        """For N tokens from `start` on. Padding on the right needs no mask: nothing before it attends to it.
-
-        sdpa takes the finished mask (transformers would build it anew for every token that is sampled); for the other
-        implementations transformers builds what they need from the [B, T + start + N] one.
-        """
-        B, T = prompt_mask.shape
         language_model = self._base.model.language_model
-        if language_model.config._attn_implementation != "sdpa" or language_model.has_sliding_layers:
-            return torch.cat([prompt_mask, prompt_mask.new_ones(B, start + N)], 1).long()
-        allowed = torch.ones(N, start + N, dtype=torch.bool, device=prompt_mask.device).tril(start).expand(B, -1, -1)
-        return {"full_attention": torch.cat([prompt_mask[:, None].expand(B, N, T), allowed], 2)[:, None]}
+        with attention_of(language_model.config, ATTENTION):
+            hidden = language_model(
+                input_ids=ids[:, None],
+                attention_mask=dict.fromkeys(
+                    ("full_attention", "sliding_attention")
+                ),  # `decoding` knows what is hidden
+                position_ids=decoding.position[:, None].expand(3, -1, 1),
+                past_key_values=decoding,
+                decoding=decoding,
+            ).last_hidden_state
+        decoding.advance()
+        return hidden[:, 0]
+
+    def completion_hidden(self, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """Hidden states [N, H], each of which predicts one of the N tokens of `completion_ids` [B, L] that count.
+
+        inputs: of `place`, for the P prompts of the B completions. completion_mask: [B, L], which tokens count; the
+        order is that of the completions, one after another. Differentiable.
+        """
+        run = packed_hidden if self.shares_prefix else plain_hidden
+        return run(self._base, inputs, completion_ids, completion_mask, checkpointing=self.checkpointing)
+
+    def describe_pass(self, *, share_prefix: bool = True) -> str:
+        """What `completion_hidden` does with these weights, if it shares prefixes where it can."""
+        if not (share_prefix and self.shares_prefix):
+            return "each completion with its prompt, padded"
+        model, language = self._base, self._base.config.get_text_config()
+        kernel = kernel_for(model.device, model.dtype, eager=language._attn_implementation == "eager")
+        return f"prompts and completions in one packed row, {kernel.name}"
 
 
 def _base_model(model: Any) -> Model:

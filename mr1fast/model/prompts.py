@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import jinja2
+import torch
 from torch import Tensor
 
 from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
+from mr1fast.model.checks import image_starts
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+
+# Of all images of a batch; every other input has a row for each prompt.
+IMAGES = ("pixel_values", "image_grid_thw")
 
 
 def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
@@ -45,6 +51,21 @@ def encode_prompts(processor: Qwen2VLTextImageProcessor, examples: Sequence[Exam
     texts = [_prompt_of(processor, example) for example in examples]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return {name: inputs[name] for name in inputs}
+
+
+def take_prompts(inputs: dict[str, Tensor], prompts: Sequence[int]) -> dict[str, Tensor]:
+    """Inputs of `encode_prompts` or `Policy.place` for these prompts, in this order; one may be there several times."""
+    index = torch.tensor(prompts, device=inputs["input_ids"].device)
+    taken = {name: rows[index] for name, rows in inputs.items() if name not in IMAGES}
+    if "image_grid_thw" in inputs:
+        counts = image_starts(inputs["mm_token_type_ids"] == 1).sum(1).tolist()
+        patches = inputs["image_grid_thw"].prod(1).tolist()
+        images = [*zip(inputs["image_grid_thw"], inputs["pixel_values"].split(patches))]
+        starts = [0, *accumulate(counts)]
+        if chosen := [image for prompt in prompts for image in images[starts[prompt] : starts[prompt + 1]]]:
+            grids, pixels = zip(*chosen)
+            taken |= {"image_grid_thw": torch.stack(grids), "pixel_values": torch.cat(pixels)}
+    return taken
 
 
 def prompt_length(processor: Qwen2VLTextImageProcessor, example: Example) -> int:

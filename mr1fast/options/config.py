@@ -168,8 +168,8 @@ class TrainConfig(TrainOptions):
             if isinstance(value, Mapping):
                 value = value.get(name)
             values[field.name] = defaults.get(field.name) if value is None else canonical(field.name, value)
-        if values["gradient_accumulation_steps"] is None:
-            values["gradient_accumulation_steps"] = default_pieces(self.recipe(name), values["prompts_per_step"])
+        if values["gradient_accumulation_steps"] is values["tokens_per_microbatch"] is None:
+            values["gradient_accumulation_steps"] = default_pieces(self.recipe(name))
         values |= {"prompt_suffix": self.prompt.suffix, "system_prompt": self.prompt.system}
         if values["eval_batch_size"] is None:
             values["eval_batch_size"] = default_eval_batch_size(self.recipe(name) != R1_V)
@@ -190,6 +190,8 @@ class TaskConfig:
     temperature: float
     top_k: int
     top_p: float
+    dynamic_sampling: bool
+    mask_truncated: bool
     loss: dict[str, Any]  # keywords of the loss, beside those that the trainer sets itself
     beta_min: float
     beta_max: float
@@ -200,7 +202,10 @@ class TaskConfig:
     warmup_steps: int
     max_steps: int  # None until `TrainConfig.with_steps` knows it
     num_iterations: int
-    gradient_accumulation_steps: int
+    gradient_accumulation_steps: int | None  # None of this and the next: a prompt at a time
+    tokens_per_microbatch: int | None
+    gradient_checkpointing: str
+    share_prefix: bool
     max_grad_norm: float
     eval_batch_size: int
     eval_sampled: int

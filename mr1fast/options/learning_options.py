@@ -10,6 +10,8 @@ from mr1fast.options.fields import MANY, PAIRS, option
 from mr1fast.options.loss_keywords import DEFAULT_LOSS
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
 
+# A step with --dynamic-sampling samples at most so many times its prompts, as in verl's recipe for DAPO.
+MOST_BATCHES = 10
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
 
 
@@ -83,6 +85,12 @@ class LearningOptions:
         at_most=1.0,
         why="it is a probability",
     )
+    dynamic_sampling: bool = option(
+        False,
+        "replace groups whose rewards all agree, from which nothing can be learnt, by those of further prompts (DAPO); "
+        f"a step samples at most {MOST_BATCHES} times its prompts",
+        group="sampling",
+    )
     seed: int = option(0, "seed for shuffling the prompts and for sampling", group="sampling", at_least=0)
 
     loss: str = option(
@@ -91,6 +99,11 @@ class LearningOptions:
         "wrong name is answered with all that there are, and docs/training.md explains them",
         group="loss",
         metavar=PAIRS,
+    )
+    mask_truncated: bool = option(
+        False,
+        "leave completions that were cut off out of the loss, and out of the number of tokens by which it is divided",
+        group="loss",
     )
     beta: float | None = option(
         None, "constant KL weight", group="loss", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")
@@ -177,10 +190,29 @@ class LearningOptions:
     )
     gradient_accumulation_steps: int | Mapping[str, int] | None = option(
         None,
-        "number of pieces in which a batch passes through the model, to save memory; the gradient is the same",
+        "number of equal pieces in which a batch passes through the model, to save memory; the gradient is the same",
         group="optimizer",
         at_least=1,
-        shown="1 for small models, --prompts-per-step for others, which is one prompt at a time",
+        shown="1 for small models; see --tokens-per-microbatch for others",
+        machine=True,
+    )
+    tokens_per_microbatch: int | None = option(
+        None,
+        "most tokens in the model at a time, patches of images included: prompts, each with its completions, pass "
+        "through it in pieces filled up to that, instead of --gradient-accumulation-steps; the gradient is the same",
+        group="optimizer",
+        unit="tokens",
+        at_least=1,
+        at_most=MANY,
+        shown="for models that are not small, what fits in memory by --plan",
+        machine=True,
+    )
+    gradient_checkpointing: str = option(
+        "auto",
+        "compute the layers' activations again in backward instead of keeping them, which takes less memory and more "
+        "time; auto does so where a step does not fit otherwise",
+        group="optimizer",
+        choices=("auto", "on", "off"),
         machine=True,
     )
     max_grad_norm: float = option(

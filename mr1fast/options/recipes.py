@@ -36,12 +36,9 @@ def recipe_name(model: str | None, task: str | None) -> str:
     return (task or "vc") if is_small_folder(model) else R1_V
 
 
-def default_pieces(recipe: str, prompts_per_step: int) -> int:
-    """`gradient_accumulation_steps`: large models take one prompt at a time, small ones the whole batch.
-
-    It is in no recipe, because it follows `prompts_per_step` where that is given.
-    """
-    return prompts_per_step if recipe == R1_V else 1
+def default_pieces(recipe: str) -> int | None:
+    """`gradient_accumulation_steps`: 1 for small models; None for large ones, whose pieces the planner chooses."""
+    return None if recipe == R1_V else 1
 
 
 def lora_learning_rate(full: float) -> float:

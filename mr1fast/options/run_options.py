@@ -128,6 +128,21 @@ class RunOptions:
         choices=("auto", "sdpa", "flash_attention_2", "eager"),
         machine=True,
     )
+    share_prefix: bool = option(
+        True,
+        "compute log-probabilities in one packed pass, in which a prompt with its image runs once for its completions "
+        "and nothing is padded; its attention is PyTorch's own, or eager",
+        group="device",
+        machine=True,
+    )
+    liger: str = option(
+        "auto",
+        "Liger's RMSNorm, rotary embedding and SwiGLU in the language model; auto uses them on a GPU where "
+        "liger-kernel is installed",
+        group="device",
+        choices=("auto", "on", "off"),
+        machine=True,
+    )
     threads: int | None = option(
         None,
         "number of CPU threads to use",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from typing import Any
 
@@ -45,7 +46,7 @@ def _as_text(field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, list) and (metadata["several"] or metadata["metavar"] == LIST):
         return ",".join(map(str, value))
     if isinstance(value, dict) and metadata["metavar"] == PAIRS:
-        return ",".join(f"{key}={each}" for key, each in value.items())
+        return ",".join(f"{key}={each if isinstance(each, str) else json.dumps(each)}" for key, each in value.items())
     if isinstance(value, str) and field_type(field.name) is bool:
         return SWITCH.get(value.strip().lower(), value)
     return value

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mr1fast.kernels import reference
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.logits import GRPOLossOutput
+from mr1fast.losses.weights import loss_weights
 from mr1fast.model.checks import image_starts
 from mr1fast.model.policy import Policy
-from mr1fast.model.prefix import Prefix
+from mr1fast.model.prompts import take_prompts
+
+_Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,31 @@ class Batch:
     old_per_token_logps: Tensor | None = None  # [B, L] float32, of the policy that sampled; None while it is still that
     token_weight: Tensor | None = None  # [B, L] float32, see `weighted`
     sampling_per_token_logps: Tensor | None = None  # [B, L] float32, of the sampler; good for the first update only
-    prefix: Prefix | None = None  # of the prompts, with the graph, from sampling; good for the first update only
+
+    def hidden(self, policy: Policy) -> Tensor:
+        """[N, H], of the N tokens that count, one completion after another; differentiable."""
+        return policy.completion_hidden(self.inputs, self.completion_ids, self.completion_mask)
+
+    def packed(self, per_token: _Tensor) -> _Tensor:
+        """[N] of [B, L], of what counts."""
+        return None if per_token is None else per_token[self.completion_mask]
+
+    def padded(self, per_token: Tensor) -> Tensor:
+        """[B, L] of [N], 0 where masked."""
+        return per_token.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, per_token)
+
+    def take(self, prompts: Sequence[int]) -> Batch:
+        """These prompts, each with all of its completions, in this order."""
+        if list(prompts) == [*range(len(self.inputs["input_ids"]))]:
+            return self
+        tensors, rows = {name: getattr(self, name) for name in _OF_COMPLETIONS}, self.rows_of(prompts)
+        taken: dict[str, Any] = {name: None if values is None else values[rows] for name, values in tensors.items()}
+        return dataclasses.replace(self, inputs=take_prompts(self.inputs, prompts), **taken)
+
+    def rows_of(self, prompts: Sequence[int]) -> Tensor:
+        """int64, the completions of these prompts."""
+        G = self.num_generations
+        return torch.tensor([prompt * G + i for prompt in prompts for i in range(G)], device=self.completion_ids.device)
 
 
 _OF_COMPLETIONS = (
@@ -45,11 +71,26 @@ _OF_COMPLETIONS = (
 )
 
 
+def batch_on(device: torch.device, values: dict[str, Any]) -> Batch:
+    """The batch with these values, as `vars` gives them, on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: move(tensor) for name, tensor in value.items()}
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Batch(**move(values))
+
+
 def batch_logps(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, L] float32 of the completions' tokens, 0 where masked; differentiable."""
-    hidden = policy.completion_hidden(policy.encode_prefix(batch.inputs), batch.completion_ids)
+    return batch.padded(_packed_logps(policy, batch, temperature))
+
+
+def _packed_logps(policy: Policy, batch: Batch, temperature: float) -> Tensor:
+    """[N] float32, of the tokens that count; differentiable."""
     logps = linear_token_logprobs(
-        hidden, policy.head_weight, batch.completion_ids, temperature=temperature, mask=batch.completion_mask
+        batch.hidden(policy), policy.head_weight, batch.packed(batch.completion_ids), temperature=temperature
     )
     assert isinstance(logps, Tensor)
     return logps
@@ -62,7 +103,7 @@ def weighted(batch: Batch, loss: Mapping[str, Any], *, max_completion_length: in
     """
     ids, mask = batch.completion_ids, batch.completion_mask
     keywords = {name: value for name, value in loss.items() if name != "scale_rewards"}  # that is for the advantages
-    weight = reference.token_weight(ids, mask, torch.float32, loss["loss_type"], max_completion_length, None)
+    weight = loss_weights(ids, mask, loss_type=loss["loss_type"], max_completion_length=max_completion_length)
     if keywords.get("entropy_coef"):  # a mean over tokens
         keywords["entropy_coef"] /= max(mask.sum().item(), 1)
     return dataclasses.replace(batch, token_weight=weight), {**keywords, "reduction": "sum"}
@@ -71,18 +112,20 @@ def weighted(batch: Batch, loss: Mapping[str, Any], *, max_completion_length: in
 def grpo_batch_loss(
     policy: Policy, batch: Batch, *, beta: float, temperature: float, **keywords: Any
 ) -> GRPOLossOutput:
-    """The loss of a batch, by default the paper's; `weighted` gives the keywords for a piece of one."""
+    """The loss of a batch, by default the paper's; `weighted` gives the keywords for a piece of one.
+
+    Per-token outputs are [N], of the tokens that count.
+    """
     assert batch.advantages is not None
-    hidden = policy.completion_hidden(batch.prefix or policy.encode_prefix(batch.inputs), batch.completion_ids)
     return linear_grpo_loss(
-        hidden,
+        batch.hidden(policy),
         policy.head_weight,
-        batch.completion_ids,
+        batch.packed(batch.completion_ids),
         batch.advantages,
-        completion_mask=batch.completion_mask,
-        old_per_token_logps=batch.old_per_token_logps,
-        ref_per_token_logps=batch.ref_per_token_logps,
-        token_weight=batch.token_weight,
+        cu_seqlens=torch.nn.functional.pad(batch.completion_mask.sum(1).cumsum(0), (1, 0)),
+        old_per_token_logps=batch.packed(batch.old_per_token_logps),
+        ref_per_token_logps=batch.packed(batch.ref_per_token_logps),
+        token_weight=batch.packed(batch.token_weight),
         beta=beta,
         temperature=temperature,
         **keywords,
@@ -90,40 +133,43 @@ def grpo_batch_loss(
 
 
 def sft_batch_loss(policy: Policy, batch: Batch) -> Tensor:
-    """Mean over completions of the negative log-likelihood per token (nats), 0-d."""
-    lengths = batch.completion_mask.sum(1).clamp(min=1)
-    return -(batch_logps(policy, batch).sum(1) / lengths).mean()
+    """The negative log-likelihood (nats), 0-d, of tokens with the weights that `weighted` has given them."""
+    assert batch.token_weight is not None
+    return -(_packed_logps(policy, batch, 1.0) * batch.packed(batch.token_weight)).sum()
 
 
-def split_batch(batch: Batch, pieces: int) -> list[Batch]:
-    """The batch in pieces of equally many prompts, each with all of its completions."""
-    if pieces == 1:
-        return [batch]
-    prompts = batch.inputs["input_ids"].shape[0]
-    assert prompts % pieces == 0
-    size = prompts // pieces
-    rows = size * batch.num_generations
+def pieces_of(batch: Batch, *, equal: int | None = None, most_tokens: int | None = None) -> list[Sequence[int]]:
+    """The prompts in pieces that pass through the model at a time, each prompt with all of its completions.
 
-    def piece(i: int) -> Batch:
-        tensors = {name: getattr(batch, name) for name in _OF_COMPLETIONS}
-        part: dict[str, Any] = {
-            name: None if tensor is None else tensor[i * rows : (i + 1) * rows] for name, tensor in tensors.items()
-        }
-        return dataclasses.replace(batch, inputs=slice_prompts(batch.inputs, i * size, (i + 1) * size), **part)
+    equal: pieces of equally many prompts. most_tokens: pieces of at most so many tokens (see `tokens_of`), or of a
+    single prompt that has more. The longest come first, so that what does not fit in memory fails at the first step.
+    None of both: a prompt at a time.
+    """
+    sizes = tokens_of(batch)
+    if equal is not None:
+        each = len(sizes) // equal
+        return [range(first, first + each) for first in range(0, len(sizes), each)]
+    pieces: list[list[int]] = []
+    room: list[int] = []
+    for prompt in sorted(range(len(sizes)), key=lambda prompt: -sizes[prompt]):
+        fitting = next((i for i, left in enumerate(room) if sizes[prompt] <= left), None)
+        if fitting is None:
+            pieces.append([])
+            room.append(most_tokens or 0)
+        chosen = -1 if fitting is None else fitting
+        pieces[chosen].append(prompt)
+        room[chosen] -= sizes[prompt]
+    return [sorted(piece) for piece in pieces]
 
-    return [piece(i) for i in range(pieces)]
 
-
-def slice_prompts(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """The prompts start <= p < stop with their images."""
-    rows = {
-        name: tensor[start:stop] for name, tensor in inputs.items() if name not in ("pixel_values", "image_grid_thw")
-    }
+def tokens_of(batch: Batch) -> list[int]:
+    """[P] What passes through the model for a prompt: its tokens, those of its completions, its images' patches."""
+    inputs = batch.inputs
+    tokens = inputs["attention_mask"].sum(1) + batch.completion_mask.unflatten(0, (-1, batch.num_generations)).sum(
+        (1, 2)
+    )
     if "image_grid_thw" in inputs:
-        counts = image_starts(inputs["mm_token_type_ids"] == 1).sum(1)  # [P], of images
-        images = slice(int(counts[:start].sum()), int(counts[:stop].sum()))
-        patches = torch.cat([torch.zeros(1, dtype=torch.long), inputs["image_grid_thw"].prod(1).cpu().cumsum(0)])
-        if images.stop > images.start:
-            rows["image_grid_thw"] = inputs["image_grid_thw"][images]
-            rows["pixel_values"] = inputs["pixel_values"][patches[images.start] : patches[images.stop]]
-    return rows
+        patches = inputs["image_grid_thw"].prod(1)
+        image = image_starts(inputs["mm_token_type_ids"] == 1).nonzero()[:, 0]  # [images], the prompt of each
+        tokens = tokens.index_add(0, image, patches)
+    return tokens.tolist()

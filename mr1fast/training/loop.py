@@ -129,7 +129,7 @@ def closing_words(setup: Setup, result: dict[str, Any]) -> str:
 
 def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     """Train a model on one task from this checkpoint, or else the task's newest, or else from the beginning."""
-    config, folder = setup.config.for_task(name), setup.folder.task(name)
+    config, folder = setup.task_config(name), setup.folder.task(name)
     dataset, validation = setup.train[name], setup.validation.get(name)
     checkpoint = whole_checkpoint(checkpoint, folder)
     if not setup.base_is_reference(config):
@@ -250,6 +250,6 @@ def _remove_after(task_folder: Path, step: int) -> None:
 
 def _gave_up(reason: str, folder: Path) -> str:
     return (
-        f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite numbers (the last: {reason}), so training has "
-        f"stopped; a lower --learning-rate often helps, and the samples are in {folder / 'skipped'}"
+        f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped (the last: {reason}), so training has stopped; where "
+        f"numbers are NaN or infinite, a lower --learning-rate often helps; the samples are in {folder / 'skipped'}"
     )

@@ -36,6 +36,8 @@ from mr1fast.training.run_folder import (
     step_of,
 )
 
+PIECES = ("gradient_accumulation_steps", "tokens_per_microbatch")
+
 
 @dataclass(frozen=True)
 class OpenRun:
@@ -168,6 +170,9 @@ def _resumed_config(request: Request, config: TrainConfig) -> TrainConfig:
             raise UserError(f"--resume continues with the run's own options: {differs}")
     if isinstance(steps := given.get("max_steps"), Mapping):
         given["max_steps"] = {name: config.for_task(name).max_steps for name in config.names} | dict(steps)
+    for one, other in (PIECES, PIECES[::-1]):  # they exclude each other
+        if one in given and other not in given:
+            given[other] = None
     given |= {name: canonical(name, given[name]) for name in CHANGEABLE if isinstance(given.get(name), str)}
     return dataclasses.replace(config, **given)
 

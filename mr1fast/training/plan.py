@@ -64,6 +64,28 @@ class StepShape:
         return self.image_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
 
     @property
+    def group_tokens(self) -> int:
+        """Tokens of the longest prompt with its completions, as `batch.tokens_of` counts them."""
+        task, merge = self.task, self.model.vision_config.spatial_merge_size
+        completions = (1 if task.method == "sft" else task.num_generations) * task.max_completion_length
+        return self.image_tokens * (1 + merge**2) + self.text_tokens + completions
+
+    @property
+    def prompts_at_a_time(self) -> int:
+        """In the model, if all are as long as they may be."""
+        task = self.task
+        if task.gradient_accumulation_steps is not None:
+            return task.prompts_per_step // task.gradient_accumulation_steps
+        return min(max((task.tokens_per_microbatch or 0) // self.group_tokens, 1), task.prompts_per_step)
+
+    @property
+    def checkpoints(self) -> bool:
+        return self.options.gradient_checkpointing == "on"
+
+    def with_options(self, **changes: Any) -> StepShape:
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes))
+
+    @property
     def reference(self) -> str:
         """ "own" weights; "shared": the model without its adapter; or "none", as there is no KL term."""
         if not self.task.needs_reference:
@@ -76,12 +98,14 @@ class Plan:
     """What a step holds: in each phase, the bytes of each category at the moment when the phase holds most.
 
     offload_reference: whether the reference is to wait on the CPU while its log-probabilities are not computed.
+    options: those that the plan has chosen, with their values.
     """
 
     parameters: int
     trainable: int
     phases: dict[str, dict[str, int]]
     offload_reference: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -115,12 +139,50 @@ def plan(shape: StepShape) -> Plan:
 
 
 def plan_for(shape: StepShape, usable: int) -> Plan:
-    """The plan for a device with so many bytes: the reference is offloaded where that makes the difference."""
+    """The plan for a device with so many bytes, in which what is left open is chosen so that a step fits.
+
+    First the largest prompt is given room (see `_fitted`); then as many prompts as fit are in the model at a time.
+    """
+    planned, task = _fitted(shape, usable), shape.task
+    if task.gradient_accumulation_steps is not None or task.tokens_per_microbatch is not None:
+        return planned
+    planned = _chosen(planned, tokens_per_microbatch=shape.group_tokens)
+    at_a_time = min(_room(planned, usable), task.prompts_per_step)
+    while at_a_time > 1:
+        options = planned.options | {"tokens_per_microbatch": at_a_time * shape.group_tokens}
+        more = plan(shape.with_options(**options))
+        more = more.with_reference_offloaded() if planned.offload_reference else more
+        if more.peak <= usable:
+            return _chosen(more, **options)
+        at_a_time //= 2
+    return planned
+
+
+def _room(planned: Plan, usable: int) -> int:
+    """An estimate of the number of prompts for which there is room, from a plan for one at a time; 0 if for none."""
+    phases = [held for phase, held in planned.phases.items() if phase in ("reference", "policy")]
+    return min(1 + (usable - sum(held.values())) // max(held["activations"], 1) for held in phases)
+
+
+def _fitted(shape: StepShape, usable: int) -> Plan:
+    """Where that makes a step fit, the reference is offloaded; else layers run again in backward; else both."""
+    planned = _with_reference_where_it_fits(shape, usable)
+    if planned.peak > usable and shape.options.gradient_checkpointing == "auto":
+        on = {"gradient_checkpointing": "on"}
+        planned = _chosen(_with_reference_where_it_fits(shape.with_options(**on), usable), **on)
+    return planned
+
+
+def _with_reference_where_it_fits(shape: StepShape, usable: int) -> Plan:
     planned = plan(shape)
     if planned.peak > usable and shape.reference == "own" and shape.device != "cpu":
         offloaded = planned.with_reference_offloaded()
         return offloaded if offloaded.peak <= usable else planned
     return planned
+
+
+def _chosen(planned: Plan, **options: Any) -> Plan:
+    return dataclasses.replace(planned, options=planned.options | options)
 
 
 def remedy(shape: StepShape, planned: Plan, usable: int) -> str | None:
@@ -129,7 +191,7 @@ def remedy(shape: StepShape, planned: Plan, usable: int) -> str | None:
     for written, changed in remedies(shape):
         if hopeless and _trained(changed.options) == _trained(shape.options):
             continue
-        if plan_for(changed, usable).peak <= usable:
+        if _fitted(changed, usable).peak <= usable:
             return written
     return None
 
@@ -143,8 +205,14 @@ def remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
     task, options = shape.task, shape.options
     prompts, pieces = task.prompts_per_step, task.gradient_accumulation_steps
     changes: list[dict[str, Any]] = [
-        {"gradient_accumulation_steps": number} for number in range(pieces + 1, prompts + 1) if prompts % number == 0
+        {"gradient_accumulation_steps": number}
+        for number in range((pieces or prompts) + 1, prompts + 1)
+        if prompts % number == 0
     ]
+    if (task.tokens_per_microbatch or 0) > shape.group_tokens:
+        changes.append({"tokens_per_microbatch": shape.group_tokens})
+    if options.gradient_checkpointing == "off":
+        changes.append((changes[-1] if changes else {}) | {"gradient_checkpointing": "on"})
     first = changes[-1] if changes else {}
     if shape.image_pixels > R1_V_PIXELS:
         changes.append(first := first | {"max_pixels": R1_V_PIXELS})
@@ -156,7 +224,7 @@ def remedies(shape: StepShape) -> Iterator[tuple[str, StepShape]]:
             changes.append(adapted := adapted | change)
     for change in filter(None, changes):
         written = " ".join(f"{option_string(name)} {value}" for name, value in change.items())
-        yield written, dataclasses.replace(shape, options=dataclasses.replace(options, **change))
+        yield written, shape.with_options(**change)
 
 
 def _fewer_trained(options: TrainConfig) -> Iterator[dict[str, Any]]:

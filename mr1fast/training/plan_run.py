@@ -107,9 +107,11 @@ def _advice(shape: StepShape, planned: Plan, device: Device) -> str:
 def _described(shape: StepShape, planned: Plan) -> str:
     task = shape.task
     what = "a target" if task.method == "sft" else f"{task.num_generations} completions"
+    shape = shape.with_options(**planned.options)
+    again = ", whose layers run again in backward (--gradient-checkpointing on)" if shape.checkpoints else ""
     return (
-        f"{planned.parameters:,} parameters, {planned.trainable:,} of them trained, in {shape.dtype}\n"
-        f"{task.prompts_per_step} prompts, {task.prompts_per_step // task.gradient_accumulation_steps} at a time, each "
+        f"{planned.parameters:,} parameters, {planned.trainable:,} of them trained, in {shape.dtype}{again}\n"
+        f"{task.prompts_per_step} prompts, {shape.prompts_at_a_time} at a time, each "
         f"of {shape.image_tokens} tokens of an image and {shape.text_tokens} of text, with {what} of "
         f"{task.max_completion_length} tokens"
     )
@@ -133,26 +135,27 @@ def _gib(size: int) -> str:
 # ---- before a run ---------------------------------------------------------------------------------------------------
 
 
-def plans_before(options: TrainConfig) -> list[Plan]:
-    """The plans of a run that is about to begin; none for a small model, which fits anywhere.
+def plans_before(options: TrainConfig) -> dict[str, Plan]:
+    """The plan of each task of a run that is about to begin; none for a small model, which fits anywhere.
 
     Raises UserError where a step cannot fit however short prompts and completions are; where only the longest do not
     fit, it is said as a warning.
     """
     if models.recipes.is_small_folder(options.model):
-        return []
+        return {}
     assert options.model is not None
-    device, plans = device_of(options), []
+    device = device_of(options)
+    plans: dict[str, Plan] = {}
     for shape in shapes_of(options, options.model, device):
         try:
-            plans.append(planned := plan_for(shape, device.usable))
+            plans[shape.name] = planned = plan_for(shape, device.usable)
         except UserError:
             raise
         except Exception as error:  # a run can do without
             print(
                 f"warning: no plan of the memory that a step takes ({type(error).__name__}: {error})", file=sys.stderr
             )
-            return []
+            return {}
         if planned.least > device.free:
             what = "weights, gradients, optimizer and reference of a step take"
             raise UserError(

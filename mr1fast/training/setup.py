@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
+from mr1fast.model.liger import choose_liger
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import longest_prompt, prompt_length
@@ -29,6 +31,7 @@ from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
+from mr1fast.training.plan import Plan
 from mr1fast.training.plan_run import plans_before
 from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
@@ -43,7 +46,7 @@ class Setup(RunData):
     loaded_base: Policy | None  # see `base`
     given_reference: Policy | None  # --reference-model
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
-    offloads_reference: bool = False  # keep it in the CPU's memory but for its log-probabilities
+    plans: Mapping[str, Plan] = dataclasses.field(default_factory=dict)  # of the tasks; none for small models
 
     @property
     def base(self) -> Policy:
@@ -69,6 +72,16 @@ class Setup(RunData):
     def base_is_reference(self, config: TaskConfig) -> bool:
         """Whether the base itself is needed while a model is trained. Of an adapted policy it is a part."""
         return config.needs_reference and self.given_reference is None and not self.config.trains_adapter
+
+    @property
+    def offloads_reference(self) -> bool:
+        """Whether it is in the CPU's memory but for its log-probabilities."""
+        return any(plan.offload_reference for plan in self.plans.values())
+
+    def task_config(self, name: str) -> TaskConfig:
+        """The options that train the model of a task; what the user has left open is as planned."""
+        planned = self.plans[name].options if name in self.plans else {}
+        return dataclasses.replace(self.config.for_task(name), **planned)
 
     def reference_for(self, policy: Policy, config: TaskConfig) -> Policy | None:
         """The frozen model of the KL term, None if there is no such term. The policy itself if it has an adapter."""
@@ -109,6 +122,7 @@ class Setup(RunData):
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
+        lines += dict.fromkeys(_passes(self.task_config(name), self.base) for name in self.names)
         if self.config.reference_model is not None:
             lines += [f"the KL term measures from {self.config.reference_model}"]
         if self.offloads_reference:
@@ -120,6 +134,16 @@ class Setup(RunData):
             lines.append(scaled)
         lines += [f"warning: {doubt}" for doubt in doubts(self.config)]
         return "\n".join(lines)
+
+
+def _passes(config: TaskConfig, policy: Policy) -> str:
+    """How log-probabilities are computed."""
+    said = f"log-probabilities: {policy.describe_pass(share_prefix=config.share_prefix)}"
+    if config.tokens_per_microbatch is not None:
+        said += f", up to {config.tokens_per_microbatch:,} tokens at a time"
+    elif config.gradient_accumulation_steps not in (None, 1):
+        said += f", in {config.gradient_accumulation_steps} pieces"
+    return f"{said}, layers run again in backward" if config.gradient_checkpointing == "on" else said
 
 
 def doubts(config: TrainConfig) -> list[str]:
@@ -172,6 +196,7 @@ def prepare(opened: OpenRun) -> Setup:
         device=device,
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
+        liger=choose_liger(config.liger, device),
     )
     plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
@@ -194,7 +219,7 @@ def prepare(opened: OpenRun) -> Setup:
         loaded_base=base.freeze(),
         given_reference=_given_reference(config, base, load_model),
         load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
-        offloads_reference=any(plan.offload_reference for plan in plans),
+        plans=plans,
     )
     if config.sft_reasoning:
         for split in setup.train.values():

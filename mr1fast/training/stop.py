@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from mr1fast.errors import UserError
-from mr1fast.options.config import TrainConfig
+from mr1fast.options.config import TaskConfig, TrainConfig
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -41,17 +41,25 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 def too_little_memory(config: TrainConfig) -> str:
     """One sentence, which names the options that would help and are not in use yet."""
     tasks, frozen = [config.for_task(name) for name in config.names], config.frozen_parts
-    in_pieces = all(task.gradient_accumulation_steps == task.prompts_per_step for task in tasks)
     smaller = [*(["--max-completion-length", "--num-generations"] * (config.method != "sft")), "--prompts-per-step"]
     remedies = {
         "--lora-rank 16": not config.trains_adapter and "language" not in frozen,
         "--freeze vision": not config.trains_adapter and "vision" not in frozen,
-        "a larger --gradient-accumulation-steps": not in_pieces,
+        "--gradient-checkpointing on": config.gradient_checkpointing != "on",
+        "a larger --gradient-accumulation-steps": any(_could_be_more(task) for task in tasks),
+        "a smaller --tokens-per-microbatch": any(task.tokens_per_microbatch is not None for task in tasks),
         f"smaller values of {', '.join(smaller)} or --max-pixels": True,
     }
     tried = ", ".join(remedy for remedy, helps in remedies.items() if helps)
-    changed = "--gradient-accumulation-steps and --eval-batch-size may change at --resume, the others need a new run"
+    may_change = (
+        "--gradient-checkpointing, --gradient-accumulation-steps, --tokens-per-microbatch and --eval-batch-size"
+    )
+    changed = f"{may_change} may change at --resume, the others need a new run"
     return f"there is too little memory; try {tried} or, in an evaluation, a smaller --eval-batch-size; {changed}"
+
+
+def _could_be_more(task: TaskConfig) -> bool:
+    return task.gradient_accumulation_steps not in (None, task.prompts_per_step)
 
 
 @contextmanager

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +19,13 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
+from mr1fast.training.batch import Batch, batch_logps, batch_on, grpo_batch_loss, pieces_of, sft_batch_loss, weighted
+from mr1fast.training.groups import Groups, Shortage, StepData, refill
 from mr1fast.training.learning_rate import learning_rate_at
-from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
+from mr1fast.training.metrics import completion_metrics, mean_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
+from mr1fast.training.phases import Phases
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -33,16 +33,6 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 class TrainingError(RuntimeError):
     """Training that cannot go on, explained in one sentence."""
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What a step trains on: the batch, and the texts, rewards and metrics behind it."""
-
-    batch: Batch
-    completions: list[str]  # [B]
-    rewards: list[float]  # [B], weighted sums; empty for supervised fine-tuning
-    metrics: dict[str, float]
 
 
 class Trainer:
@@ -62,12 +52,17 @@ class Trainer:
         self.config, self.policy, self.reference, self.dataset = config, policy, reference, dataset
         # eval() throughout: policy, sampler and reference must be the same network, so there is no dropout.
         policy.model.eval()
+        for one in filter(None, (policy, reference)):
+            one.shares_prefix = one.shares_prefix and config.share_prefix
+        policy.checkpointing = config.gradient_checkpointing == "on"
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
-        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length, generator=self.generator)
+        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
+        self.phases = Phases(policy.device)
         self.finished_steps = 0
+        self.further_prompts = 0  # that --dynamic-sampling has taken beside those of each step
+        self.shortage = Shortage()
         self.num_tokens = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -77,13 +72,12 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """Take one optimizer step and return its metrics. A step with NaN or inf in it changes no weight."""
-        started = time.perf_counter()
         if self.step_data is None or self.finished_steps % self.config.num_iterations == 0:
             self.step_data = self.collect()
         metrics = {"learning_rate": self.learning_rate}
         if self.config.method != "sft":
             metrics["beta"] = self.beta
-        reason = _useless(self.step_data.rewards)
+        reason = _useless(self.step_data)
         if not reason:
             metrics |= self.update(self.step_data)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
@@ -94,31 +88,64 @@ class Trainer:
         self.kl_schedule.step()
         self.finished_steps += 1
         progress = {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
-        return metrics | progress | {"step_time": time.perf_counter() - started}
+        return metrics | progress | self.phases.metrics()
 
     # ---- prompts, completions, rewards ------------------------------------------------------------------------------
 
-    def examples(self) -> list[Example]:
+    def rows(self) -> list[int]:
         """The prompts of this step: each epoch has a new order, which is the same in every run with this seed."""
-        count, total = self.config.prompts_per_step, len(self.dataset)
-        first = self.finished_steps // self.config.num_iterations * count
-        return [self.dataset[row] for row in rows_of_step(self.config.seed, first, count, total)]
+        return self._rows_from(self.finished_steps // self.config.num_iterations, self.config.prompts_per_step)
+
+    def examples(self, rows: Sequence[int] | None = None) -> list[Example]:
+        """Those of these rows, or of this step."""
+        return [self.dataset[row] for row in (self.rows() if rows is None else rows)]
+
+    def _rows_from(self, steps: int, count: int) -> list[int]:
+        """`count` rows of the data, after so many steps' prompts and the further ones that were taken."""
+        first = steps * self.config.prompts_per_step + self.further_prompts
+        return rows_of_step(self.config.seed, first, count, len(self.dataset))
 
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
-        examples = self.examples()
-        inputs = self.policy.encode(examples)
-        data = self._targets(examples, inputs) if self.config.method == "sft" else self._rollout(examples, inputs)
-        self.num_tokens += int(inputs["attention_mask"].sum()) * data.batch.num_generations
-        self.num_tokens += int(data.batch.completion_mask.sum())
-        return data
+        self.phases.begin("prompts" if self.config.method == "sft" else "rollout")
+        return self._targets(self.rows()) if self.config.method == "sft" else self._rollout(self.rows())
 
-    def _rollout(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
+    def _rollout(self, rows: list[int]) -> StepData:
+        config, G, unanswered_before = self.config, self.config.num_generations, unanswered()
+        sampled, inputs = self._sample(rows)
+        groups = sampled
+        if config.dynamic_sampling:
+            sampled, chosen = refill(sampled, self._further)
+            groups = sampled.take(chosen)
+        if groups.rows != rows:
+            inputs = self.policy.encode(groups.examples)
+        advantages = group_advantages(groups.total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
+        self.scored = first_scored(groups.repeated, groups.rollout.completions, groups.scores, advantages)
+        batch = Batch(
+            inputs=inputs,
+            num_generations=G,
+            completion_ids=groups.rollout.completion_ids,
+            completion_mask=groups.that_ended(self.policy.end_ids) if config.mask_truncated else groups.completion_mask,
+            advantages=advantages.to(self.policy.device),
+            sampling_per_token_logps=groups.rollout.per_token_logps,
+        )
+        if self.reference is not None:
+            batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
+        metrics = sampled.metrics(self.policy.end_ids)  # of all that was sampled: groups that agree were no accident
+        if config.dynamic_sampling:
+            metrics |= self.shortage.metrics(sampled, groups)
+        metrics["rewards/unanswered"] = unanswered() - unanswered_before
+        return StepData(batch, groups.rollout.completions, groups.total.tolist(), metrics, groups.rows)
+
+    def _sample(self, rows: list[int], place: int = 0) -> tuple[Groups, dict[str, Tensor]]:
+        """Sample and reward completions of these prompts. Also their inputs.
+
+        place: of the first of them among those of this step.
+        """
         config, G = self.config, self.config.num_generations
-        # Sampler and policy are one network at this point: prompts and images are computed once for both. But an update
-        # in pieces computes them again, because its point is to hold the activations of one piece at a time.
-        whole = config.gradient_accumulation_steps == 1
-        with torch.set_grad_enabled(whole):
+        examples = self.examples(rows)
+        inputs = self.policy.encode(examples)
+        with torch.no_grad():
             prefix = self.policy.encode_prefix(inputs)
         rollout = self.sampler.generate(
             examples,
@@ -126,44 +153,50 @@ class Trainer:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            prefix=prefix.detach(),
+            prefix=prefix,
+            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in range(place, place + len(examples))],
         )
-        completions = rollout.completions
-        unanswered_before = unanswered()
-        repeated = [example for example in examples for _ in range(G)]
-        scores = score(self.rewards, completions, repeated)
-        total = weighted_sum(self.rewards, scores)
-        advantages = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
-        self.scored = first_scored(repeated, completions, scores, advantages)
-        batch = Batch(
-            inputs=inputs,
-            num_generations=G,
-            completion_ids=rollout.completion_ids,
-            completion_mask=rollout.completion_mask,
-            advantages=advantages.to(self.policy.device),
-            sampling_per_token_logps=rollout.per_token_logps,
-            prefix=prefix if whole else None,
-        )
-        if self.reference is not None:
-            batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
-        metrics = reward_metrics(scores, total, G) | completion_metrics(batch, self.policy.end_ids)
-        metrics["rewards/unanswered"] = unanswered() - unanswered_before
-        return StepData(batch, completions, total.tolist(), metrics)
+        self.phases.begin("rewards")
+        self._count_tokens(inputs, G, rollout.completion_mask)
+        scores = score(self.rewards, rollout.completions, [example for example in examples for _ in range(G)])
+        groups = Groups(rows, examples, rollout, scores, weighted_sum(self.rewards, scores))
+        return groups, inputs
+
+    def _further(self, place: int, count: int) -> Groups:
+        """The groups of the prompts that come next in the order; the next step begins after them."""
+        self.phases.begin("rollout")
+        rows = self._rows_from(self.finished_steps // self.config.num_iterations + 1, count)
+        groups, _ = self._sample(rows, place)
+        self.further_prompts += count
+        return groups
+
+    def _count_tokens(self, inputs: dict[str, Tensor], num_generations: int, completion_mask: Tensor) -> None:
+        self.num_tokens += int(inputs["attention_mask"].sum()) * num_generations + int(completion_mask.sum())
 
     @torch.no_grad()
     def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
         """[B, L] float32. A reference that is offloaded is on the policy's device only meanwhile."""
+        self.phases.begin("reference")
         adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
         with adapter_off, reference.on(self.policy.device):
-            pieces = split_batch(batch, self.config.gradient_accumulation_steps)
-            return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
+            logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
+            for prompts in self._pieces(batch):
+                logps[batch.rows_of(prompts)] = batch_logps(reference, batch.take(prompts), self.config.temperature)
+        return logps
 
-    def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
+    def _pieces(self, batch: Batch) -> list[Sequence[int]]:
+        """The prompts that are in the model at a time, with all of their completions."""
+        config = self.config
+        return pieces_of(batch, equal=config.gradient_accumulation_steps, most_tokens=config.tokens_per_microbatch)
+
+    def _targets(self, rows: list[int]) -> StepData:
         """What supervised fine-tuning imitates."""
-        reasoning = self.config.sft_reasoning
+        examples, reasoning = self.examples(rows), self.config.sft_reasoning
         completions = [sft_target(one.solution, one.columns["reasoning"] if reasoning else None) for one in examples]
-        batch = Batch(inputs, 1, *self.policy.encode_completions(completions))
-        return StepData(batch, completions, [], completion_metrics(batch, self.policy.end_ids))
+        batch = Batch(self.policy.encode(examples), 1, *self.policy.encode_completions(completions))
+        self._count_tokens(batch.inputs, 1, batch.completion_mask)
+        metrics = completion_metrics(batch.completion_ids, batch.completion_mask, self.policy.end_ids)
+        return StepData(batch, completions, [], metrics, rows)
 
     # ---- loss and update --------------------------------------------------------------------------------------------
 
@@ -184,36 +217,39 @@ class Trainer:
 
     def update(self, data: StepData) -> dict[str, float]:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
+        self.phases.begin("policy")
         config, batch = self.config, data.batch
-        weighted_batch, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
-        pieces = split_batch(weighted_batch, config.gradient_accumulation_steps)
-        total, rows, logps = 0.0, [], []
-        for piece in pieces:
+        batch_of_step, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
+        total, rows, counted = 0.0, [], []
+        logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
+        for prompts in self._pieces(batch):
+            piece = batch_of_step.take(prompts)
             if config.method == "sft":
-                loss = sft_batch_loss(self.policy, piece) / len(pieces)  # a mean, of equally many completions
+                loss = sft_batch_loss(self.policy, piece)
             else:
                 output = grpo_batch_loss(self.policy, piece, beta=self.beta, temperature=config.temperature, **keywords)
                 loss = output.loss
                 rows.append(output.metrics())
-                logps.append(output.per_token_logps)
+                counted.append(piece.completion_mask.sum().item())
+                logps[batch.rows_of(prompts)] = piece.padded(output.per_token_logps.detach())
             total += loss.item()
             loss.backward()
         metrics = {"loss": total}
         if rows:  # means over tokens
-            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces], keywords)
+            metrics |= mean_metrics(rows, counted, keywords)
         if batch.sampling_per_token_logps is not None:
-            metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
+            metrics |= sampling_metrics(logps, batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
+        self.phases.begin("optimizer")
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
-            if config.num_iterations > 1 and logps and old is None:
+            if config.num_iterations > 1 and old is None:
                 # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
-                old = torch.cat(logps).detach()
+                old = logps
         else:
             metrics["grad_norm"] = math.nan
             self.optimizer.zero_grad()
-        # The graph of the prefix is used up.
-        used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None, prefix=None)
+        used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None)
         self.step_data = dataclasses.replace(data, batch=used)
         return metrics
 
@@ -228,7 +264,7 @@ class Trainer:
         self.skipped_sample = {
             "step": self.finished_steps + 1,
             "reason": reason,
-            "examples": [_without_images(e) for e in self.examples()],
+            "examples": [_without_images(example) for example in self.examples(self.step_data.rows)],
             "completions": self.step_data.completions,
             "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
         }
@@ -239,27 +275,27 @@ class Trainer:
         state = {
             "finished_steps": self.finished_steps,
             "num_tokens": self.num_tokens,
+            "further_prompts": self.further_prompts,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "max_steps": self.config.max_steps,
             "kl_schedule": self.kl_schedule.state_dict(),
             "step_data": None,
         }
         if self.step_data is not None and self.finished_steps % self.config.num_iterations:
-            state["step_data"] = {**vars(self.step_data), "batch": {**vars(self.step_data.batch), "prefix": None}}
+            state["step_data"] = {**vars(self.step_data), "batch": vars(self.step_data.batch)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises KeyError, TypeError, ValueError or RuntimeError if the state is that of another model or version."""
         for name in ("finished_steps", "num_tokens", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
+        self.further_prompts = state.get("further_prompts", 0)  # older versions took none
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
         if (data := state["step_data"]) is not None:
-            self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
+            self.step_data = StepData(**{**data, "batch": batch_on(self.policy.device, data["batch"])})
 
 
 def sft_target(solution: str, reasoning: str | None = None) -> str:
@@ -277,11 +313,13 @@ def _without_images(example: Example) -> dict[str, Any]:
     return dataclasses.asdict(dataclasses.replace(example, image=None, more_images=(), columns={}))
 
 
-def _useless(rewards: Sequence[float]) -> str:
-    """Why nothing can be learnt from these weighted sums, of which NaN is an absent one; "" if something can."""
-    if any(math.isinf(reward) for reward in rewards):
+def _useless(data: StepData) -> str:
+    """Why nothing can be learnt from this; "" if something can. A reward that is NaN is absent."""
+    if any(map(math.isinf, data.rewards)):
         return "a reward is not a finite number"
-    return "no completion has a reward" if rewards and all(math.isnan(reward) for reward in rewards) else ""
+    if data.rewards and all(map(math.isnan, data.rewards)):
+        return "no completion has a reward"
+    return "" if data.batch.completion_mask.any() else "every completion was cut off, and --mask-truncated is on"
 
 
 def _kl_schedule(config: TaskConfig) -> KLSchedule:
@@ -294,12 +332,3 @@ def _kl_schedule(config: TaskConfig) -> KLSchedule:
         target_kl=config.target_kl,
         horizon=max(1, config.max_steps // 10),  # over a run of any length by a factor of up to e^2
     )
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> Batch:
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: move(tensor) for name, tensor in value.items()}
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Batch(**move(batch))
