@@ -32,6 +32,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.sampling import Choice, Streams
 from mr1fast.options.config import TrainConfig
 from mr1fast.training import trainer as trainer_module
+from mr1fast.training.plan import StepShape
 from mr1fast.training.plan_step import build_models
 from mr1fast.training.trainer import Trainer
 
@@ -95,8 +96,7 @@ def make_inputs(shape: Shape, kind: str) -> Inputs:
         images = processor.image_processor
         images.patch_size, images.size = 14, {"shortest_edge": SIDE**2, "longest_edge": 10**6}
         torch.manual_seed(0)
-        options = TrainConfig(data="none")
-        model, _ = build_models(step_peers.plain_shape(config, options), "cpu")
+        model, _ = build_models(StepShape(config, TrainConfig(data="none", method="sft"), dtype="float32"), "cpu")
     else:
         model = load_model(EMBEDDED)
     Policy(model, processor).save(Path(folder.name))

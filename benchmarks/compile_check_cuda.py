@@ -1,7 +1,8 @@
 """`python -m benchmarks.compile_check_cuda`: compile csrc/grpo_cuda.cu without a GPU, and see what the kernels need.
 
-For sm_80, sm_90a and sm_100a; prints registers and spills. Exits 1 if a kernel spills or keeps anything in local
-memory, 2 where there is no nvcc.
+For sm_80, sm_90a and sm_100a; prints registers and spills, and how many instructions a logit costs in the loop that
+finds a row's statistics and in those that write its gradient (without an entropy bonus to with one). Exits 1 if a
+kernel spills or keeps anything in local memory, 2 where there is no nvcc.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import sass
 from mr1fast.kernels import cuda_build
 
 ARCHITECTURES = ("80", "90a", "100a")
@@ -26,6 +28,13 @@ class Kernel(NamedTuple):
     registers: int
     stack: int  # bytes a thread, in local memory
     spills: int  # bytes
+    loops: list[sass.Loop]
+
+    def per_logit(self, *, writes: bool) -> str:
+        """Instructions a logit of the loops that write, or only read, logits."""
+        logits = sass.VECTOR // (4 if "float32" in self.name else 2)
+        found = [loop.instructions / (loop.loads * logits) for loop in self.loops if loop.writes == writes]
+        return " to ".join(f"{count:.1f}" for count in sorted({min(found), max(found)})) if found else "-"
 
 
 def kernels(arch: str) -> list[Kernel]:
@@ -34,16 +43,18 @@ def kernels(arch: str) -> list[Kernel]:
     if nvcc is None:
         raise cuda_build.CannotBuild("nvcc was not found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)")
     with tempfile.TemporaryDirectory() as folder:
-        command = [*cuda_build.compile_command(nvcc, arch, Path(folder) / "grpo_cuda.so"), "-Xptxas", "-v"]
+        library = Path(folder) / "grpo_cuda.so"
+        command = [*cuda_build.compile_command(nvcc, arch, library), "-Xptxas", "-v"]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise cuda_build.CannotBuild(f"nvcc failed for sm_{arch}:\n{done.stderr}")
+        if done.returncode != 0:
+            raise cuda_build.CannotBuild(f"nvcc failed for sm_{arch}:\n{done.stderr}")
+        loops = sass.row_loops(library)
     pattern = (
         r"Compiling entry function '(\S+)'[\s\S]*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads[\s\S]*?Used (\d+) registers"
     )
     return [
-        Kernel(readable(name), arch, int(registers), int(stack), int(stores) + int(loads))
+        Kernel(readable(name), arch, int(registers), int(stack), int(stores) + int(loads), loops[name])
         for name, stack, stores, loads, registers in re.findall(pattern, done.stderr)
     ]
 
@@ -68,10 +79,12 @@ def main() -> int:
     except cuda_build.CannotBuild as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{'kernel':45}{'for':9}{'registers':>10}{'stack':>7}{'spills':>8}")
+    print(f"{'':84}  instructions a logit\n{'kernel':50}{'for':9}{'registers':>10}{'stack':>7}{'spills':>8}", end="")
+    print("  statistics    gradient")
     for kernel in sorted(found, key=lambda kernel: kernel.name):
         wrong = "  SPILLS" if kernel.spills or kernel.stack else ""
-        print(f"{kernel.name:45}sm_{kernel.arch:6}{kernel.registers:10}{kernel.stack:7}{kernel.spills:8}{wrong}")
+        print(f"{kernel.name:50}sm_{kernel.arch:6}{kernel.registers:10}{kernel.stack:7}{kernel.spills:8}", end="")
+        print(f"  {kernel.per_logit(writes=False):>10}  {kernel.per_logit(writes=True):>10}{wrong}")
     good = not any(kernel.spills or kernel.stack for kernel in found)
     print("no spills, nothing in local memory" if good else "FAILED: see SPILLS above")
     return 0 if good else 1

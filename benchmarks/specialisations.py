@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -45,9 +46,9 @@ def ours(*, aligned: bool = True, packed: bool = False, capped: bool = False) ->
 
     def call(length: int, beta: float) -> Callable[[], object]:
         B = 1 if packed else 2  # how many completions are packed is in no argument of the kernel
-        changes = {"temperature": 1 + beta, "final_logit_softcapping": 30 + beta} if capped else {}
+        changes: dict[str, Any] = {"temperature": 1 + beta, "final_logit_softcapping": 30 + beta} if capped else {}
         spec = LossSpec(use_bias_correction_kl=True, **changes)
-        shape = {"B": B, "L": length, "unaligned": not aligned}
+        shape: dict[str, Any] = {"B": B, "L": length, "unaligned": not aligned}
         return loss_call(VOCABULARY, torch.bfloat16, beta=beta, full=True, spec=spec, **shape)
 
     return call

@@ -14,13 +14,6 @@ import torch
 
 from benchmarks.cases import Call
 from benchmarks.timing import now
-from mr1fast.options.config import TrainConfig
-from mr1fast.training.plan import StepShape
-
-
-def plain_shape(model: Any, options: TrainConfig) -> StepShape:
-    """For `build_models`, of a model in float32 without a reference."""
-    return StepShape(model, options, dtype="float32", device="cpu")
 
 
 def remark(times: dict[str, float]) -> str:
@@ -40,10 +33,11 @@ def call(name: str, x: Any) -> Call:
 
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    config_class, trainer_class = {
-        "GRPOTrainer": (GRPOConfig, GRPOTrainer),
-        "GRPODTrainer": (GRPODConfig, GRPODTrainer),
-    }[name]
+    classes: dict[str, tuple[Any, Any, dict[str, float]]] = {
+        "GRPOTrainer": (GRPOConfig, GRPOTrainer, {"beta": 0.04}),
+        "GRPODTrainer": (GRPODConfig, GRPODTrainer, {"beta_min": 0.04, "beta_max": 0.04}),
+    }
+    config_class, trainer_class, kl = classes[name]
     shape = x.shape
     output = tempfile.mkdtemp(dir=x.folder.name)
     args = config_class(
@@ -55,7 +49,7 @@ def call(name: str, x: Any) -> Call:
         learning_rate=1e-6,
         loss_type="grpo",
         temperature=1.0,
-        **({"beta": 0.04} if name == "GRPOTrainer" else {"beta_min": 0.04, "beta_max": 0.04}),
+        **kl,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,

@@ -17,13 +17,34 @@ struct Split {
   int parts, vectors, chunk;
 };
 
-struct alignas(128) ClusterShared {
-  Arrival arrived[kChunks];
-  Levels parts[kMaxParts];
-  Capped<float> x_id;
-  Plan plan;
-  Scratch scratch;
+struct alignas(16) Part {  // as long as one asynchronous store
+  Levels levels;
 };
+
+struct alignas(128) ClusterShared {
+  Part parts[kMaxParts];
+  Arrival chunk_arrived[kChunks], parts_arrived;
+  Token token;
+  Plan plan;
+  Levels of_warps[kMaxWarps];
+};
+
+// Turns the block's part of the row into its gradient, and stores it chunk by chunk. grad: of the part's first element.
+template <typename T, bool kCap, bool kBonus>
+MR1_DEVICE void write_part(
+    Words* slice, Words* grad, int count, const Split& split, const Plan& plan, float softcap, uint64_t policy) {
+  for (int begin = 0; begin < count; begin += split.chunk) {
+    const int end = count - begin < split.chunk ? count : begin + split.chunk;
+    for (int v = begin + thread(); v < end; v += threads()) {
+      write_words(slice + v, gradient_of<T, kCap, kBonus>(read_words(slice + v), plan, softcap));
+      if (v == plan.id_vector) write_one((T*)(slice + v) + plan.id_lane, plan.sampled);
+    }
+    publish_to_bulk();
+    barrier();
+    if (thread() == 0) bulk_store(grad + begin, slice + begin, 16 * (end - begin), policy);
+  }
+  if (thread() == 0) wait_for_bulk_stores();
+}
 
 template <typename T, bool kCap>
 MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const Call call, const Split split) {
@@ -43,75 +64,64 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
   }
 
   const uint64_t policy = evict_first();
-  Token token{};
   if (thread() == 0) {
-    for (int c = 0; c < kChunks; ++c) expect_nothing_yet(&shared.arrived[c]);
+    for (int c = 0; c < kChunks; ++c) expect_nothing_yet(&shared.chunk_arrived[c]);
+    expect_nothing_yet(&shared.parts_arrived);
     publish_arrivals();
+    expect(&shared.parts_arrived, split.parts * sizeof(Part));
     publish_to_bulk();
     for (int c = 0, v = 0; v < count; ++c, v += split.chunk) {
       const uint32_t bytes = 16 * (count - v < split.chunk ? count - v : split.chunk);
-      bulk_load(slice + v, (const Words*)logits + first + v, bytes, &shared.arrived[c], policy);
+      expect(&shared.chunk_arrived[c], bytes);
+      bulk_load(slice + v, (const Words*)logits + first + v, bytes, &shared.chunk_arrived[c], policy);
     }
-    token = load_token<kCap>(call, row, logits);
-    shared.x_id = token.x_id;  // so that it has been read before this block arrives below, and another one may write
   }
   barrier();
-  cluster_arrive();  // this block has begun: others may write to its shared memory
+  // Stored at once, so that the id's logit has been read when this thread comes to the barrier in reduce, behind which
+  // this block sends its part. Without all parts no block overwrites the row, and a value once read cannot change.
+  if (thread() == 0) shared.token = load_token<kCap>(call, row, logits);
+  // This block has begun, and others may send to it. No data is handed over here, so that nothing need be released: what
+  // others use, parts_arrived, is published by its own fence, in the thread that has set it up.
+  cluster_arrive();
 
-  const float rate = rate_of(call, row), inv_temperature = inv_temperature_of(call, row);
+  const float rate = rate_of(call, row);
   Levels mine = no_levels();
   for (int c = 0, begin = 0; begin < count; ++c, begin += split.chunk) {
     const int end = count - begin < split.chunk ? count : begin + split.chunk;
-    wait_for(&shared.arrived[c]);
+    wait_for(&shared.chunk_arrived[c]);
     for (int v = begin + thread(); v < end; v += threads()) {
       float x[kWidth<T>];
       unpack(read_words(slice + v), x, T{});
       visit<kCap>(mine, x, rate, call.softcap);
     }
   }
-  const Levels part = reduce(mine, rate, shared.scratch);
-  cluster_wait();
-  if (thread() < split.parts) {
-    write_remote(&shared.parts[rank].max, thread(), part.max);
-    write_remote(&shared.parts[rank].sum, thread(), part.sum);
-    write_remote(&shared.parts[rank].weighted, thread(), part.weighted);
-  }
-  cluster_arrive();
-  cluster_wait();  // all parts are here, and no block writes to another one from now on: each may end when it likes
+  const Part part{reduce(mine, rate, shared.of_warps)};
+  cluster_wait();  // every block has begun
+  // The store itself counts its bytes at the receiver, after it has been made (a release at cluster scope), and the
+  // receiver's wait is the acquire: the part is all that is handed over, and no thread needs a fence. Each block ends
+  // only after it has every part, so that nobody sends to a block that is gone; what it has sent needs nothing of it.
+  if (thread() < split.parts) send(&shared.parts[rank], part, thread(), &shared.parts_arrived);
 
-  if (thread() == 0) {
-    float top = -INFINITY;
-    for (int i = 0; i < split.parts; ++i) top = max_or_nan(top, shared.parts[i].max);
-    const float base = base_of(top);
-    RowStats<float> s = relative(shared.parts[0], base, inv_temperature);
-    for (int i = 1; i < split.parts; ++i) s = merge(s, relative(shared.parts[i], base, inv_temperature));
-    // What a NaN leaves behind must not be lost in merge's test for empty parts.
-    if (top != top) s.sum = top;
-    token.x_id = shared.x_id;
-    shared.plan = finish(call, row, token, s, base, rank == 0);
-    shared.plan.id_vector = token.id / kWidth<T> - first;
-    shared.plan.id_lane = (int)(token.id % kWidth<T>);
+  if (thread() < 32) {
+    wait_for_cluster(&shared.parts_arrived);
+    const Levels part = thread() < split.parts ? shared.parts[thread()].levels : no_levels();
+    const Levels s = reduce_warp(part, rate);
+    if (thread() == 0) {
+      const int64_t id = shared.token.id;
+      shared.plan = finish(call, row, shared.token, s, rank == 0);
+      shared.plan.id_vector = id / kWidth<T> - first;
+      shared.plan.id_lane = (int)(id % kWidth<T>);
+    }
   }
   barrier();
   const Plan plan = shared.plan;
   if (plan.zero) {
     for (int v = thread(); v < count; v += threads()) write_words_once(grad + v, Words{{0, 0, 0, 0}});
-    return;
+  } else if (plan.d.slope == 0.0f) {
+    write_part<T, kCap, false>(slice, grad, count, split, plan, call.softcap, policy);
+  } else {
+    write_part<T, kCap, true>(slice, grad, count, split, plan, call.softcap, policy);
   }
-  for (int begin = 0; begin < count; begin += split.chunk) {
-    const int end = count - begin < split.chunk ? count : begin + split.chunk;
-    for (int v = begin + thread(); v < end; v += threads()) {
-      float x[kWidth<T>];
-      unpack(read_words(slice + v), x, T{});
-      differentiate<kCap>(x, plan.d, call.softcap);
-      write_words(slice + v, pack(x, T{}));
-      if (v == plan.id_vector) write_one((T*)(slice + v) + plan.id_lane, plan.sampled);
-    }
-    publish_to_bulk();
-    barrier();
-    if (thread() == 0) bulk_store(grad + begin, slice + begin, 16 * (end - begin), policy);
-  }
-  if (thread() == 0) wait_for_bulk_stores();
 #endif
 }
 

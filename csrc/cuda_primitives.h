@@ -21,10 +21,13 @@ namespace mr1fast {
 constexpr int kClusterThreads = 512, kRowThreads = 1024, kScoreThreads = 512;
 constexpr int kSmallestClusterRow = 16384;  // bytes; below, a row's second visit finds it in the first-level cache
 
-MR1_DEVICE int thread() { return threadIdx.x; }
+MR1_DEVICE int thread() { return threadIdx.x; }  // among those of its row
 MR1_DEVICE int threads() { return blockDim.x; }
+MR1_DEVICE int row_in_block() { return threadIdx.y; }
+MR1_DEVICE int rows_in_block() { return blockDim.y; }
 MR1_DEVICE int64_t block() { return blockIdx.x; }
 MR1_DEVICE void barrier() { __syncthreads(); }
+MR1_DEVICE void warp_barrier() { __syncwarp(); }
 
 MR1_DEVICE float from_lane(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
@@ -126,22 +129,36 @@ MR1_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return (int)rank;
 }
-// What a thread did before it arrived is seen by every thread of the cluster that has waited.
-MR1_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// Relaxed: that every thread of the cluster has arrived is all that the threads that have waited know. Released, it would
+// cost every warp a fence of all its memory accesses.
+MR1_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 MR1_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// Writes x where another block of the cluster has the address p in its own shared memory.
-MR1_DEVICE void write_remote(float* p, int rank, float x) {
-  asm volatile("{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.f32 [remote], %2; }"
-               :
-               : "r"(shared_address(p)), "r"(rank), "f"(x)
-               : "memory");
+// Starts to write x where another block of the cluster has the address p in its own shared memory, and counts 16 bytes
+// at that block's arrival when they are there.
+template <typename X>
+MR1_DEVICE void send(X* p, const X& x, int rank, Arrival* a) {
+  static_assert(sizeof(X) == 16);
+  const Words& words = (const Words&)x;
+  asm volatile(
+      "{\n.reg .u32 to, arrival;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 arrival, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [arrival];\n}"
+      :
+      : "r"(shared_address(p)), "r"(shared_address(a)), "r"(rank), "r"(words.w[0]), "r"(words.w[1]), "r"(words.w[2]),
+        "r"(words.w[3])
+      : "memory");
 }
 
 MR1_DEVICE void expect_nothing_yet(Arrival* a) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(a)) : "memory");
 }
+// To the bulk copies and to the blocks of the cluster that have waited for this one.
 MR1_DEVICE void publish_arrivals() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// The one arrival that expect_nothing_yet has announced, with the number of bytes that are to come.
+MR1_DEVICE void expect(Arrival* a, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes) : "memory");
+}
 
 // Policy of what nobody reads again: leave the second-level cache first.
 MR1_DEVICE uint64_t evict_first() {
@@ -152,17 +169,23 @@ MR1_DEVICE uint64_t evict_first() {
 
 // Starts a copy from global to shared memory; both 16-byte aligned, bytes a multiple of 16 below 2^20.
 MR1_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a, uint64_t policy) {
-  const uint32_t arrival = shared_address(a);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes) : "memory");
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :
-      : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(arrival), "l"(policy)
+      : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(a)), "l"(policy)
       : "memory");
 }
 MR1_DEVICE void wait_for(Arrival* a) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n}"
+      :
+      : "r"(shared_address(a))
+      : "memory");
+}
+MR1_DEVICE void wait_for_cluster(Arrival* a) {  // for what other blocks have sent
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
       "@!done bra again;\n}"
       :
       : "r"(shared_address(a))
@@ -190,6 +213,10 @@ struct Machine {
   int shared_reserved;                         // bytes that each block costs besides those it asks for
 };
 
+struct Threads {  // of a block
+  int of_row, rows;
+};
+
 inline const char* machine(Machine* m) {
   int device = 0, major = 0;
   cudaError_t e = cudaGetDevice(&device);
@@ -206,7 +233,7 @@ inline const char* machine(Machine* m) {
 
 template <typename... Parameters, typename... Arguments>
 const char* launch(
-    void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void* stream,
+    void (*kernel)(Parameters...), int64_t blocks, int cluster, Threads threads, int shared_bytes, void* stream,
     Arguments... arguments) {
   if (blocks > INT32_MAX) return "too many rows for one launch";
   cudaError_t e = cudaSuccess;
@@ -223,7 +250,7 @@ const char* launch(
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3((unsigned)blocks);
-    config.blockDim = dim3(threads);
+    config.blockDim = dim3(threads.of_row, threads.rows);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = (cudaStream_t)stream;
     config.attrs = &attribute;

@@ -52,10 +52,6 @@ MR1_DEVICE float inv_temperature_of(const Call& call, const Row& row) {
   return call.temperatures ? 1.0f / call.temperatures[row.at] : call.inv_temperature;
 }
 
-struct Scratch {
-  float max[32], sum[32], weighted[32];  // one per warp
-};
-
 MR1_DEVICE float warp_max(float x) {
   MR1_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) x = max_or_nan(x, from_lane(x, mask));
@@ -67,23 +63,22 @@ MR1_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// Every thread's statistics in one, the same for all threads of the block.
-MR1_DEVICE Levels reduce(Levels s, float rate, Scratch& scratch) {
+// The statistics of all threads of a warp in one, the same for each of them.
+MR1_DEVICE Levels reduce_warp(const Levels& s, float rate) {
+  const float top = warp_max(s.max);
+  const Levels each = rebased(s, top, rate);
+  return {top, warp_sum(each.sum), warp_sum(each.weighted)};
+}
+
+constexpr int kMaxWarps = 32;  // of a row
+
+// Likewise those of all threads of a row.
+MR1_DEVICE Levels reduce(const Levels& mine, float rate, Levels (&of_warps)[kMaxWarps]) {
   const int warp = thread() / 32, lane = thread() % 32, warps = threads() / 32;
-  float top = warp_max(s.max);
-  if (lane == 0) scratch.max[warp] = top;
+  const Levels s = reduce_warp(mine, rate);
+  if (lane == 0) of_warps[warp] = s;
   barrier();
-  top = warp_max(lane < warps ? scratch.max[lane] : -INFINITY);
-  s = rebased(s, top, rate);
-  s.sum = warp_sum(s.sum);
-  s.weighted = warp_sum(s.weighted);
-  if (lane == 0) {
-    scratch.sum[warp] = s.sum;
-    scratch.weighted[warp] = s.weighted;
-  }
-  barrier();
-  const float sum = lane < warps ? scratch.sum[lane] : 0.0f, weighted = lane < warps ? scratch.weighted[lane] : 0.0f;
-  return {top, warp_sum(sum), warp_sum(weighted)};
+  return reduce_warp(lane < warps ? of_warps[lane] : no_levels(), rate);
 }
 
 // ---- one token, by one thread ---------------------------------------------------------------------------------------
@@ -135,21 +130,31 @@ struct Plan {
   bool zero;
 };
 
-MR1_DEVICE Plan plan_of(
-    const RowGradient<float>& g, const Token& t, bool zero, float logp, float row_base, float log_sum, float rate) {
-  return {differentiation(g, row_base, log_sum, rate), sampled_gradient(g, logp) * t.x_id.slope, 0, 0, zero};
+template <typename T, bool kCap, bool kBonus>
+MR1_DEVICE Words gradient_of(const Words& logits, const Plan& plan, float softcap) {
+  float x[kWidth<T>];
+  unpack(logits, x, T{});
+  differentiate<kCap, kBonus>(x, plan.d, softcap);
+  return pack(x, T{});
 }
 
-// From the row's statistics, relative to row_base, its maximum: the token's outputs, which are stored, and the plan.
-MR1_DEVICE Plan finish(
-    const Call& call, const Row& row, const Token& t, const RowStats<float>& s, float row_base, bool store) {
+// The log-sum-exp in powers of two is level + rest.
+MR1_DEVICE Plan plan_of(
+    const RowGradient<float>& g, const Token& t, bool zero, float logp, float rate, float level, float rest) {
+  return {differentiation(g, rate, level, rest), sampled_gradient(g, logp) * t.x_id.slope, 0, 0, zero};
+}
+
+// From the row's statistics: the token's outputs, which are stored, and the plan.
+MR1_DEVICE Plan finish(const Call& call, const Row& row, const Token& t, const Levels& s, bool store) {
   const float inv_temperature = inv_temperature_of(call, row), rate = rate_of(call, row);
-  const float log_sum = logf(s.sum), entropy = log_sum - s.weighted / s.sum;  // the maximum is 0
-  const float logp = (t.x_id.y - row_base) * inv_temperature - log_sum;
+  const float base = base_of(s.max), level = product(base, rate), top = fmaf(base, rate, -level);
+  // Relative to the maximum itself, whose exponent is `top`: where it is all there is, log_sum and logp are exactly 0.
+  const float log_sum = logf(s.sum / exp2_of(top)), entropy = log_sum - kLn2 * (s.weighted / s.sum - top);
+  const float logp = (t.x_id.y - base) * inv_temperature - log_sum;
   if (store) {
     call.logps[row.at] = logp;
     call.entropies[row.at] = entropy;
-    if (call.lse) call.lse[row.at] = row_base * inv_temperature + log_sum;
+    if (call.lse) call.lse[row.at] = base * inv_temperature + log_sum;
   }
   if (!call.token_weight) return {};
   TokenInput<float> in = t.in;
@@ -165,7 +170,9 @@ MR1_DEVICE Plan finish(
     call.is_high[row.at] = loss.high;
   }
   const RowGradient<float> g = row_gradient(coef, t.entropy_weight, entropy, inv_temperature);
-  return plan_of(g, t, coef == 0.0f && t.entropy_weight == 0.0f, logp, row_base, log_sum, rate);
+  const float log2_sum = log_sum * kLog2E + top, log2_total = level + log2_sum, added = log2_total - level;
+  const float rest = (level - (log2_total - added)) + (log2_sum - added);  // exactly what the addition has lost
+  return plan_of(g, t, coef == 0.0f && t.entropy_weight == 0.0f, logp, rate, log2_total, rest);
 }
 
 MR1_DEVICE void clear_outputs(const Call& call, const Row& row) {

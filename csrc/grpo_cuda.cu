@@ -39,39 +39,46 @@ Split choose_split(const Call& call, const Machine& m) {
   return {0, 0, 0};
 }
 
-int threads_for(const Call& call, int most) {  // four vectors each and no fewer than a warp
+// Four vectors each and no fewer than a warp. Rows with one warp each share a block, as starting one takes time that
+// such a row would not hide, and as some devices hold no more than 16 blocks a multiprocessor.
+Threads threads_for(const Call& call, int most) {
   const int64_t wanted = call.V * element_size(call) / 64 / 32 * 32;
-  return wanted < 32 ? 32 : wanted < most ? (int)wanted : most;
+  if (wanted <= 32) return {32, 8};
+  return {wanted < most ? (int)wanted : most, 1};
+}
+
+template <typename... Parameters>
+const char* launch_rows(void (*kernel)(Parameters...), const Call& call, int most, void* stream) {
+  if (call.V > INT32_MAX) return "the vocabulary has more than 2^31 - 1 tokens";
+  const Threads threads = threads_for(call, most);
+  const int64_t blocks = (call.B * call.L + threads.rows - 1) / threads.rows;
+  return launch(kernel, blocks, 0, threads, threads.rows * (int)sizeof(RowShared), stream, call);
 }
 
 template <typename T, bool kCap>
 const char* grpo_forward(const Call& call, const Machine& m, void* stream) {
-  const int64_t rows = call.B * call.L;
   if (call.rewards) {
-    const char* wrong = launch(advantage_kernel, (call.B + 127) / 128, 0, 128, 0, stream, call);
+    const char* wrong = launch(advantage_kernel, (call.B + 127) / 128, 0, Threads{128, 1}, 0, stream, call);
     if (wrong) return wrong;
   }
   const Split split = choose_split(call, m);
   if (split.parts > 0) {
     return launch(
-        cluster_fwd_kernel<T, kCap>, rows * split.parts, split.parts, kClusterThreads, slice_bytes(split), stream, call,
-        split);
+        cluster_fwd_kernel<T, kCap>, call.B * call.L * split.parts, split.parts, Threads{kClusterThreads, 1},
+        slice_bytes(split), stream, call, split);
   }
-  const int count = threads_for(call, call.grad ? kRowThreads : kScoreThreads);
-  const int bytes = sizeof(RowShared);
-  return call.grad ? launch(rows_fwd_kernel<T, true, kCap>, rows, 0, count, bytes, stream, call)
-                   : launch(rows_fwd_kernel<T, false, kCap>, rows, 0, count, bytes, stream, call);
+  return call.grad ? launch_rows(rows_fwd_kernel<T, true, kCap>, call, kRowThreads, stream)
+                   : launch_rows(rows_fwd_kernel<T, false, kCap>, call, kScoreThreads, stream);
 }
 
 template <typename T, bool kCap>
 const char* score_forward(const Call& call, const Machine&, void* stream) {
-  const int count = threads_for(call, kScoreThreads);
-  return launch(rows_fwd_kernel<T, false, kCap>, call.B * call.L, 0, count, sizeof(RowShared), stream, call);
+  return launch_rows(rows_fwd_kernel<T, false, kCap>, call, kScoreThreads, stream);
 }
 
 template <typename T, bool kCap>
 const char* score_backward(const Call& call, const Machine&, void* stream) {
-  return launch(score_bwd_kernel<T, kCap>, call.B * call.L, 0, threads_for(call, kScoreThreads), 0, stream, call);
+  return launch_rows(score_bwd_kernel<T, kCap>, call, kScoreThreads, stream);
 }
 
 #define MR1_FOR_CAP(function, T)                                                             \
@@ -102,7 +109,8 @@ const char* mr1_grpo_path(const Mr1RowsCall* call) {
   if (split.parts > 0) {
     snprintf(text, sizeof text, "cluster of %d, %d bytes each", split.parts, slice_bytes(split));
   } else {
-    snprintf(text, sizeof text, "two-phase, %d threads", threads_for(*call, call->grad ? kRowThreads : kScoreThreads));
+    const Threads threads = threads_for(*call, call->grad ? kRowThreads : kScoreThreads);
+    snprintf(text, sizeof text, "two-phase, %d threads, rows in a block: %d", threads.of_row, threads.rows);
   }
   return text;
 }

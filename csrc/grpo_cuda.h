@@ -47,5 +47,5 @@ MR1_EXPORT const char* mr1_grpo_forward(const Mr1RowsCall* call, void* stream);
 MR1_EXPORT const char* mr1_score_forward(const Mr1RowsCall* call, void* stream);
 MR1_EXPORT const char* mr1_score_backward(const Mr1RowsCall* call, void* stream);
 
-// "cluster of 4, 77056 bytes each" or "two-phase, 1024 threads": the path grpo_forward would take.
+// "cluster of 4, 77056 bytes each" or "two-phase, 1024 threads, rows in a block: 1": the path grpo_forward would take.
 MR1_EXPORT const char* mr1_grpo_path(const Mr1RowsCall* call);

@@ -15,6 +15,7 @@
 namespace mr1fast {
 
 constexpr float kLn2 = 0.69314718055994531f, kLog2E = 1.44269504088896341f;
+constexpr float kLog2ERest = 1.44269504088896341 - kLog2E;  // what a float cannot hold of log2(e)
 constexpr float kLevelFloor = -256.0f;  // exp2 of it is 0, while 0 * kLevelFloor is 0 and not NaN
 
 MR1_HD float exp2_of(float x) {
@@ -38,9 +39,13 @@ MR1_HD float max_or_nan(float a, float b) {
 #endif
 }
 
-// log2 of exp((x - base) / temperature), from below never less than kLevelFloor; a NaN stays one.
-MR1_HD float exponent(float x, float base, float rate) {
-  return max_or_nan((x - base) * rate, kLevelFloor);
+// a * b, rounded: the compiler may not make it one half of a multiply-add.
+MR1_HD float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
 }
 
 // a / b for b >= 1.
@@ -63,14 +68,20 @@ MR1_HD Capped<float> capped_logit(float x, float softcap) {
 // What statistics are taken relative to: the maximum, unless nothing but banned tokens (-inf) has been seen.
 MR1_HD float base_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// Statistics with the logits' own maximum and `weighted` in powers of two: sum of 2^d * d with d = (x - max) * rate.
+// Statistics in powers of two: the logits' maximum, the sum of 2^d and that of 2^d * d with d = x * rate - level, where
+// level = product(max, rate). So d is a single multiply-add. That the level is rounded costs no accuracy, as long as
+// whatever follows is relative to that very number: of the maximum itself d is not quite 0.
 using Levels = RowStats<float>;
 
 MR1_HD Levels no_levels() { return {-INFINITY, 0.0f, 0.0f}; }
 
+// d, but never less than kLevelFloor; a NaN stays one.
+MR1_HD float exponent(float x, float level, float rate) { return max_or_nan(fmaf(x, rate, -level), kLevelFloor); }
+
 // The same statistics relative to another, larger or equal maximum.
 MR1_HD Levels rebased(const Levels& s, float max, float rate) {
-  const float shift = exponent(s.max, base_of(max), rate), kept = exp2_of(shift);
+  const float moved = product(s.max, rate) - product(base_of(max), rate);
+  const float shift = max_or_nan(moved, kLevelFloor), kept = exp2_of(shift);
   return {max, kept * s.sum, kept * (s.weighted + shift * s.sum)};
 }
 
@@ -82,37 +93,39 @@ MR1_HD void visit(Levels& s, float (&x)[W], float rate, float softcap) {
   MR1_UNROLL
   for (int i = 0; i < W; ++i) top = max_or_nan(top, x[i]);
   s = rebased(s, top, rate);
-  const float base = base_of(top);
+  const float level = product(base_of(top), rate);
   MR1_UNROLL
   for (int i = 0; i < W; ++i) {
-    const float d = exponent(x[i], base, rate), e = exp2_of(d);
+    const float d = exponent(x[i], level, rate), e = exp2_of(d);
     s.sum += e;
     s.weighted += e * d;
   }
 }
 
-// A part's statistics as token_loss.h merges them: natural logarithms, maximum over temperature relative to the row's.
-MR1_HD RowStats<float> relative(const Levels& part, float row_base, float inv_temperature) {
-  return {(part.max - row_base) * inv_temperature, part.sum, part.weighted * kLn2};
-}
-
-// What turns a logit into its gradient: p * (base + slope * log p), see RowGradient.
+// What turns a logit into its gradient: 2^t * (base + slope * t) with t = x * rate - level.
 struct Differentiation {
-  float row_base, log2_sum, rate;
-  float base, slope;
+  float rate, level, base, slope;
 };
 
-MR1_HD Differentiation differentiation(const RowGradient<float>& g, float row_base, float log_sum, float rate) {
-  return {row_base, log_sum * kLog2E, rate, g.base, g.slope * kLn2};
+// From p * (base + slope * log p), see RowGradient, where log2 p = x * rate - level - rest. `rest` is what `level` lost
+// when it was rounded; it goes into the two factors, once a row.
+MR1_HD Differentiation differentiation(const RowGradient<float>& g, float rate, float level, float rest) {
+  const float kept = exp2_of(-rest), slope = g.slope * kLn2 * kept;
+  return {rate, level, g.base * kept - slope * rest, slope};
 }
 
-template <bool kCap, int W>
+// kBonus: whether the slope may be anything but 0.
+template <bool kCap, bool kBonus, int W>
 MR1_HD void differentiate(float (&x)[W], const Differentiation& d, float softcap) {
   MR1_UNROLL
   for (int i = 0; i < W; ++i) {
     const Capped<float> z = capped_logit<kCap>(x[i], softcap);
-    const float log2_p = exponent(z.y, d.row_base, d.rate) - d.log2_sum;
-    x[i] = exp2_of(log2_p) * (d.base + d.slope * log2_p);
+    if (kBonus) {
+      const float t = exponent(z.y, d.level, d.rate);
+      x[i] = exp2_of(t) * (d.base + d.slope * t);
+    } else {
+      x[i] = exp2_of(fmaf(z.y, d.rate, -d.level)) * d.base;
+    }
     if (kCap) x[i] *= z.slope;
   }
 }

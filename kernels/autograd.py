@@ -30,6 +30,7 @@ from mr1fast.kernels.ops import (
     grpo_loss_op,
     new_gradient,
     run_grpo,
+    run_score_backward,
     scale_op,
     score_backward_inplace_op,
     score_backward_op,
@@ -51,7 +52,7 @@ def grpo(
     if backend == "torch" or not one_pass(spec, reduction, logits.dtype, differentiated):
         return _two_passes(logits, batch, spec, reduction, inplace, backend)
     if not differentiated:
-        if _direct(logits):
+        if direct(logits):
             loss, *per_token = run_grpo(logits, batch, spec, backend, None)
         else:
             loss, *per_token = grpo_loss_op(logits, *flat(batch, spec), backend, False)[:-1]
@@ -114,7 +115,7 @@ def token_logprobs(
     return logps, entropies
 
 
-def _direct(logits: Tensor) -> bool:
+def direct(logits: Tensor) -> bool:
     """Whether nobody watches the registered ops; what they call is then called directly.
 
     With some twenty arguments, torch's Python around an op takes 0.2 ms, as long as the kernel for a million logits.
@@ -178,7 +179,7 @@ class _OnePass(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.mark_dirty_used, ctx.handed_on = mark_dirty, False
-        if _direct(logits):
+        if direct(logits):
             gradient = logits if inplace else new_gradient(logits)
             outputs = run_grpo(logits, batch, spec, backend, gradient)
             if inplace:
@@ -222,7 +223,10 @@ class _Score(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        logps, entropies, lse = score_op(logits, ids, mask, *logit_map, backend)
+        if direct(logits):
+            logps, entropies, lse = dispatch.find(backend).score_forward(logits, ids, mask, logit_map)
+        else:
+            logps, entropies, lse = score_op(logits, ids, mask, *logit_map, backend)
         link = new_link(logits)
         ctx.temperature, ctx.softcap, temperatures = logit_map
         ctx.save_for_backward(logits, ids, mask, lse, entropies, temperatures, link)
@@ -243,13 +247,19 @@ class _Score(torch.autograd.Function):
         gradients = (grad_logps.contiguous(), grad_entropies)
         args = (ids, mask, lse, entropies, *gradients, ctx.temperature, ctx.softcap, temperatures, ctx.backend)
         if ctx.inplace_backward:
-            logits = logits.detach()
+            gradient = logits = logits.detach()
+        if direct(logits):
+            if not ctx.inplace_backward:
+                gradient = new_gradient(logits)
+            run_score_backward(logits, args, gradient)
+            if ctx.inplace_backward:
+                torch.autograd.graph.increment_version(gradient)
+        elif ctx.inplace_backward:
             score_backward_inplace_op(logits, *args)
-            gradient = logits
-            if ctx.owner is not None and (owner := ctx.owner()) is not None:
-                _mark_consumed(owner)
         else:
             gradient = score_backward_op(logits, *args)
+        if ctx.inplace_backward and ctx.owner is not None and (owner := ctx.owner()) is not None:
+            _mark_consumed(owner)
         return gradient, None, None, None, None, None
 
 

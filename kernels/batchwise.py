@@ -59,7 +59,8 @@ def kl_cov(x: PolicyInput, spec: Any) -> Term:
     counted, covariance = _covariances(x)
     tokens = int(counted.sum())
     most = min(max(int(spec.kl_cov_ratio * tokens), 1), tokens)
-    highest = covariance.masked_fill(~counted, NEG_INF).flatten().topk(most).indices
+    # Of equal ones, such as where there is one completion, the first; topk would take any.
+    highest = covariance.masked_fill(~counted, NEG_INF).flatten().argsort(descending=True, stable=True)[:most]
     is_highest = nowhere(covariance).flatten().index_fill(0, highest, True).view_as(covariance)
     penalty = spec.ppo_kl_coef * torch.where(x.dead, 0, x.log_ratio).abs()
     loss = -x.advantages * x.ratio + torch.where(is_highest, penalty, 0)

@@ -50,7 +50,10 @@ NAMES = ("auto", "torch", *(backend.name for backend in BACKENDS))
 
 
 def find(name: str) -> Backend:
-    return next(backend for backend in BACKENDS if backend.name == name)
+    for backend in BACKENDS:  # a loop: it is asked twice a call, and a generator would cost as much as all the rest
+        if backend.name == name:
+            return backend
+    raise KeyError(name)
 
 
 def resolve(name: str, logits: Tensor) -> str:

@@ -30,16 +30,23 @@ from mr1fast.kernels.torch_backend import TORCH
 class How(NamedTuple):
     backend: str
     dtype: torch.dtype  # of the GEMMs' operands and of the logits
-    chunk_bytes: int | None  # None: CHUNK_BYTES
+    chunk_bytes: int | None  # None: as in BLOCKS
 
 
 Needed = Sequence[bool]  # whether hidden, weight and bias need a gradient
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]  # their gradients, None where not needed
 
-# The logits buffer, in bytes. 1.2 GiB holds 4096 rows of Qwen2-VL's 151,936 logits in bfloat16.
-CHUNK_BYTES = {"cpu": 160 * 2**20, "gpu": 1_288_490_188}
-# With fewer rows a GEMM spends more time on reading and writing its [V, H] operand than on multiplying.
-MIN_ROWS = {"cpu": 64, "gpu": 512}
+
+class Blocks(NamedTuple):
+    """How large the blocks of logits are on a kind of device."""
+
+    chunk_bytes: int
+    min_rows: int  # with fewer a GEMM spends more time on reading and writing its [V, H] operand than on multiplying
+    count_sum: bool  # see Head.buffer
+
+
+# 2.6 GB hold 8,556 rows of Qwen2-VL's 151,936 logits in bfloat16.
+BLOCKS = {"cpu": Blocks(160 * 2**20, 64, count_sum=False), "gpu": Blocks(2_600_000_000, 512, count_sum=True)}
 ALIGN_ROWS = 16
 _GROUP = 32  # rows moved at a time
 
@@ -60,12 +67,21 @@ class Head:
         rows = hidden.reshape(-1, hidden.shape[-1])
         return cls(rows, weight.to(how.dtype), bias, how, weight.dtype)
 
-    def buffer(self, rows: int) -> Tensor:
-        """A buffer for a block of logits [rows, V]; its size is `chunk_bytes` unless that is too few rows."""
-        kind = "cpu" if self.hidden.device.type == "cpu" else "gpu"
+    def buffer(self, rows: int, *, sums_weight: bool) -> Tensor:
+        """A buffer for a block of logits [n, V]: all `rows`, or as many as `chunk_bytes` holds, or the least number.
+
+        sums_weight: whether the weight's gradient is computed, block by block. From a single block it comes as it is;
+        over several it is summed in float32, which for a 16-bit weight takes V * H * 2 bytes more than the gradient, as
+        much as H rows of logits, and is read and written for every block. On a GPU these bytes count, up to half of
+        `chunk_bytes`: one block may have H rows more than each of several, and takes less time.
+        """
+        blocks = BLOCKS["cpu" if self.hidden.device.type == "cpu" else "gpu"]
         V = self.weight.shape[0]
-        most = (self.how.chunk_bytes or CHUNK_BYTES[kind]) // (V * self.how.dtype.itemsize)
-        most = max(most // ALIGN_ROWS * ALIGN_ROWS, MIN_ROWS[kind])
+        budget, row_bytes = self.how.chunk_bytes or blocks.chunk_bytes, V * self.how.dtype.itemsize
+        if rows * row_bytes > budget and sums_weight and blocks.count_sum:
+            more = reference.compute_dtype(self.how.dtype).itemsize - self.gradient_dtype.itemsize
+            budget = max(budget - self.weight.numel() * more, budget // 2)
+        most = max(budget // row_bytes // ALIGN_ROWS * ALIGN_ROWS, blocks.min_rows)
         if rows > most:  # blocks of equal size rather than a small last one
             per_block = -(-rows // -(-rows // most))
             rows = -(-per_block // ALIGN_ROWS) * ALIGN_ROWS if most >= ALIGN_ROWS else per_block
@@ -162,7 +178,7 @@ def grpo(
     head, forward = Head.of(hidden, weight, bias, how), _find(how.backend).grpo_forward
     index = _unmasked(batch.ids, batch.mask)
     packed = _packed(batch, index)
-    buffer, gradients = head.buffer(len(index)), Gradients(head, needed)
+    buffer, gradients = head.buffer(len(index), sums_weight=needed[1]), Gradients(head, needed)
 
     # loss, logps, entropies, kl, is_low_clipped, is_high_clipped
     dtypes = (reference.compute_dtype(how.dtype),) * 4 + (torch.bool,) * 2
@@ -257,7 +273,7 @@ def score(
     reference.check_ids(ids, mask, weight.shape[0])
     head, forward = Head.of(hidden, weight, bias, how), _find(how.backend).score_forward
     index = _unmasked(ids, mask)
-    buffer = head.buffer(len(index))
+    buffer = head.buffer(len(index), sums_weight=False)
     like = torch.zeros(ids.shape, dtype=reference.compute_dtype(how.dtype), device=hidden.device)
     scored = (like, torch.zeros_like(like), torch.zeros_like(like))
     for rows in index.split(max(len(buffer), 1)):
@@ -296,7 +312,7 @@ def score_backward(
     head, backward = Head.of(hidden, weight, bias, how), _find(how.backend).score_backward
     counts = grad_logps != 0 if grad_entropies is None else (grad_logps != 0) | (grad_entropies != 0)
     index = _unmasked(ids, counts if mask is None else counts & mask)
-    buffer, gradients = head.buffer(len(index)), Gradients(head, needed)
+    buffer, gradients = head.buffer(len(index), sums_weight=needed[1]), Gradients(head, needed)
 
     per_token = (lse, entropies, grad_logps, grad_entropies)
     for start in range(0, len(index), max(len(buffer), 1)):

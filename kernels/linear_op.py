@@ -265,12 +265,17 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
     return _fake_gradients(hidden, weight, bias, args[-3:])
 
 
-# The reference needs autograd, which a registered op switches off; so it is called directly.
+# The reference needs autograd, which a registered op switches off; so it is called directly, as all are where nobody
+# watches the ops.
+
+
+def _unregistered(hidden: Tensor, how: How) -> bool:
+    return how.backend == "torch" or autograd.direct(hidden)
 
 
 def _grpo(*args: Any) -> tuple[Tensor, ...]:
     *head, batch, spec, how, needed = args
-    if how.backend == "torch":
+    if _unregistered(head[0], how):
         return _run_grpo(*args)
     outputs: tuple[Tensor, ...] = linear_grpo_op(*head, *flat(batch, spec), *how, *needed)
     return outputs
@@ -280,12 +285,15 @@ def _score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, logit_map: LogitMap, how: How
 ) -> tuple[Tensor, Tensor, Tensor]:
     args = (hidden, weight, bias, ids, mask)
-    return _run_score(*args, logit_map, how) if how.backend == "torch" else linear_score_op(*args, *logit_map, *how)
+    if _unregistered(hidden, how):
+        return _run_score(*args, logit_map, how)
+    scored: tuple[Tensor, Tensor, Tensor] = linear_score_op(*args, *logit_map, *how)
+    return scored
 
 
 def _score_backward(*args: Any) -> tuple[Tensor, ...]:
     *scored, logit_map, how, needed = args
-    if how.backend == "torch":
+    if _unregistered(scored[0], how):
         return _run_score_backward(*args)
     found: tuple[Tensor, ...] = linear_score_backward_op(*scored, *logit_map, *how, *needed)
     return found

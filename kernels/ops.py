@@ -115,11 +115,11 @@ _SCORED = "Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_l
 def score_backward_op(logits: Tensor, *args: Any) -> Tensor:
     """dlogits of `score`, in a new buffer."""
     gradient = new_gradient(logits)
-    _run_score_backward(logits, args, gradient)
+    run_score_backward(logits, args, gradient)
     return gradient
 
 
-def _run_score_backward(logits: Tensor, args: tuple[Any, ...], gradient: Tensor) -> None:
+def run_score_backward(logits: Tensor, args: tuple[Any, ...], gradient: Tensor) -> None:
     *scored, temperature, softcap, temperatures, backend = args
     dispatch.find(backend).score_backward(logits, *scored, LogitMap(temperature, softcap, temperatures), gradient)
 
@@ -136,7 +136,7 @@ def _(logits: Tensor, *args: Any) -> Tensor:
 )
 def score_backward_inplace_op(logits: Tensor, *args: Any) -> None:
     """dlogits of `score`, written over the logits."""
-    _run_score_backward(logits, args, logits)
+    run_score_backward(logits, args, logits)
 
 
 @score_backward_inplace_op.register_fake

@@ -60,12 +60,29 @@ struct HostWarp {
   float values[32];
 };
 
+struct Arrival {
+  int missing;  // bytes; what has come is written when somebody waits for it
+  int ready;
+};
+constexpr int kUnannounced = 1 << 30, kReady = 0x5eed;
+
+struct Transfer {
+  Arrival* at;
+  void* to;
+  std::vector<char> bytes;  // sent by another block
+  const void* from;         // else copied from there
+  uint32_t count;
+};
+
 struct HostBlock {
   int64_t index;
   int rank;
   char* shared;
   Meeting meeting;
   std::vector<HostWarp> warps;
+  int begins;  // after so many rounds of the scheduler: the blocks of a cluster need not begin together
+  std::vector<Transfer> under_way{};
+  int ended = 0;  // threads
 };
 
 struct HostCluster {
@@ -83,7 +100,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   HostBlock* block;
-  int thread;
+  int thread, row;
   int cluster_ticket = 0;
   const int* blocked_on = nullptr;  // runs again once *blocked_on is not blocked_at
   int blocked_at = 0;
@@ -96,7 +113,10 @@ inline Fiber* current = nullptr;
 inline HostCluster* cluster_now = nullptr;
 inline std::function<void()> kernel_now;
 inline const char* failure = nullptr;
-inline int threads_now = 0;
+struct Threads {  // of a block
+  int of_row, rows;
+};
+inline Threads threads_now{};
 
 inline void wait_while(const int* word, int value) {
   while (*word == value) {
@@ -115,19 +135,25 @@ inline void meet(Meeting& m) {
 inline void fiber_main() {
   kernel_now();
   current->done = true;
+  ++current->block->ended;
   swapcontext(&current->context, &scheduler);
 }
 
 // ---- what a kernel sees ---------------------------------------------------------------------------------------------
 
 inline int thread() { return current->thread; }
-inline int threads() { return threads_now; }
+inline int threads() { return threads_now.of_row; }
+inline int row_in_block() { return current->row; }
+inline int rows_in_block() { return threads_now.rows; }
 inline int64_t block() { return current->block->index; }
 inline void barrier() { meet(current->block->meeting); }
 inline char* shared_memory() { return current->block->shared; }
 
+inline HostWarp& warp_now() { return current->block->warps[(current->row * threads() + current->thread) / 32]; }
+inline void warp_barrier() { meet(warp_now().meeting); }
+
 inline float from_lane(float x, int mask) {
-  HostWarp& warp = current->block->warps[current->thread / 32];
+  HostWarp& warp = warp_now();
   const int lane = current->thread % 32;
   warp.values[lane] = x;
   meet(warp.meeting);
@@ -136,11 +162,13 @@ inline float from_lane(float x, int mask) {
   return other;
 }
 
-inline void require(bool condition) {
-  if (condition) return;
-  failure = "completion_ids out of range at an unmasked position";
+inline void fail(const char* why) {
+  failure = why;
   current->done = true;
   swapcontext(&current->context, &scheduler);
+}
+inline void require(bool condition) {
+  if (!condition) fail("completion_ids out of range at an unmasked position");
 }
 
 struct alignas(16) Words {
@@ -186,28 +214,39 @@ inline void cluster_arrive() {
   cluster_now->meeting.arrive();
 }
 inline void cluster_wait() { wait_while(&cluster_now->meeting.generation, current->cluster_ticket); }
-inline void write_remote(float* p, int rank, float x) {
-  *(float*)(cluster_now->blocks[rank].shared + ((char*)p - current->block->shared)) = x;
+template <typename X>
+X* in_block(int rank, X* p) {
+  return (X*)(cluster_now->blocks[rank].shared + ((char*)p - current->block->shared));
 }
-
-struct Arrival {
-  void* to;
-  const void* from;
-  uint32_t bytes;
-  int state;  // 0: nothing expected, 1: under way, 2: arrived
-};
-inline void expect_nothing_yet(Arrival* a) { *a = {}; }
+template <typename X>
+void send(X* p, const X& x, int rank, Arrival* a) {
+  static_assert(sizeof(X) == 16);
+  HostBlock& receiver = cluster_now->blocks[rank];
+  Arrival* arrival = in_block(rank, a);
+  if (arrival->ready != kReady) fail("a block was sent something before it had begun");
+  if (receiver.ended) fail("a block was sent something after it had ended");
+  const char* bytes = (const char*)&x;
+  receiver.under_way.push_back({arrival, in_block(rank, p), {bytes, bytes + sizeof x}, nullptr, sizeof x});
+  arrival->missing -= sizeof x;
+}
+inline void expect_nothing_yet(Arrival* a) { *a = {kUnannounced, kReady}; }
 inline void publish_arrivals() {}
+inline void expect(Arrival* a, uint32_t bytes) { a->missing += (int)bytes - kUnannounced; }
 inline uint64_t evict_first() { return 0; }
 inline void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a, uint64_t) {
   assert(((uintptr_t)to | (uintptr_t)from | bytes) % 16 == 0 && bytes > 0 && bytes < 1 << 20);
-  *a = {to, from, bytes, 1};
+  current->block->under_way.push_back({a, to, {}, from, bytes});
+  a->missing -= (int)bytes;
 }
 inline void wait_for(Arrival* a) {
-  wait_while(&a->state, 0);
-  if (a->state == 1) memcpy(a->to, a->from, a->bytes);
-  a->state = 2;
+  while (a->missing != 0) wait_while(&a->missing, a->missing);
+  for (Transfer& t : current->block->under_way) {
+    if (t.at != a) continue;
+    memcpy(t.to, t.from ? t.from : t.bytes.data(), t.count);
+    t.at = nullptr;
+  }
 }
+inline void wait_for_cluster(Arrival* a) { wait_for(a); }
 inline void publish_to_bulk() {}
 inline void bulk_store(void* to, const void* from, uint32_t bytes, uint64_t) {
   assert(((uintptr_t)to | (uintptr_t)from | bytes) % 16 == 0 && bytes > 0);
@@ -225,11 +264,13 @@ struct Free {
 };
 
 inline const char* run_cluster(HostCluster& cluster) {
-  std::vector<Fiber> fibers(cluster.blocks.size() * threads_now);
+  const int of_block = threads_now.of_row * threads_now.rows;
+  std::vector<Fiber> fibers(cluster.blocks.size() * of_block);
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber& f = fibers[i];
-    f.block = &cluster.blocks[i / threads_now];
-    f.thread = (int)(i % threads_now);
+    f.block = &cluster.blocks[i / of_block];
+    f.row = (int)(i % of_block) / threads_now.of_row;
+    f.thread = (int)(i % threads_now.of_row);
     f.stack.reset(new char[kStack]);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
@@ -239,12 +280,14 @@ inline const char* run_cluster(HostCluster& cluster) {
   }
   std::vector<Fiber*> order;
   for (Fiber& f : fibers) order.push_back(&f);
-  while (!failure) {
+  for (int round = 0; !failure; ++round) {
     std::shuffle(order.begin(), order.end(), host_random);
     bool any = false, all_done = true;
     for (Fiber* f : order) {
       if (f->done) continue;
       all_done = false;
+      any |= round < f->block->begins;
+      if (round < f->block->begins) continue;
       if (f->blocked_on && *f->blocked_on == f->blocked_at) continue;
       any = true;
       f->blocked_on = nullptr;
@@ -265,9 +308,10 @@ inline const char* run_cluster(HostCluster& cluster) {
 
 template <typename... Parameters, typename... Arguments>
 const char* launch(
-    void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int shared_bytes, void*,
+    void (*kernel)(Parameters...), int64_t blocks, int cluster, Threads threads, int shared_bytes, void*,
     Arguments... arguments) {
-  assert(threads % 32 == 0 && threads > 0);
+  assert(threads.of_row % 32 == 0 && threads.of_row > 0);
+  assert(threads.rows == 1 || threads.of_row == 32);
   const int parts = cluster > 0 ? cluster : 1;
   assert(blocks % parts == 0 && shared_bytes <= host_machine.shared_per_block);
   failure = nullptr;
@@ -275,13 +319,15 @@ const char* launch(
   kernel_now = [=] { kernel(Parameters(arguments)...); };
   for (int64_t first = 0; first < blocks; first += parts) {
     HostCluster now;
-    now.meeting.size = parts * threads;
+    const int of_block = threads.of_row * threads.rows;
+    now.meeting.size = parts * of_block;
     std::vector<std::unique_ptr<char, Free>> memory;
     for (int rank = 0; rank < parts; ++rank) {
       const size_t bytes = (shared_bytes + 255) / 128 * 128;
       memory.emplace_back((char*)aligned_alloc(128, bytes));
       memset(memory.back().get(), 0xff, bytes);  // NaN
-      HostBlock b{first + rank, rank, memory.back().get(), {threads}, std::vector<HostWarp>(threads / 32)};
+      HostBlock b{first + rank, rank, memory.back().get(), {of_block}, std::vector<HostWarp>(of_block / 32),
+                  (int)(host_random() % 4 * 64)};
       now.blocks.push_back(std::move(b));
     }
     cluster_now = &now;

@@ -1,6 +1,7 @@
 """The CUDA backend around its kernels: finding nvcc, building, the cache, and what it says where it cannot run."""
 
 import platform
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,11 @@ def test_the_kernels_compile_for_every_architecture_without_spills():
     for arch in compile_check_cuda.ARCHITECTURES:
         for dtype in ("float32", "bfloat16", "float16"):
             names = [line for line in done.stdout.splitlines() if f"sm_{arch} " in line and f"<{dtype}" in line]
-            assert len(names) == 4, f"one pass in a cluster, in two phases, without gradient, and backward: {names}"
+            assert len(names) == 8, f"cluster, two phases, no gradient, backward, each without and with a cap: {names}"
+    (line,) = (line for line in done.stdout.splitlines() if re.match(r"cluster_fwd_kernel<bfloat16> +sm_90a", line))
+    statistics, without_bonus, with_bonus = map(float, re.findall(r"\d+\.\d", line))
+    assert 5 < statistics < 9.5, "the inner loops were found, and an exponent is one multiply-add"
+    assert 3 < without_bonus < 6.5 < with_bonus < 8.5
 
 
 def test_on_a_cpu_it_says_that_it_needs_a_gpu():

@@ -5,6 +5,7 @@ What this cannot show is speed, and what only the hardware decides (memory order
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def test_paths(on_host):
     assert "cluster" in cuda_path(torch.zeros(2, 3, 132)[..., 4:])
     assert "two-phase" in cuda_path(torch.zeros(2, 3, 10**6))  # too long for eight blocks, even one at a time
     on_host(NO_CLUSTERS)
-    assert "two-phase" in cuda_path(torch.zeros(2, 3, 384))
+    assert "two-phase, 32 threads, rows in a block: 8" in cuda_path(torch.zeros(2, 3, 384))
+    assert "two-phase, 64 threads, rows in a block: 1" in cuda_path(torch.zeros(2, 3, 1600))
 
 
 def test_paths_on_a_h100(on_host):
@@ -203,18 +205,21 @@ def test_token_logprobs_and_huge_logits(temperature, on_host):
 
 @pytest.mark.slow  # compiles the kernels once more
 @pytest.mark.parametrize(
-    "where", ["// all parts are here", "const Plan plan = shared.plan;\n  if (plan.zero) {\n    for"]
+    ("barrier", "symptoms"),
+    [
+        ("  cluster_wait();", "before it had begun"),
+        ("    wait_for_cluster(&shared.parts_arrived);\n", "another loss|after it had ended"),
+        ("  barrier();\n  const Plan", "another loss|deadlock|after it had ended"),
+    ],
 )
-def test_the_emulation_finds_a_missing_barrier(where, on_host, tmp_path):
-    """It is worth something only if it fails where a GPU would: the barrier before `where` is taken out."""
+def test_the_emulation_finds_a_missing_barrier(barrier, symptoms, on_host, tmp_path):
+    """It is worth something only if it fails where a GPU would."""
     batch = random_batch(2, 2, 800)
     good, _ = run(grpo_loss, batch["logits"], batch, backend="cuda", beta=0.1)
-    before, after = (HERE.parent / "csrc" / "cuda_cluster.cuh").read_text().split(where)
-    line = before.rstrip().rsplit("\n", 1)[-1].strip()
-    assert line in ("barrier();", "cluster_wait();")
+    before, after = (HERE.parent / "csrc" / "cuda_cluster.cuh").read_text().split(barrier)
     for name in ("grpo_cuda.cu", "cuda_cluster.cuh"):  # the broken one beside the file that includes it
         shutil.copy(HERE.parent / "csrc" / name, tmp_path)
-    (tmp_path / "cuda_cluster.cuh").write_text(before[: before.rindex(line)] + where + after)
+    (tmp_path / "cuda_cluster.cuh").write_text(before + barrier.partition(";")[2] + after)
     shim = (HERE / "cuda_on_host.cpp").read_text()
     (tmp_path / "shim.cpp").write_text(shim.replace("../csrc/grpo_cuda.cu", "grpo_cuda.cu"))
     broken = compiled(tmp_path / "shim.cpp", tmp_path / "broken.so")
@@ -226,7 +231,7 @@ def test_the_emulation_finds_a_missing_barrier(where, on_host, tmp_path):
             symptom = "" if torch.equal(bad["loss"], good["loss"]) else "another loss"
         except RuntimeError as error:
             symptom = str(error)
-    assert "another loss" in symptom or "deadlock" in symptom
+    assert re.search(symptoms, symptom)
 
 
 @pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])

@@ -6,7 +6,7 @@ from linear_cases import EVERY, SETTINGS, B, H, L, V, case, check, check_token_l
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mr1fast import linear_grpo_loss, linear_token_logprobs
-from mr1fast.kernels import cpp, linear_op
+from mr1fast.kernels import cpp, linear, linear_op
 from mr1fast.kernels.self_test import every_backend
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -166,6 +166,24 @@ def test_no_tensor_of_all_logits(dtype, level, unregistered):
         linear_grpo_loss(hidden, weight, ids, advantages, **settings).loss.backward()
     assert max(sizes) <= rows * V
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "weight_dtype", "sums_weight", "expected"),
+    [
+        (8192, 1536, torch.bfloat16, True, 8192),  # one block: there is no sum
+        (16384, 1536, torch.bfloat16, True, 5462),  # three, and not two of 8192: a sum of 0.47 GB counts
+        (16384, 8192, torch.bfloat16, True, 4096),  # 2.5 GB of sum count for half of 2.6 GB
+        (16384, 1536, torch.float32, True, 8192),  # the sum is the gradient
+        (16384, 1536, torch.bfloat16, False, 8192),  # frozen
+    ],
+)
+def test_blocks_on_a_gpu(rows, width, weight_dtype, sums_weight, expected):
+    vocabulary, dtype = 151936, torch.bfloat16
+    hidden = torch.empty(1, rows, width, dtype=dtype, device="meta")
+    weight = torch.empty(vocabulary, width, dtype=weight_dtype, device="meta")
+    head = linear.Head.of(hidden, weight, None, linear.How("torch", dtype, None))
+    assert len(head.buffer(rows, sums_weight=sums_weight)) == expected
 
 
 def test_gradient_of_the_weight_is_handed_over_and_not_copied():

@@ -62,6 +62,7 @@ DEFAULTS = {
     "num_sequences": None,
     "temperature": 1.0,
     "logit_scale": 1.0,
+    "final_logit_softcapping": None,
     "reduction": "mean",
 }
 
@@ -92,7 +93,7 @@ def test_the_defaults_of_the_oracle_and_of_the_kernels_settings_are_these():
     padded = DEFAULTS | {"kl_clamp": math.inf}
     del padded["cu_seqlens"]  # the oracle takes one completion after the other
     assert {name: stated[name] for name in padded} == padded
-    infinite = ("delta", "clip_ratio_c", "kl_clamp", "off_policy_mask_threshold")
+    infinite = ("delta", "clip_ratio_c", "kl_clamp", "off_policy_mask_threshold", "final_logit_softcapping")
     spec = vars(BatchwiseSpec()) | dict.fromkeys(infinite)
     del spec["sampling_logps"]
     assert {name: DEFAULTS[name] for name in spec} == spec

@@ -162,7 +162,7 @@ def test_the_largest_image():
 def test_a_plan_leaves_the_trainer_as_it_was():
     def patched():
         functions = trainer_module.batch_logps, trainer_module.pieces_of
-        return dispatch.BACKENDS, dict(linear.CHUNK_BYTES), dict(linear.MIN_ROWS), functions
+        return dispatch.BACKENDS, dict(linear.BLOCKS), functions
 
     before, numbers = patched(), torch.get_rng_state()
     plan(shape(device="cuda", lora_rank=2))

@@ -52,12 +52,12 @@ def test_options_that_differ_by_task(tmp_path):
     assert config("--config", file, "--max-steps", 5).for_task("gr").max_steps == 5
 
 
-def test_a_task_config_has_no_none_but_the_target_of_the_adaptive_schedule():
+def test_a_task_config_has_no_none_but_where_it_means_something():
+    """No target of an adaptive schedule, and no bound on what passes through the model at a time."""
     for method in ("grpo-d", "grpo", "sft"):
         task = config("--method", method).for_task("vc")
-        assert [field.name for field in dataclasses.fields(TaskConfig) if getattr(task, field.name) is None] == [
-            "target_kl"
-        ]
+        absent = [field.name for field in dataclasses.fields(TaskConfig) if getattr(task, field.name) is None]
+        assert absent == ["target_kl", "tokens_per_microbatch"]
 
 
 def test_paths_are_recorded_in_full(tmp_path, monkeypatch):

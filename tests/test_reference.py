@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_an_offloaded_reference_comes_for_its_log_probabilities(tmp_path, monkey
     policy, config = setup.new_policy(), setup.config.for_task("vc")
     expected = Trainer(config, policy, setup.reference_for(policy, config), setup.train["vc"]).collect().batch
     moves = []
-    setup.offloads_reference = True
+    setup.plans = {"vc": SimpleNamespace(offload_reference=True)}
     monkeypatch.setattr(Policy, "offload", lambda self: moves.append("cpu") or self)
     on = Policy.on
     monkeypatch.setattr(Policy, "on", lambda self, device: moves.append((self, device)) or on(self, device))

@@ -62,9 +62,12 @@ def linear_grpo_loss(
             may be.
         completion_ids, advantages: as in `grpo_loss`.
         lm_head_bias: [V] or None.
-        chunk_bytes: size of the block of logits held at a time; None for 1.2 GiB on a GPU, 160 MiB on a CPU. A block
-            has at least 512 rows (64 on a CPU), because with fewer the GEMMs slow down. Peak memory is inputs +
-            gradients + chunk_bytes, plus one float32 [V, H] if the weight is not float32. Only rounding differs.
+        chunk_bytes: size of the block of logits held at a time; None for 2.6 GB on a GPU, 160 MiB on a CPU. A block
+            has at least 512 rows (64 on a CPU), because with fewer the GEMMs slow down. If all tokens fit into one, the
+            weight's gradient comes out of it as it is. Over several it is summed in float32, which for a 16-bit weight
+            takes 2 * V * H bytes besides the gradient; on a GPU they are part of chunk_bytes, but at most half of it.
+            So peak memory on a GPU is inputs + gradients + chunk_bytes (where 2 * V * H is no more than half), on a CPU
+            2 * V * H bytes more. Only rounding differs.
         backend: as in `grpo_loss`.
         **options: those of `mr1fast.losses.options.LossOptions`, which are:
 

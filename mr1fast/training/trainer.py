@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, pieces_of, sft_batch_loss, weighted
-from mr1fast.training.groups import Groups, Shortage, refill
+from mr1fast.training.batch import Batch, batch_logps, batch_on, grpo_batch_loss, pieces_of, sft_batch_loss, weighted
+from mr1fast.training.groups import Groups, Shortage, StepData, refill
 from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, mean_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer
@@ -34,17 +33,6 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 class TrainingError(RuntimeError):
     """Training that cannot go on, explained in one sentence."""
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What a step trains on: the batch, and the texts, rewards and metrics behind it."""
-
-    batch: Batch
-    completions: list[str]  # [B]
-    rewards: list[float]  # [B], weighted sums; empty for supervised fine-tuning
-    metrics: dict[str, float]
-    rows: list[int] = dataclasses.field(default_factory=list)  # [P], of the data set
 
 
 class Trainer:
@@ -307,7 +295,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
         if (data := state["step_data"]) is not None:
-            self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
+            self.step_data = StepData(**{**data, "batch": batch_on(self.policy.device, data["batch"])})
 
 
 def sft_target(solution: str, reasoning: str | None = None) -> str:
@@ -344,12 +332,3 @@ def _kl_schedule(config: TaskConfig) -> KLSchedule:
         target_kl=config.target_kl,
         horizon=max(1, config.max_steps // 10),  # over a run of any length by a factor of up to e^2
     )
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> Batch:
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: move(tensor) for name, tensor in value.items()}
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Batch(**move(batch))
