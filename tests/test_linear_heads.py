@@ -171,10 +171,10 @@ def test_block_size(monkeypatch):
     monkeypatch.undo()
     hidden, weight = torch.zeros(1, 1000, 4), torch.zeros(1000, 4)
     head = linear.Head.of(hidden, weight, None, linear.How("torch", torch.float32, 300 * 4000))
-    assert head.buffer(1000).shape == (256, 1000)
-    assert head.buffer(10).shape == (10, 1000)
+    assert head.buffer(1000, sums_weight=True).shape == (256, 1000)
+    assert head.buffer(10, sums_weight=True).shape == (10, 1000)
     head = linear.Head.of(hidden, weight, None, linear.How("torch", torch.float32, 1))
-    assert head.buffer(1000).shape == (64, 1000)
+    assert head.buffer(1000, sums_weight=True).shape == (64, 1000)
 
 
 def test_gradients_are_contiguous_whatever_the_hidden_states_are():

@@ -21,6 +21,7 @@ def untrained(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_new_folder_and_the_packages_own(tmp_path, untrained, monkeypatch):
     assert main(["--output", str(tmp_path / "new")]) == 0
     monkeypatch.setattr(make_embedded, "EMBEDDED", tmp_path / "new")
@@ -59,6 +60,7 @@ def test_a_wording_decides_how_often_an_answer_is_in_tags():
     assert all(text.endswith(f"<answer>{e.solution}</answer>") for e, text in zip(examples, completions))
 
 
+@pytest.mark.slow
 def test_what_is_watched_is_neither_shown_nor_tested():
     for split in DISOBEDIENT.images:
         shown, _ = image_examples(split, range(-DISOBEDIENT.images[split], 0), DISOBEDIENT.tagged, random.Random(0))

@@ -278,6 +278,7 @@ def test_plan_of_the_embedded_model(capsys):
     assert " and fits cpu, where " in lines[-1]
 
 
+@pytest.mark.slow
 def test_plan_for_a_card(large, capsys):
     options = ("--model", large, "--data", large, "--max-pixels", 100_000)
     code, lines, _ = said(capsys, "--plan", 24, *options, "--epochs", 2)

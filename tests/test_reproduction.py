@@ -148,6 +148,7 @@ def test_twists():
     assert replace(noisy[wrong[0]], solution=problems[wrong[0]].solution) == problems[wrong[0]]
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_of_what_is_computed(monkeypatch):
     model = str(EMBEDDED)
     monkeypatch.setattr(train, "TESTS", TESTS[:1])
@@ -201,6 +202,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_all_is_drawn(folder, capsys):
     assert reproduce.main(["all", "--redraw", "--output-dir", str(folder)]) == 0
     written = capsys.readouterr().out.split()

@@ -44,11 +44,12 @@ def stopped(number, options, run) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+@pytest.mark.slow  # `make test` resumes without signals
 @pytest.mark.parametrize(
     ("number", "options"),
     [
         (signal.SIGINT, ["--task=gr", "--num-iterations=2"]),
-        pytest.param(signal.SIGTERM, ["--task=vc", "--method=sft"], marks=pytest.mark.slow),
+        (signal.SIGTERM, ["--task=vc", "--method=sft"]),
     ],
 )
 def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
