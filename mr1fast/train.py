@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
@@ -27,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if request.plan is not None:
             return _plan(requested_config(request), request.plan or None)
         _check_one_process()
+        engine = _engine(requested_config(request))
         with open_run(request) as opened:
-            return _train(opened, started)
+            return _train(opened, started, engine)
     except (UserError, OSError) as error:
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -49,15 +51,29 @@ def _plan(config: TrainConfig, gigabytes: int | None) -> int:
     return 0 if fits else 1
 
 
-def _train(opened: OpenRun, started: float) -> int:
+def _engine(config: TrainConfig) -> Any:
+    """What trains, if it is not our own loop. Raises UserError where it is not there or cannot do what is asked."""
+    if config.engine == "mr1fast":
+        return None
+    try:
+        from mr1fast.integrations import trl_engine
+    except ModuleNotFoundError as error:
+        raise UserError(f"--engine trl: {missing_package(error, 'integrations')}") from error
+    except ImportError as error:  # a version of TRL that we cannot work with
+        raise UserError(f"--engine trl: {error}") from error
+    trl_engine.check_options(config)
+    return trl_engine.train_task
+
+
+def _train(opened: OpenRun, started: float, engine: Any) -> int:
     """Train. A failure from here on leaves a run that can be resumed, or no folder at all."""
     try:
         with stop_on_sigterm():
             from mr1fast.training.loop import run
-            from mr1fast.training.trainer import TrainingError
+            from mr1fast.training.task_run import TrainingError
 
             try:
-                run(opened, started)
+                run(opened, started, engine)
             except TrainingError as error:
                 return _fail(f"error: {error}", 1, opened)
             except (RuntimeError, MemoryError, UserError) as error:  # UserError: of a file that was read or written

@@ -18,6 +18,7 @@ from mr1fast.data.sources import source_of, sources_of
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import MANY, check_choice, check_value, option_string
+from mr1fast.options.pairs import parse_pairs
 from mr1fast.options.prompt import Prompt, chosen_prompt
 from mr1fast.options.recipes import (
     KL_DEFAULTS,
@@ -55,6 +56,7 @@ class TrainConfig(TrainOptions):
         if set(self.frozen_parts) == set(PARTS):
             raise UserError(f"--freeze {self.freeze} leaves nothing to train")
         self._check_loggers()
+        self._check_engine()
         if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
             raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
         if self.merge and not self.trains_adapter and (self.model is None or Path(self.model).is_dir()):
@@ -102,6 +104,13 @@ class TrainConfig(TrainOptions):
             raise UserError(f"--report-to {self.report_to} names a logger twice")
         if "none" in self.loggers:
             raise UserError(f"--report-to {self.report_to}: none is given with something else")
+
+    def _check_engine(self) -> None:
+        if self.trl is not None and self.engine != "trl":
+            raise UserError(f"--trl belongs to --engine trl, and the engine is {self.engine}")
+        if self.engine == "trl" and self.method == "sft":
+            raise UserError("--engine trl trains with rewards, and --method sft has none; leave out --engine trl")
+        _ = self.trl_settings
 
     def _check_kl(self) -> None:
         for method, names in KL_DEFAULTS.items():
@@ -153,6 +162,11 @@ class TrainConfig(TrainOptions):
     def rewards(self) -> dict[str, float]:
         """Name -> weight, without those of weight 0."""
         return parse_reward_weights(self.reward_weights, "--reward-weights")
+
+    @property
+    def trl_settings(self) -> dict[str, str]:
+        """--trl, as text; `integrations.trl_settings` knows what each one means."""
+        return {} if self.trl is None else parse_pairs(self.trl, "--trl")
 
     @property
     def prompt(self) -> Prompt:

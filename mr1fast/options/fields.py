@@ -30,17 +30,19 @@ def option(
     machine: bool = False,
     several: bool = False,
     blank: bool = False,
+    pairs: bool = False,
 ) -> Any:
     """A field of a dataclass of options.
 
     group: the heading in --help under which it is listed. why: the reason for its bounds, given in the error for a
     value outside them. shown: the default as --help gives it, if that is not the value itself. machine: the option says
     where a run computes, not what, so that a resumed run may use another value. several: it may be given several times.
-    blank: it may be a text of nothing.
+    blank: it may be a text of nothing. pairs: it is KEY=VALUE, separated by commas, and in YAML may be a block.
     """
     said = {"help": help, "group": group, "metavar": metavar, "unit": unit, "choices": choices, "shown": shown}
     bounds = {"at_least": at_least, "at_most": at_most, "below": below, "why": why, "blank": blank}
-    return dataclasses.field(default=default, metadata={**said, **bounds, "machine": machine, "several": several})
+    form = {"machine": machine, "several": several, "pairs": pairs}
+    return dataclasses.field(default=default, metadata={**said, **bounds, **form})
 
 
 def option_string(name: str) -> str:

@@ -18,6 +18,7 @@ from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import check_value, option_string
+from mr1fast.options.pairs import written_pairs
 from mr1fast.options.preset import PRESETS, beneath, preset_file
 from mr1fast.options.program import Parser, at_least, prog
 from mr1fast.options.recipes import SMALL_MODEL
@@ -46,6 +47,8 @@ def convert(name: str, value: Any, source: str) -> Any:
     """Convert a value from the command line or a YAML file to the option's type, and check its range."""
     if isinstance(value, dict) and name in BY_TASK:
         return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
+    if isinstance(value, dict) and FIELDS[name].metadata["pairs"]:
+        value = written_pairs(value)
     if isinstance(value, list) and FIELDS[name].metadata["several"]:
         value = ",".join(map(str, value))
     wanted = field_type(name)

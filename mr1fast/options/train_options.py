@@ -24,6 +24,7 @@ from mr1fast.options.reward_weights import DEFAULT_REWARDS
 from mr1fast.rewards.own import FORM
 
 METHODS = tuple(KL_DEFAULTS)
+ENGINES = ("mr1fast", "trl")
 # The options that may differ by task, since recipes differ by task: one value for all tasks, or {task: value}.
 BY_TASK = (*RECIPES[R1_V], "gradient_accumulation_steps")
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
@@ -40,6 +41,7 @@ GROUPS = {
     "kl": "KL term of the loss",
     "optimizer": "optimizer",
     "evaluation": "evaluation",
+    "engine": "engine",
     "files": "files and checkpoints",
     "logging": "logging (may be changed when a run is resumed)",
     "device": "device (may be changed when a run is resumed)",
@@ -399,6 +401,24 @@ class TrainOptions:
         at_most=4096,
         why="they are held in memory together",
         shown="{} for small models, {} for others".format(*map(default_eval_batch_size, (True, False))),
+        machine=True,
+    )
+
+    engine: str = option(
+        "mr1fast",
+        "what trains: the loop of mr1fast, or TRL's GRPOTrainer with our loss, which has vLLM, DeepSpeed and FSDP",
+        group="engine",
+        choices=ENGINES,
+    )
+    trl: str | None = option(
+        None,
+        "options of TRL's GRPOConfig for --engine trl, separated by commas, such as use_vllm=true; may be given "
+        "several times, and as a block in a file (may be changed when a run is resumed)",
+        group="engine",
+        metavar="KEY=VALUE",
+        shown="none",
+        several=True,
+        pairs=True,
         machine=True,
     )
 

@@ -177,7 +177,7 @@ def prepare(opened: OpenRun) -> Setup:
     base = Policy(model, processor)
     check_lora(config, model, frozen=base.weights_of(config.frozen_parts))
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
-    for name in config.names:
+    for name in config.names if config.engine == "mr1fast" else ():
         check_memory(config.for_task(name), model)
     recorded = opened.folder.read_result().get("data", {})
     data = load_data(config, recorded.get("name"))

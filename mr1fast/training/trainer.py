@@ -26,12 +26,7 @@ from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_me
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
-
-MAX_SKIPPED_IN_A_ROW = 10
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on, explained in one sentence."""
+from mr1fast.training.skipped import skipped_sample, useless
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ class Trainer:
         metrics = {"learning_rate": self.learning_rate}
         if self.config.method != "sft":
             metrics["beta"] = self.beta
-        reason = _useless(self.step_data.rewards)
+        reason = useless(self.step_data.rewards)
         if not reason:
             metrics |= self.update(self.step_data)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
@@ -225,13 +220,8 @@ class Trainer:
         assert self.step_data is not None
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        self.skipped_sample = {
-            "step": self.finished_steps + 1,
-            "reason": reason,
-            "examples": [_without_images(e) for e in self.examples()],
-            "completions": self.step_data.completions,
-            "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
-        }
+        data, step = self.step_data, self.finished_steps + 1
+        self.skipped_sample = skipped_sample(step, reason, self.examples(), data.completions, data.rewards)
 
     # ---- into a checkpoint and back ---------------------------------------------------------------------------------
 
@@ -265,18 +255,6 @@ class Trainer:
 def sft_target(solution: str) -> str:
     """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
     return f"<think>{solution}</think><answer>{solution}</answer>"
-
-
-def _without_images(example: Example) -> dict[str, Any]:
-    """The example for a JSON file."""
-    return dataclasses.asdict(dataclasses.replace(example, image=None, more_images=(), columns={}))
-
-
-def _useless(rewards: Sequence[float]) -> str:
-    """Why nothing can be learnt from these weighted sums, of which NaN is an absent one; "" if something can."""
-    if any(math.isinf(reward) for reward in rewards):
-        return "a reward is not a finite number"
-    return "no completion has a reward" if rewards and all(math.isnan(reward) for reward in rewards) else ""
 
 
 def _kl_schedule(config: TaskConfig) -> KLSchedule:
