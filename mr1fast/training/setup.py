@@ -193,7 +193,7 @@ def prepare(opened: OpenRun) -> Setup:
         load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         offloads_reference=any(plan.offload_reference for plan in plans),
     )
-    longest = _longest_prompt(config, model)
+    longest = room_for_prompts(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
         split[0]  # where no row can be used, it is said now
@@ -217,7 +217,7 @@ def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[st
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
 
-def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
+def room_for_prompts(config: TrainConfig, model: PreTrainedModel) -> int:
     completion = max(config.for_task(name).max_completion_length for name in config.names)
     room = longest_prompt(model, completion)
     if config.max_prompt_length is not None and config.max_prompt_length > room:
