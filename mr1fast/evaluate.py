@@ -19,11 +19,11 @@ from mr1fast.data.text_files import whole_characters
 from mr1fast.errors import UserError
 from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
-from mr1fast.options.config import check_no_reading, read_as
 from mr1fast.options.fields import check_choice, option_string
 from mr1fast.options.parse import FIELDS, add_option, convert
 from mr1fast.options.program import Parser, at_least, exit_code, prog
 from mr1fast.options.prompt import chosen_prompt
+from mr1fast.options.reading import check_no_reading, read_as
 from mr1fast.options.recipes import (
     DEFAULT_EVAL_SAMPLES,
     RECIPES,

@@ -10,6 +10,7 @@ from mr1fast import train
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import option_string
+from mr1fast.options.keyed import key_of
 from mr1fast.options.parse import FIELDS, build_parser, field_type, parse_arguments
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, is_small
 
@@ -256,10 +257,10 @@ def test_yaml_that_is_not_text(tmp_path):
 def test_help_explains_every_option_with_its_default():
     text = " ".join(build_parser().format_help().split())
     for name, field in FIELDS.items():
-        assert option_string(name) in text
+        assert (f" {key_of(name)}=" if field.metadata["key_of"] else f" {option_string(name)} ") in text
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
-            assert f"[default: {field.default}]" in text
+            assert f"[default: {'no' if field.default is False else field.default}]" in text
     assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others; ten times that for LoRA]" in text
     assert "(paper, linear, constant, cosine, exponential, reversed, adaptive)" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))

@@ -65,11 +65,10 @@ def outcome(function, arguments, backend, **settings):
     return out, logits.grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("loss_type", "level", "backend"), [names for _, *names in combinations(("",))])
 def test_packed_equals_padded(loss_type, level, backend):
-    batch, flat, select = packed_batch((40, 7, 1, 23, 64, 0), 11, seed=2)
+    lengths = (5, 3, 1, 4, 6, 0) if backend == "triton" else (40, 7, 1, 23, 64, 0)
+    batch, flat, select = packed_batch(lengths, 11, seed=2)
     settings = {"beta": 0.1, "entropy_coef": 0.01, **settings_for(loss_type, level)}
     padded, padded_gradient = outcome(grpo_loss, batch, backend, **settings)
     for shape in ("[T, V]", "[1, T, V]"):
@@ -168,8 +167,8 @@ def test_nothing_at_all():
     assert out.per_token_logps.shape == (0,)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "auto"])
 def test_compiled(backend, level):
     """One graph for all lengths and numbers of completions."""
     counter = CompileCounter()

@@ -62,6 +62,7 @@ def test_the_four_formats(r1v):
         assert not dataset.skipped
 
 
+@pytest.mark.slow
 def test_a_preset_on_them(r1v, monkeypatch, capsys):
     """Few-shot, in two epochs, tested on both lists, whose images are elsewhere; the small model stands for 2B."""
     monkeypatch.chdir(r1v)

@@ -58,12 +58,16 @@ def allocated(step) -> int:
     return peak
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_completion_length": 20},
-        {"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"},
-        {"gradient_accumulation_steps": 2, "freeze": "vision,merger"},
+        slow({"max_completion_length": 20}),
+        slow({"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"}),
+        slow({"gradient_accumulation_steps": 2, "freeze": "vision,merger"}),
         {"method": "sft"},
         {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},

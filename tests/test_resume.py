@@ -21,8 +21,9 @@ from mr1fast.evaluation.evaluate import _Asked
 from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.config import TrainConfig
-from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint
+from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoint
 from mr1fast.training.loop import _go_on
+from mr1fast.training.manifest import MANIFEST
 from mr1fast.training.metrics import MetricsLog
 from mr1fast.training.run_folder import ResumeError, RunFolder
 from mr1fast.training.stop import is_out_of_memory, too_little_memory
@@ -44,7 +45,10 @@ def stopped(number, options, run) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("number", "options"),
-    [(signal.SIGINT, ["--task=gr", "--num-iterations=2"]), (signal.SIGTERM, ["--task=vc", "--method=sft"])],
+    [
+        (signal.SIGINT, ["--task=gr", "--num-iterations=2"]),
+        pytest.param(signal.SIGTERM, ["--task=vc", "--method=sft"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
     """Stopped in the middle and resumed: the weights and metrics of a run that was left alone."""
@@ -339,27 +343,60 @@ def test_a_full_disk_leaves_the_metrics_of_a_resumed_run(tmp_path):
     assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 80))
 
 
-@pytest.mark.parametrize("file", ["trainer_state.pt", "model.safetensors"])
-def test_a_broken_checkpoint_names_the_one_before_it(file, tmp_path, capsys):
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_passed_over_or_named(tmp_path, capsys):
     run = tmp_path / "run"
-    options = ["--task=vc", "--method=sft", "--max-steps=3", "--save-steps=1", "--eval-steps=0", *SMALL]
-    assert main(*options, "--output-dir", run) == 0
+    options = ["--task=vc", "--method=sft", "--max-steps=4", "--save-steps=1", "--save-total-limit=3", *SMALL]
+    assert main(*options, "--eval-steps=0", "--output-dir", run) == 0
+    trained = load_model(run / "vc" / "model").state_dict()
     shutil.rmtree(run / "vc" / "model")
     result = json.loads((run / "result.json").read_text())
-    (run / "result.json").write_text(json.dumps({**result, "after": {}}))  # as if stopped before the last evaluation
-    for step in (3, 2):
-        broken = run / "vc" / f"checkpoint-{step:06d}" / file
-        broken.write_bytes(broken.read_bytes()[:1000])
+    unfinished = json.dumps({**result, "after": {}})  # as if stopped before the last evaluation
+    (run / "result.json").write_text(unfinished)
+    two, three, four = (run / "vc" / f"checkpoint-{step:06d}" for step in (2, 3, 4))
+    flip_a_bit(four / "model.safetensors")
+    (three / "trainer_state.pt").unlink()
     before = sorted(run.rglob("*"))
     capsys.readouterr()
+
+    assert main("--resume", four) == 2  # the user's own choice
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{four} is damaged: model.safetensors is not what was written (its SHA-256 differs)" in error
+    assert sorted(run.rglob("*")) == before
+
+    assert main("--resume", run) == 0
+    output = capsys.readouterr().out
+    for checkpoint, what in ((four, "model.safetensors is not what"), (three, "trainer_state.pt cannot be read")):
+        assert re.search(f"{checkpoint} is passed over, as {what}.*; training goes on from {two}", output)
+    again = load_model(run / "vc" / "model").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in trained.items())
+
+    shutil.rmtree(run / "vc" / "model")
+    (run / "result.json").write_text(unfinished)
+    for checkpoint in (two, three, four):
+        flip_a_bit(checkpoint / "config.json")
     assert main("--resume", run) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "checkpoint-000003" in error
-    assert error.endswith(f"to continue from the checkpoint before it: --resume {run / 'vc' / 'checkpoint-000002'}")
-    assert main("--resume", run / "vc" / "checkpoint-000002") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith(f"there is no earlier one; move it away, and --resume {run} starts without it")
-    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("file", ["trainer_state.pt", "model.safetensors"])
+def test_a_broken_checkpoint_of_an_older_version_names_the_one_before_it(file, tmp_path, capsys):
+    """That had no SHA256SUMS."""
+    trainer = small_trainer(load())
+    for step in (1, 2):
+        folder = save_checkpoint(trainer.policy, trainer.state_dict(), tmp_path, step=step, keep=9)
+        (folder / MANIFEST).unlink()
+    (folder / file).write_bytes((folder / file).read_bytes()[:1000])
+    assert whole_checkpoint(None, tmp_path) == folder
+    advice = f"to continue from the checkpoint before it: --resume {tmp_path / 'checkpoint-000001'}"
+    with pytest.raises(ResumeError, match=f"{re.escape(str(folder))}.*{re.escape(advice)}$"):
+        load_checkpoint(folder, load)
 
 
 def test_broken_lines_of_the_metrics_are_left_out(tmp_path):

@@ -58,7 +58,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# `make test` takes those that differ most.
+SLOW = ("grpo", "grpo-d", "grpo without KL")
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SETTINGS]
+)
 def test_a_resumed_run_ends_with_the_same_weights(setting, processor, tmp_path):
     options = SETTINGS[setting]
     whole = make_trainer(processor, **options)

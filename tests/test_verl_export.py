@@ -88,12 +88,12 @@ def hinted(completions, solutions, hint, **columns):
 
 
 def test_own_data_rewards_and_adapter(folder, tmp_path, monkeypatch, capsys):
-    """From a file of options; a text that verl would take for a video is left out, and an absent reward is no NaN."""
+    """From a file of options; a text that verl would take for a sound is left out, and an absent reward is no NaN."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ownverl.py").write_text(OWN)
     data = [row(n) | {"hint": "none" if n % 3 else "abc"} for n in range(12)]
     for one in data[1::3]:
-        one["problem"] = "What is <video>?"
+        one["problem"] = "What is <audio>?"
     write_jsonl(folder / "data.jsonl", data)
     options = {"data": str(folder / "data.jsonl"), "reward_weights": "ownverl:hinted=0.5", "eval_samples": 0}
     options |= {"eval_steps": 0, "epochs": 2, "prompts_per_step": 2, "method": "grpo", "beta": 0.0}

@@ -104,6 +104,7 @@ def test_ctrl_c_is_for_the_program_alone_and_mixes_no_replies(tmp_path, signals_
         os.kill(pid, 0)
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_a_program_that_is_killed():
     code = (
         "from mr1fast.rewards import worker; worker.equal('1', '2'); "
@@ -231,6 +232,7 @@ def test_a_worker_that_does_not_start_is_no_answer(new_worker, monkeypatch):
         math_worker.equal(*PAIRS[0])
 
 
+@pytest.mark.slow
 def test_a_bomb_costs_seconds(new_worker, monkeypatch):
     assert math_worker.equal("1", "1")
     monkeypatch.setattr(math_worker, "ANSWER_SECONDS", 0.5)

@@ -31,7 +31,8 @@ from mr1fast.model.prompts import prompt_messages
 from mr1fast.options.prompt import Prompt
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.checkpoint import could_not_be_written, load_state
+from mr1fast.training.checkpoint import could_not_be_written, load_state, whole_checkpoint
+from mr1fast.training.manifest import MANIFEST, write_manifest
 from mr1fast.training.metrics import reward_metrics
 from mr1fast.training.optimizer import learning_rate_at
 from mr1fast.training.order import rows_of_step
@@ -49,8 +50,9 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     config, folder = setup.config.for_task(name), setup.folder.task(name)
-    whole = [one for one in checkpoints(folder) if (one / STATE).exists()]
-    checkpoint = checkpoint or next(reversed(whole), None)
+    for half in [one for one in checkpoints(folder) if not (one / MANIFEST).exists()]:
+        remove_folder(half)  # a killed run has left it: the manifest is written last
+    checkpoint = whole_checkpoint(checkpoint, folder)
     done, before = 0, config.max_steps
     setup.loaded_base = None  # TRL has a reference of its own
     if checkpoint is None:
@@ -214,6 +216,8 @@ class EngineTrainer(GRPODTrainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save and not self.args.save_only_model:
                 torch.save(self.steps.state_dict(), folder / STATE)
+            if self.args.should_save:
+                write_manifest(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             remove_folder(folder)
             raise could_not_be_written(folder, error) from error

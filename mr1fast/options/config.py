@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mr1fast.data.columns import Reading, parse_columns
+from mr1fast.data.columns import Reading
 from mr1fast.data.sources import source_of, sources_of
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
-from mr1fast.options.fields import MANY, check_choice, check_value, option_string
+from mr1fast.options.fields import MANY, check_value, option_string
 from mr1fast.options.pairs import parse_pairs
 from mr1fast.options.prompt import Prompt, chosen_prompt
+from mr1fast.options.reading import read_as
 from mr1fast.options.recipes import (
     KL_DEFAULTS,
     R1_V,
@@ -32,7 +33,8 @@ from mr1fast.options.recipes import (
     recipe_name,
 )
 from mr1fast.options.reward_weights import parse_reward_weights
-from mr1fast.options.train_options import BY_TASK, LOGGERS, PARTS, TrainOptions
+from mr1fast.options.together import check_together
+from mr1fast.options.train_options import BY_TASK, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -48,90 +50,7 @@ class TrainConfig(TrainOptions):
             for each in value.values() if isinstance(value, Mapping) else [value]:
                 if each is not None:
                     check_value(field, each, option_string(field.name))
-        self._check_tasks()
-        self._check_data()
-        self._check_kl()
-        for part in self.frozen_parts:
-            check_choice("--freeze: a part", part, PARTS)
-        if set(self.frozen_parts) == set(PARTS):
-            raise UserError(f"--freeze {self.freeze} leaves nothing to train")
-        self._check_loggers()
-        self._check_engine()
-        if self.lora_rank is None and (self.lora_alpha, self.lora_targets) != (None, None):
-            raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
-        if self.merge and not self.trains_adapter and (self.model is None or Path(self.model).is_dir()):
-            raise UserError("--merge needs --lora-rank, or the folder of an adapter as --model")
-        if self.num_iterations > 1 and self.method == "sft":
-            raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
-        for name in self.names:
-            task = self.for_task(name)
-            if task.prompts_per_step % task.gradient_accumulation_steps:
-                raise UserError(
-                    "--gradient-accumulation-steps must divide --prompts-per-step, "
-                    f"got {task.gradient_accumulation_steps} and {task.prompts_per_step}"
-                )
-
-    def _check_data(self) -> None:
-        if (self.data, self.test_data) == (None, None):
-            check_no_reading(self.columns, self.image_root)
-        read_as(self.columns, self.image_root)
-        if len(set(self.test_sources)) < len(self.test_sources):
-            raise UserError(f"--test-data {self.test_data} names the same data twice")
-        if self.epochs is not None and self.max_steps is not None:
-            raise UserError("--epochs and --max-steps exclude each other; give one")
-        if self.epochs is not None and self.data is None and self.train_samples is None:
-            raise UserError("--epochs needs --data or --train-samples: the drawings of a task never end")
-
-    def _check_tasks(self) -> None:
-        if self.data is not None and self.task is not None:
-            raise UserError(f"--task {self.task} and --data {self.data} exclude each other; give one")
-        for name in self.tasks:
-            check_choice("--task", name, TASK_NAMES)
-        if len(set(self.tasks)) < len(self.tasks):
-            raise UserError(f"--task {self.task} names a task twice")
-        for name in BY_TASK:
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                if self.data is not None:
-                    raise UserError(f"{option_string(name)} must be one value with --data, got {value}")
-                for task in value:
-                    check_choice(f"{option_string(name)}: a task", task, TASK_NAMES)
-
-    def _check_loggers(self) -> None:
-        for name in self.loggers:
-            check_choice("--report-to: a logger", name, (*LOGGERS, "none"))
-        if len(set(self.loggers)) < len(self.loggers):
-            raise UserError(f"--report-to {self.report_to} names a logger twice")
-        if "none" in self.loggers:
-            raise UserError(f"--report-to {self.report_to}: none is given with something else")
-
-    def _check_engine(self) -> None:
-        if self.trl is not None and self.engine != "trl":
-            raise UserError(f"--trl belongs to --engine trl, and the engine is {self.engine}")
-        if self.engine == "trl" and self.method == "sft":
-            raise UserError("--engine trl trains with rewards, and --method sft has none; leave out --engine trl")
-        _ = self.trl_settings
-
-    def _check_kl(self) -> None:
-        for method, names in KL_DEFAULTS.items():
-            for name in names:
-                if method != self.method and getattr(self, name) is not None:
-                    raise UserError(
-                        f"{option_string(name)} belongs to --method {method}, and the method is {self.method}"
-                    )
-        if self.explore_fraction is not None and self.kl_schedule not in (None, *EXPLORING):
-            raise UserError(
-                f"--explore-fraction belongs to --kl-schedule {' or '.join(EXPLORING)}, "
-                f"and the schedule is {self.kl_schedule}"
-            )
-        if (self.target_kl is not None) != (self.kl_schedule == "adaptive"):
-            raise UserError("--target-kl and --kl-schedule adaptive go together; one was given without the other")
-        if self.method == "grpo-d":
-            low, high = (self._filled_in(self.names[0])[name] for name in ("beta_min", "beta_max"))
-            if low > high:
-                raise UserError(f"--beta-min must not be above --beta-max, got {low} and {high}")
-        if self.reference_model is not None and not self.for_task(self.names[0]).needs_reference:
-            raise UserError("--reference-model is of no use: the KL weight is 0 throughout; leave it out")
+        check_together(self)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -199,7 +118,7 @@ class TrainConfig(TrainOptions):
 
     def for_task(self, name: str) -> TaskConfig:
         """The options that train the model of a task, or of local data (under any name)."""
-        values: dict[str, Any] = {"explore_fraction": 0.0, **self._filled_in(name)}
+        values: dict[str, Any] = {"explore_fraction": 0.0, **self.filled_in(name)}
         if self.method != "grpo-d":  # a constant weight, which is 0 for supervised fine-tuning
             beta = values.get("beta", 0.0)
             values |= {"beta_min": beta, "beta_max": beta, "kl_schedule": "constant"}
@@ -230,7 +149,7 @@ class TrainConfig(TrainOptions):
 
         An option that differs between the tasks is {task: value}; one that is not in use is left out.
         """
-        by_name = {name: self._filled_in(name) for name in self.names}
+        by_name = {name: self.filled_in(name) for name in self.names}
         values: dict[str, Any] = {}
         for key, value in by_name[self.names[0]].items():
             each = {name: options[key] for name, options in by_name.items()}
@@ -239,7 +158,7 @@ class TrainConfig(TrainOptions):
             values["task"] = ",".join(self.tasks)
         return {field.name: values[field.name] for field in dataclasses.fields(self) if field.name in values}
 
-    def _filled_in(self, name: str) -> dict[str, Any]:
+    def filled_in(self, name: str) -> dict[str, Any]:
         """The options in use for a task, with the defaults of its recipe and of the method."""
         defaults = {**RECIPES[self.recipe(name)], **KL_DEFAULTS[self.method]}
         if self.trains_adapter:
@@ -296,19 +215,6 @@ class TaskConfig:
     def needs_reference(self) -> bool:
         """Whether the KL term ever has weight."""
         return self.beta_max > 0
-
-
-def check_no_reading(columns: str | None, image_root: str | None) -> None:
-    """Raises UserError for options about the user's own data, where there is none."""
-    for name, value in (("--columns", columns), ("--image-root", image_root)):
-        if value is not None:
-            raise UserError(f"{name} is about your own data, and there is no --data")
-
-
-def read_as(columns: str | None, image_root: str | None) -> Reading:
-    """What --columns and --image-root say. Raises UserError."""
-    named = {} if columns is None else parse_columns(columns, "--columns")
-    return Reading(named, None if image_root is None else Path(os.path.abspath(image_root)))
 
 
 def canonical(name: str, value: Any) -> Any:

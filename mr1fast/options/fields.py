@@ -12,6 +12,9 @@ from mr1fast.errors import UserError
 
 GREATEST = 2**63 - 1  # the largest integer that torch accepts
 MANY = 10**9  # steps: more than any run can take
+# How --help shows a value that has parts.
+LIST = "LIST"
+PAIRS = "KEY=VALUE,..."
 
 
 def option(
@@ -19,6 +22,7 @@ def option(
     help: str,
     *,
     group: str,
+    key_of: str = "",
     metavar: str = "",
     unit: str = "",
     choices: Sequence[str] | None = None,
@@ -30,19 +34,17 @@ def option(
     machine: bool = False,
     several: bool = False,
     blank: bool = False,
-    pairs: bool = False,
 ) -> Any:
     """A field of a dataclass of options.
 
-    group: the heading in --help under which it is listed. why: the reason for its bounds, given in the error for a
-    value outside them. shown: the default as --help gives it, if that is not the value itself. machine: the option says
-    where a run computes, not what, so that a resumed run may use another value. several: it may be given several times.
-    blank: it may be a text of nothing. pairs: it is KEY=VALUE, separated by commas, and in YAML may be a block.
+    group: the heading in --help under which it is listed. key_of: the option of which it is a key, see keyed.py. why:
+    the reason for its bounds, given in the error for a value outside them. shown: the default as --help gives it, if
+    that is not the value itself. machine: the option says where a run computes, not what, so that a resumed run may use
+    another value. several: it may be given several times. blank: it may be a text of nothing.
     """
-    said = {"help": help, "group": group, "metavar": metavar, "unit": unit, "choices": choices, "shown": shown}
-    bounds = {"at_least": at_least, "at_most": at_most, "below": below, "why": why, "blank": blank}
-    form = {"machine": machine, "several": several, "pairs": pairs}
-    return dataclasses.field(default=default, metadata={**said, **bounds, **form})
+    said = {"help": help, "group": group, "key_of": key_of, "metavar": metavar, "unit": unit, "shown": shown}
+    bounds = {"choices": choices, "at_least": at_least, "at_most": at_most, "below": below, "why": why, "blank": blank}
+    return dataclasses.field(default=default, metadata={**said, **bounds, "machine": machine, "several": several})
 
 
 def option_string(name: str) -> str:

@@ -1,11 +1,8 @@
-"""Options that are KEY=VALUE, separated by commas: how they are read, and written from a block of YAML."""
+"""Options that are KEY=VALUE, separated by commas."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from mr1fast.errors import UserError
 
@@ -23,8 +20,3 @@ def parse_pairs(text: str, source: str) -> dict[str, str]:
             raise UserError(f"{source} sets {key} twice")
         pairs[key] = value
     return pairs
-
-
-def written_pairs(block: Mapping[Any, Any]) -> str:
-    """A block of YAML in the form of the command line; what is no text there is JSON."""
-    return ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in block.items())

@@ -6,62 +6,25 @@ Nothing here imports torch, so that a mistake is reported at once.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mr1fast.checks import described, nearest
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
-from mr1fast.options.fields import check_value, option_string
-from mr1fast.options.pairs import written_pairs
+from mr1fast.options.config_file import SCHEMA_VERSION, read_yaml
+from mr1fast.options.fields import PAIRS, option_string
+from mr1fast.options.keyed import KEYED, KEYS, option_strings, read_keys
 from mr1fast.options.preset import PRESETS, beneath, preset_file
 from mr1fast.options.program import Parser, at_least, prog
 from mr1fast.options.recipes import SMALL_MODEL
 from mr1fast.options.reward_weights import DEFAULT_REWARDS, add_rewards
-from mr1fast.options.train_options import BY_TASK, GROUPS
+from mr1fast.options.train_options import GROUPS
+from mr1fast.options.values import FIELDS, convert, field_type
 
-FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-_HINTS = typing.get_type_hints(TrainConfig)
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-# The first entry of config.json and --print-config; a change after which an old file would be misread raises it.
-SCHEMA_VERSION = 1
-# Entries of config.json that are no options.
-RECORDS = ("schema_version", "max_steps_changes")
 THIS_DEVICE = 0  # what --plan is without a number
 # Options that cannot be given with one.
 EXCLUDE = {"epochs": ("max_steps",), "max_steps": ("epochs",)}
-
-
-def field_type(name: str) -> type:
-    """bool, int, float or str, also where None or a value for each task is allowed."""
-    hint = _HINTS[name]
-    return next(kind for kind in _TYPE_NAMES if kind is hint or kind in typing.get_args(hint))
-
-
-def convert(name: str, value: Any, source: str) -> Any:
-    """Convert a value from the command line or a YAML file to the option's type, and check its range."""
-    if isinstance(value, dict) and name in BY_TASK:
-        return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
-    if isinstance(value, dict) and FIELDS[name].metadata["pairs"]:
-        value = written_pairs(value)
-    if isinstance(value, list) and FIELDS[name].metadata["several"]:
-        value = ",".join(map(str, value))
-    wanted = field_type(name)
-    if wanted is bool and isinstance(value, bool):
-        return value
-    try:
-        if wanted is bool or isinstance(value, bool | list | dict):
-            raise ValueError
-        converted = wanted(str(value))
-    except ValueError:
-        raise UserError(f"{source} must be {_TYPE_NAMES[wanted]}, got {described(value)}") from None
-    check_value(FIELDS[name], converted, source)
-    return converted
 
 
 class _Once(argparse.Action):
@@ -71,6 +34,14 @@ class _Once(argparse.Action):
         if hasattr(namespace, self.dest):
             parser.error(f"{option_string} is given twice")
         setattr(namespace, self.dest, values)
+
+
+class _Keys(argparse.Action):
+    """Sets the options that the keys of an option are short for."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for name, value in read_keys(self.dest, values, str(option_string)).items():
+            setattr(namespace, name, value)
 
 
 class _Several(argparse.Action):
@@ -88,29 +59,51 @@ def build_parser() -> Parser:
         "verified.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        epilog="Small models are the embedded one and any model in a folder that has fewer than "
+        epilog=f"Each key of {', '.join(map(option_string, KEYED))} is also an option of its own: --eval "
+        "steps=50,samples=400 is --eval-steps 50 --eval-samples 400. A switch is turned off by --no-NAME, and a key "
+        "that is one by NAME=no. Small models are the embedded one and any model in a folder that has fewer than "
         f"{SMALL_MODEL:,} parameters, such as one trained from it. All others use the settings of R1-V.",
     )
-    run = parser.add_argument_group("the run")
-    run.add_argument(
+    _add_run(parser.add_argument_group("the run"))
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    groups["reward"].add_argument(
+        "--reward",
+        action="append",
+        metavar="NAME",
+        help="one more reward, with the weight 1; may be given several times. --reward mymodule:myfunction is short "
+        f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
+    )
+    listed = set[str]()
+    for name, field in FIELDS.items():
+        group, option = groups[field.metadata["group"]], field.metadata["key_of"]
+        if option and option not in listed:
+            group.add_argument(option_string(option), action=_Keys, metavar=PAIRS, help=_help_of_keys(option))
+            listed.add(option)
+        add_option(group, name, **({"help": argparse.SUPPRESS} if option else {}))
+    return parser
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
         "--config",
         action=_Once,
         metavar="FILE",
         help="YAML file that sets any of the options below; the command line takes precedence",
     )
-    run.add_argument(
+    add(
         "--preset",
         action=_Once,
         metavar="NAME",
         help="options of an experiment of the paper, over which --config and the command line take precedence: "
         f"{', '.join(PRESETS)}; vc is visual counting, gr geometry reasoning, 2b and 7b the size of Qwen2-VL",
     )
-    run.add_argument(
+    add(
         "--print-config",
         action="store_true",
         help="print such a file with the value that every option would have, defaults included, and exit",
     )
-    run.add_argument(
+    add(
         "--plan",
         action=_Once,
         metavar="GB",
@@ -120,7 +113,7 @@ def build_parser() -> Parser:
         help="say what a step will hold in memory and whether that fits this device, or a GPU with so many GB; if not, "
         "say which options make it fit, and exit with 1. No weights are read",
     )
-    run.add_argument(
+    add(
         "--resume",
         action=_Once,
         metavar="DIR",
@@ -129,35 +122,38 @@ def build_parser() -> Parser:
         help="continue the run DIR from its last checkpoint, or from DIR itself if that is a checkpoint; without DIR, "
         "continue the run with the newest checkpoint under --output-dir, or else under runs",
     )
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
-    groups["reward"].add_argument(
-        "--reward",
-        action="append",
-        metavar="NAME",
-        help="one more reward, with the weight 1; may be given several times. --reward mymodule:myfunction is short "
-        f"for --reward-weights {DEFAULT_REWARDS},mymodule:myfunction=1",
-    )
-    for name, field in FIELDS.items():
-        add_option(groups[field.metadata["group"]], name)
-    return parser
 
 
 def add_option(group: argparse._ArgumentGroup, name: str, **keywords: Any) -> None:
     """Add an option as it is declared; its value is text, for `convert`. keywords: more of add_argument's."""
-    field, kind = FIELDS[name], field_type(name)
-    metavar = field.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}.get(kind)
-    value: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": metavar}
+    field = FIELDS[name]
+    value: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if field_type(name) is bool else {}
+    if metavar := _metavar(name):
+        value["metavar"] = metavar
     if field.metadata["several"]:
         value["action"] = _Several
-    group.add_argument(option_string(name), help=_help(field).replace("%", "%%"), **value, **keywords)
+    group.add_argument(*option_strings(name), dest=name, **{"help": _help(name), **value, **keywords})
 
 
-def _help(field: dataclasses.Field) -> str:
+def _metavar(name: str) -> str:
+    """How a value is called in --help; "" for a switch."""
+    return FIELDS[name].metadata["metavar"] or {int: "N", float: "X", str: "NAME", bool: ""}[field_type(name)]
+
+
+def _help(name: str) -> str:
+    field = FIELDS[name]
     metadata = field.metadata
     unit = f", in {metadata['unit']}" if metadata["unit"] else ""
     choices = f" ({', '.join(metadata['choices'])})" if metadata["choices"] else ""
     what, semicolon, more = metadata["help"].partition(";")
-    return f"{what}{unit}{semicolon}{more}{choices} [default: {metadata['shown'] or field.default}]"
+    default = metadata["shown"] or ("no" if field.default is False else field.default)
+    return f"{what}{unit}{semicolon}{more}{choices} [default: {default}]".replace("%", "%%")
+
+
+def _help_of_keys(option: str) -> str:
+    """What the option does, and a line for each of its keys."""
+    keys = [f"{key}={_metavar(name) or 'yes'}: {_help(name)}" for key, name in KEYS[option].items()]
+    return "\n".join([f"{KEYED[option].help}, such as {KEYED[option].example}", *keys])
 
 
 @dataclass(frozen=True)
@@ -193,62 +189,6 @@ def layered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in lower.items() if name not in excluded} | upper
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The options of a YAML (or JSON) file, spelt with - or _; null leaves one at its default."""
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path} is not a text file in UTF-8") from None
-    except RecursionError:
-        raise UserError(f"--config {path} is not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", error)
-        raise UserError(f"--config {path} is not valid YAML{where}: {reason}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold lines of the form 'option: value'")
-    _check_keys(path, node)
-    given, unknown = read_options(content, path)
-    if unknown and not is_newer(content):
-        raise UserError(f"{path}: unknown option {unknown[0]!r}{nearest(unknown[0].replace('-', '_'), FIELDS)}")
-    say_unknown(path, unknown)
-    return given
-
-
-def read_options(content: Mapping[Any, Any], path: str) -> tuple[dict[str, Any], list[str]]:
-    """The options that a file sets, by name, and the keys in it that are not options."""
-    given, unknown = {}, []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in FIELDS:
-            unknown += [] if name in RECORDS else [str(key)]
-        elif value is not None:
-            given[name] = convert(name, value, f"{path}: {key}")
-    return given, unknown
-
-
-def is_newer(content: Mapping[Any, Any]) -> bool:
-    """Whether a newer version of mr1fast, which may have more options, wrote this."""
-    version = content.get("schema_version")
-    return isinstance(version, int) and version > SCHEMA_VERSION
-
-
-def say_unknown(path: str, unknown: Sequence[str]) -> None:
-    if unknown:
-        print(
-            f"note: {path} has options that this version does not know and ignores: {', '.join(unknown)}",
-            file=sys.stderr,
-        )
-
-
 def printed_config(config: TrainConfig) -> str:
     """The resolved options as YAML, which --config reads."""
     import yaml
@@ -258,13 +198,3 @@ def printed_config(config: TrainConfig) -> str:
         flow = None if isinstance(value, dict) else False
         lines.append(yaml.safe_dump({name: value}, default_flow_style=flow, sort_keys=False))
     return "".join(lines)
-
-
-def _check_keys(path: str, node: Any) -> None:
-    """Refuse an option that is set twice; YAML's loader would silently take the last value."""
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-        if name in lines:
-            raise UserError(f"{path}: option {name!r} is set in line {lines[name]} and again in line {line}")
-        lines[name] = line

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
@@ -20,8 +20,21 @@ def prog(module: str) -> str:
     return sys.argv[0] if sys.argv[0].startswith("mr1fast ") else f"python -m mr1fast.{module}"
 
 
+class _Lines(argparse.HelpFormatter):
+    """Each line of a help text begins on a line of its own."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        lines: list[str] = []
+        for line in text.splitlines():
+            lines += super()._split_lines(line, width)
+        return lines
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError, and suggests the option that was meant."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(formatter_class=_Lines, **keywords)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from mr1fast.errors import UserError
 from mr1fast.model.policy import Policy
+from mr1fast.training.manifest import damage, sync, write_manifest
 from mr1fast.training.run_folder import STATE, ResumeError, checkpoints, remove_folder, step_of
 
 
@@ -33,11 +34,31 @@ def save_checkpoint(policy: Policy, state: dict[str, Any] | None, folder: Path, 
         policy.save(temporary)
         if state is not None:
             torch.save(state, temporary / STATE)
+        write_manifest(temporary)
 
     saved = _write_whole(folder / f"checkpoint-{step:06d}", write)
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
     return saved
+
+
+def whole_checkpoint(named: Path | None, folder: Path) -> Path | None:
+    """The checkpoint that the user named, or else the newest of a task; None if it has none.
+
+    A damaged one is passed over for the one before it, and both are said; that of the user, or the task's only one, is
+    a ResumeError. Nothing is removed or loaded.
+    """
+    found = [named] if named else checkpoints(folder)[::-1]
+    why: dict[Path, str] = {}
+    for checkpoint in found:
+        if (broken := damage(checkpoint)) is None:
+            for passed, reason in why.items():
+                print(f"{passed} is passed over, as {reason}; training goes on from {checkpoint}", flush=True)
+            return checkpoint
+        why[checkpoint] = broken
+    if found:
+        raise ResumeError(f"{found[-1]} is damaged: {broken}; {_instead_of(found[-1])}")
+    return None
 
 
 def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Policy, dict[str, Any]]:
@@ -60,13 +81,15 @@ def load_checkpoint(checkpoint: Path, load: Callable[..., Policy]) -> tuple[Poli
             ]
         return policy, state
     except ValueError as error:
-        whole = [one for one in checkpoints(checkpoint.parent) if (one / STATE).exists()]
-        earlier = [one for one in whole if step_of(one) < step_of(checkpoint)]
-        if earlier:
-            advice = f"to continue from the checkpoint before it: --resume {earlier[-1]}"
-        else:
-            advice = f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} starts without it"
-        raise ResumeError(f"{error}; {advice}") from error
+        raise ResumeError(f"{error}; {_instead_of(checkpoint)}") from error
+
+
+def _instead_of(checkpoint: Path) -> str:
+    whole = [one for one in checkpoints(checkpoint.parent) if (one / STATE).exists()]
+    earlier = [one for one in whole if step_of(one) < step_of(checkpoint)]
+    if earlier:
+        return f"to continue from the checkpoint before it: --resume {earlier[-1]}"
+    return f"there is no earlier one; move it away, and --resume {checkpoint.parent.parent} starts without it"
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -88,6 +111,7 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
         write(temporary)
         remove_folder(folder)
         temporary.rename(folder)
+        sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise could_not_be_written(folder, error) from error

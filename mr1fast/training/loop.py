@@ -13,11 +13,11 @@ from mr1fast.errors import UserError
 from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
 from mr1fast.rewards import unanswered, unanswered_summary
-from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model
+from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model, whole_checkpoint
 from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
 from mr1fast.training.pictures import draw_pictures
-from mr1fast.training.run_folder import ResumeError, checkpoints, versions, write_config
+from mr1fast.training.run_folder import ResumeError, versions, write_config
 from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.task_run import follow_new_total, task_run
@@ -122,7 +122,7 @@ def closing_words(setup: Setup, result: dict[str, Any]) -> str:
 def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     """Train a model on one task from this checkpoint, or else the task's newest, or else from the beginning."""
     config, folder = setup.config.for_task(name), setup.folder.task(name)
-    checkpoint = checkpoint or next(reversed(checkpoints(folder)), None)
+    checkpoint = whole_checkpoint(checkpoint, folder)
     if not setup.base_is_reference(config):
         setup.loaded_base = None
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)

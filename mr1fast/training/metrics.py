@@ -25,8 +25,8 @@ class MetricsLog:
 
     def __init__(self, run: RunFolder, task: str, first_step: int, loggers: Sequence[Logger] = ()):
         self.file, self.task, self.loggers = run.metrics_file, task, loggers
-        if self.file.exists():
-            kept = [row for row in _rows(self.file) if row["task"] != task or row["step"] < first_step]
+        if rows := read_rows(self.file):
+            kept = [row for row in rows if row["task"] != task or row["step"] < first_step]
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored] = ()) -> None:
@@ -45,9 +45,11 @@ class MetricsLog:
             logger.close()
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
     """The complete rows of metrics.jsonl: a run that was killed may have left half a line."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if not file.exists():
+        return rows
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)

@@ -20,8 +20,9 @@ from mr1fast.data.sources import is_hub_name
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig, canonical
+from mr1fast.options.config_file import read_options, say_unknown
 from mr1fast.options.fields import option_string
-from mr1fast.options.parse import FIELDS, Request, read_options, say_unknown
+from mr1fast.options.parse import FIELDS, Request
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.training.loggers import check_installed
 from mr1fast.training.run_folder import (

@@ -13,7 +13,7 @@ from typing import Any
 
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.options.fields import option_string
-from mr1fast.options.train_options import PARTS
+from mr1fast.options.problem_options import PARTS
 
 GIB = 2**30
 # Held whatever the data are.

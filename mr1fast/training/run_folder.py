@@ -4,11 +4,12 @@
         config.json            the options with every default filled in, as `--config` reads them
         metrics.jsonl          one line per step and task; step 0 is before training
         result.json            accuracies before and after
+        run.html               the run as it goes, for a browser
         curves.png, samples.png
         answers/before-training/vc.jsonl
         answers/trained-on-vc/vc.jsonl
         tensorboard/vc/
-        vc/checkpoint-000050/  model, processor, trainer_state.pt
+        vc/checkpoint-000050/  model, processor, trainer_state.pt, SHA256SUMS
         vc/model/              the trained model; with LoRA, its adapter
         vc/adapter/            with LoRA and --merge, the adapter; vc/model is the whole model
         vc/skipped/            samples of steps with NaN or inf
@@ -31,7 +32,7 @@ from typing import Any
 from mr1fast import __version__
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
-from mr1fast.options.parse import SCHEMA_VERSION
+from mr1fast.options.config_file import SCHEMA_VERSION
 
 RUNS = Path("runs")
 STATE = "trainer_state.pt"  # of a checkpoint; training cannot be continued without it
@@ -51,6 +52,7 @@ class RunFolder:
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.result_file = path / "result.json"
+        self.page = path / "run.html"
         self.curves, self.samples = path / "curves.png", path / "samples.png"
 
     def task(self, name: str) -> Path:

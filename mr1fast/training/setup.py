@@ -111,7 +111,7 @@ class Setup(RunData):
             lines += [f"the KL term measures from {self.config.reference_model}"]
         if self.offloads_reference:
             lines += ["the reference waits in the CPU's memory between its turns, as both models would not fit"]
-        lines += [f"files go to {self.folder.path}"]
+        lines += [f"files go to {self.folder.path}; {self.folder.page} shows the run as it goes"]
         lines += self.sizes(own=self.config.data is not None)
         lines += summaries(self.splits)
         if scaled := scaled_down(self.splits, self.base.processor):

@@ -17,8 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from mr1fast.model.policy import Policy
-from mr1fast.training.loggers import open_loggers
-from mr1fast.training.metrics import MetricsLog
+from mr1fast.training.loggers import Guarded, open_loggers
+from mr1fast.training.metrics import MetricsLog, read_rows
+from mr1fast.training.page import Page
 from mr1fast.training.pictures import Unfinished, draw_pictures
 from mr1fast.training.run_folder import checkpoints, record_max_steps, remove_folder, step_of, versions, write_json
 from mr1fast.training.scoring import Scored
@@ -100,8 +101,11 @@ def task_run(setup: Setup, name: str, policy: Policy, *, done: int, resumed: boo
 def _open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
     """metrics.jsonl and the loggers of a task's training."""
     config, folder = setup.config, setup.folder
-    recorded = {**config.resolved(), **dataclasses.asdict(config.for_task(name)), "versions": versions()}
+    own = config.for_task(name)
+    recorded = {**config.resolved(), **dataclasses.asdict(own), "versions": versions()}
     loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
+    before = [row for row in read_rows(folder.metrics_file) if row["task"] == name and row["step"] < first_step]
+    loggers.append(Guarded(folder.page.name, lambda: Page(folder, name, before, own.max_steps)))
     return MetricsLog(folder, name, first_step, loggers)
 
 
