@@ -60,5 +60,9 @@ inline Logarithm log_of(Floats x) {
   const Floats rest = (p * u * t + 2.0f * t) + exponent * 0x1.7f7d1cp-20f;
   return {exponent * 0x1.62e4p-1f, rest + (x - x)};  // NaN also of inf
 }
+inline Floats ln_of(Floats x) {
+  const Logarithm log = log_of(x);
+  return log.most + log.rest;
+}
 
 }  // namespace mr1fast

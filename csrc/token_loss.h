@@ -24,17 +24,18 @@
 
 namespace mr1fast {
 
-// reference.EXP_LIMIT: beyond it the exponential of a log-ratio, or of ref_logp - logp, stays at e^80. float32's
+// exponentials.EXP_LIMIT: beyond it the exponential of a log-ratio, or of ref_logp - logp, stays at e^80. float32's
 // overflows at e^88.7, and inf times a zero would be NaN. The derivative keeps the saturated value: it is finite and
 // still points back.
 constexpr float kExpLimit = 80.0f;
 
 constexpr double kAdvantageEps = 1e-4;  // advantages.EPS
 
-enum class Policy : int32_t { kClip, kCispo, kSapo };  // in the order of reference.POLICIES
-enum class Estimator : int32_t { kK1, kAbs, kK2, kK3, kLow_var_kl };  // in the order of reference.ESTIMATORS
+// In the order of policies.POLICIES and estimators.ESTIMATORS.
+enum class Policy : int32_t { kClip, kCispo, kSapo, kCispo_two_sided, kDppo_tv, kDppo_kl };
+enum class Estimator : int32_t { kK1, kAbs, kK2, kK3, kLow_var_kl };
 
-constexpr float kLowVarKlLimit = 10.0f;  // reference.LOW_VAR_KL_LIMIT
+constexpr float kLowVarKlLimit = 10.0f;  // estimators.LOW_VAR_KL_LIMIT
 
 // What a token's objective is told besides its tensors, under the names of reference.SWITCHES and reference.NUMBERS and
 // in their order (tests/test_settings.py compares them). Both arrive as lists: every member has 4 bytes.
@@ -45,7 +46,7 @@ struct Switches {
 };
 struct Numbers {
   float epsilon_low, epsilon_high;
-  float delta;  // inf where there is none
+  float delta, clip_ratio_c;  // inf where there is none
   float sapo_temperature_pos, sapo_temperature_neg;
   float kl_clamp;  // inf where there is none
 };
@@ -71,6 +72,7 @@ struct TokenLoss {
 };
 
 MR1_HD float exp_of(float x) { return expf(x); }
+MR1_HD float ln_of(float x) { return logf(x); }
 
 // exp(x) - 1 to full relative precision. Where |x| < 0.35 exp(x) is near 1, and the subtraction would cancel its
 // digits: there the Taylor series is summed, of which the first omitted term is below 0.35^7 / 8! = 2e-8 of the
@@ -127,6 +129,26 @@ MR1_HD KlTerm<F> kl_term(F d, const TokenSpec& spec) {
   return {kl, held ? zero : slope, held ? kl : sum};
 }
 
+// DPPO's conditions on the probability of a token: it rose too far, it fell too far.
+template <typename F>
+struct Moved {
+  decltype(F{} < F{}) rose, fell;
+};
+
+// By the total variation or the KL of sampling this token or any other one.
+template <typename F>
+MR1_HD Moved<F> moved_too_far(F logp, F old_logp, const TokenInput<F>& in, Policy policy) {
+  const F p = exp_of(logp), old_p = exp_of(old_logp);
+  const F low = in.epsilon_low, high = in.epsilon_high;
+  if (policy == Policy::kDppo_tv) return {p - old_p > high, p - old_p < -low};
+  const F zero = F{}, least = zero - 1e30f;
+  F rest = -exp_minus_1(logp), old_rest = -exp_minus_1(old_logp);
+  rest = (rest < 0.0f ? zero : rest) + 1e-8f;  // rounding may have made it negative
+  old_rest = (old_rest < 0.0f ? zero : old_rest) + 1e-8f;
+  const F kl = old_p * ((old_logp < least ? least : old_logp) - logp) + (1.0f - old_p) * ln_of(old_rest / rest);
+  return {(kl > high) & (p > old_p), (kl > low) & (p < old_p)};
+}
+
 // The slopes are derivatives with respect to logp; that of the ratio is the ratio itself.
 template <typename F>
 MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
@@ -142,11 +164,14 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
   F term, slope;
   if (spec.switches.policy == Policy::kClip) {
     const F lo = 1.0f - in.epsilon_low, hi = 1.0f + in.epsilon_high, delta = zero + set.delta;
-    const F bounded = ratio > delta ? delta : ratio;
-    const F clipped = ratio < lo ? lo : (ratio > hi ? hi : ratio);
+    const F most = zero + set.clip_ratio_c;
+    const auto beyond = (ratio > most) & (a < 0.0f);
+    const F dual = beyond ? most : ratio;
+    const F bounded = dual > delta ? delta : dual;
+    const F clipped = dual < lo ? lo : (dual > hi ? hi : dual);
     const F free_term = bounded * a, clip_term = clipped * a;
-    const F free_slope = ratio > delta ? zero : a;
-    const F clip_slope = ((ratio < lo) | (ratio > hi)) ? zero : a;
+    const F free_slope = ((dual > delta) | beyond) ? zero : a;
+    const F clip_slope = ((dual < lo) | (dual > hi) | beyond) ? zero : a;
     // min(free, clipped) has the slope of the smaller one. Where they are equal it has none; torch.min, and with it the
     // reference, takes the mean of the two.
     const F mean = 0.5f * (free_slope + clip_slope);
@@ -160,6 +185,23 @@ MR1_HD TokenLoss<F> token_loss(const TokenInput<F>& in, const TokenSpec& spec) {
     term = dead ? zero : -weight * a * in.logp;
     slope = -weight * a;
     out.high = (ratio > bound) & (a > 0.0f);
+  } else if (spec.switches.policy == Policy::kCispo_two_sided) {
+    const F lo = 1.0f - in.epsilon_low, hi = 1.0f + in.epsilon_high;
+    const F weight = ratio < lo ? lo : (ratio > hi ? hi : ratio);
+    term = dead ? zero : -weight * a * in.logp;
+    slope = -weight * a;
+    out.low = ratio < lo;
+    out.high = ratio > hi;
+  } else if (spec.switches.policy == Policy::kDppo_tv || spec.switches.policy == Policy::kDppo_kl) {
+    const Moved<F> moved = moved_too_far(in.logp, old_logp, in, spec.switches.policy);
+    const auto positive = a > 0.0f;
+    const F bound = zero + set.clip_ratio_c;
+    out.low = positive ? zero > zero : moved.fell;
+    out.high = moved.rose & positive;
+    // Multiplied by 0, so that a NaN is not hidden.
+    const F weight = (ratio > bound ? bound : ratio) * ((out.low | out.high) ? zero : zero + 1.0f);
+    term = dead ? zero : -weight * a * in.logp;
+    slope = -weight * a;
   } else {
     const F t = a > 0.0f ? zero + set.sapo_temperature_pos : zero + set.sapo_temperature_neg;
     const F gate = 1.0f / (1.0f + exp_of(-t * (ratio - 1.0f)));

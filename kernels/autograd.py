@@ -4,6 +4,7 @@ There are two ways through the loss head:
 
 - one pass (token-level objective, scalar loss): forward writes the finished gradient, and backward passes it on;
 - two passes (everything else): `token_logprobs` has an autograd rule, and the objective is ordinary torch on [B, L].
+  What needs more than a token at a time (a BatchwiseSpec, a sequence-level ratio) has no other way.
   float16 logits take this way, too: a small gradient survives in float16 only if the loss scale is in it before it is
   rounded.
 
@@ -15,13 +16,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from mr1fast.kernels import dispatch, reference
+from mr1fast.kernels import batchwise, dispatch, reference
+from mr1fast.kernels.normalisers import token_count
 from mr1fast.kernels.ops import (
     grpo_loss_inplace_op,
     grpo_loss_op,
@@ -32,7 +35,7 @@ from mr1fast.kernels.ops import (
     score_backward_op,
     score_op,
 )
-from mr1fast.kernels.reference import LossBatch, LossSpec, flat
+from mr1fast.kernels.reference import BatchwiseSpec, LossBatch, LossSpec, flat
 
 # (loss, logps, entropies, kl, is_low_clipped, is_high_clipped)
 LossOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
@@ -67,6 +70,8 @@ def one_pass(spec: LossSpec, reduction: str, dtype: torch.dtype, differentiated:
     """Whether forward can compute the gradient (see above); dtype: of the logits."""
     if differentiated and dtype == torch.float16:
         return False
+    if isinstance(spec, BatchwiseSpec):
+        return False
     return reduction != "none" and spec.importance_sampling_level == "token"
 
 
@@ -81,8 +86,18 @@ def _two_passes(
 
 def objective(logps: Tensor, entropies: Tensor | None, batch: LossBatch, spec: LossSpec, reduction: str) -> LossOutputs:
     """The second of the two passes: ordinary torch on log-probabilities and entropies [B, L], both 0 where masked."""
-    loss, kl, is_low, is_high = reference.objective(logps, batch, spec)
-    loss = loss * batch.token_weight if reduction == "none" else reference.aggregate(loss, entropies, batch)
+    high = None
+    if isinstance(spec, BatchwiseSpec) and spec.top_entropy_quantile < 1:
+        assert entropies is not None
+        high = batchwise.high_entropy(entropies, batch.mask, spec.top_entropy_quantile)
+    loss, kl, is_low, is_high = reference.objective(logps, batch, spec, high)
+    if reduction == "none":
+        loss = loss * batch.token_weight
+    elif high is None or entropies is None or batch.entropy_weight is None:
+        loss = reference.aggregate(loss, entropies, batch)
+    else:  # the bonus is that of the same tokens
+        share = high.sum().clamp(min=1) / token_count(batch.ids, batch.mask) if reduction == "mean" else 1
+        loss = reference.aggregate(loss, entropies * high, replace(batch, entropy_weight=batch.entropy_weight / share))
     entropies, kl = (None if tensor is None else tensor.detach() for tensor in (entropies, kl))
     return loss, logps.detach(), entropies, kl, is_low, is_high
 

@@ -62,3 +62,7 @@ def batch_tokens(tokens: Tokens) -> Tensor | float:
     if items is None:
         return all_tokens(tokens)
     return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+
+
+# Those that are means over completions.
+OVER_COMPLETIONS = (completion_tokens, completions, longest_completions)

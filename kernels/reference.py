@@ -1,7 +1,12 @@
 """The definition of the loss: plain PyTorch with no hand-written derivative, selectable as `backend="torch"`.
 
-Everything the fused kernels compute is defined here, and they are tested against this file in float64. The loss of one
-token is written out in two more places together with its derivative: `triton_objective.py` and `csrc/token_loss.h`.
+Everything the fused kernels compute is defined here and in the files that this one puts together (`policies.py`,
+`batchwise.py`, `estimators.py`, `normalisers.py`), and they are tested against these in float64. The loss of one token
+is written out in two more places together with its derivative: `triton_objective.py` and `csrc/token_loss.h`.
+
+A new objective of single tokens is a function in `policies.py`, a row in `_LOSS_TYPES` below, a branch in each of the
+other two spellings, and its statement in tests/oracle.py. One that needs more than a token at a time is a function in
+`batchwise.py`, a row and its statement.
 
 Sources: OThink-MR1 (arXiv 2503.16081) for the GRPO-D objective, TRL 1.16's `GRPOTrainer._compute_loss` for the other
 loss types. Shapes: B completions, L tokens, V vocabulary; S packed completions of T tokens in all are [1, T], and
@@ -14,7 +19,6 @@ and a padded position may hold anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -22,16 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mr1fast.kernels import normalisers
+from mr1fast.kernels import batchwise, normalisers, policies
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.completions import Completions
+from mr1fast.kernels.estimators import KL_ESTIMATORS, kl_estimate
+from mr1fast.kernels.exponentials import NEG_INF, saturating_exp
 from mr1fast.kernels.normalisers import Tokens
-
-# float32's exp overflows at 88.7. Log-ratios are cut off at 80, which leaves a factor of e^8.7 for what multiplies them
-# (advantage, KL weight, 1 / temperature), so that no product overflows to inf and no gradient becomes inf * 0 = NaN.
-EXP_LIMIT = 80.0
-NEG_INF = float("-inf")
-
+from mr1fast.kernels.policies import POLICIES, Policy, PolicyInput
 
 # ---- one call -------------------------------------------------------------------------------------------------------
 
@@ -49,6 +50,7 @@ class LossSpec:
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     delta: float = math.inf  # inf: the ratio has no second bound
+    clip_ratio_c: float = math.inf  # inf: nor where the advantage is negative
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     kl_estimator: str = "k3"
@@ -82,6 +84,20 @@ class LossSpec:
 SWITCHES = ("policy", "estimator", *(field.name for field in fields(LossSpec) if field.type == "bool"))
 NUMBERS = tuple(field.name for field in fields(LossSpec) if field.type == "float" and field.name != "temperature")
 _switches_of, _numbers_of = attrgetter(*SWITCHES), attrgetter(*NUMBERS)
+
+
+@dataclass(frozen=True)
+class BatchwiseSpec(LossSpec):
+    """The settings of a call that needs more than a token at a time. It takes two passes: no kernel ever sees this."""
+
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float = math.inf
+    sampling_logps: Tensor | None = None  # [B, L], for the mask before; None: the old log-probabilities
+    clip_cov_ratio: float = 0.0002
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 0.0002
+    ppo_kl_coef: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -164,43 +180,6 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
 # ---- log-probabilities to the loss ----------------------------------------------------------------------------------
 
 
-def saturating_exp(x: Tensor) -> Tensor:
-    """exp(min(x, EXP_LIMIT)), whose derivative is its value everywhere: bounded, but never flat.
-
-    With a flat bound, nothing would pull a token that is far from the reference back towards it.
-    """
-    return torch.exp(torch.where(x <= EXP_LIMIT, x, EXP_LIMIT + (x - x.detach())))
-
-
-# A policy term, and where it is clipped from below and from above, all [B, L].
-Term = tuple[Tensor, Tensor, Tensor]
-
-
-def _clip(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
-    """PPO's term: -min(ratio A, clip(ratio) A). If delta is given, it bounds the unclipped ratio from above."""
-    low, high = 1 - spec.epsilon_low, 1 + spec.epsilon_high
-    bounded = ratio.clamp(max=spec.delta)
-    loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
-    return loss, (bounded < low) & (advantages < 0), (bounded > high) & (advantages > 0)
-
-
-def _cispo(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
-    """MiniMax-M1's term (arXiv 2506.13585): REINFORCE weighted by the ratio, which epsilon_high itself bounds."""
-    loss = -ratio.clamp(max=spec.epsilon_high).detach() * advantages * logps
-    return loss, _nowhere(ratio), (ratio > spec.epsilon_high) & (advantages > 0)
-
-
-def _sapo(ratio: Tensor, advantages: Tensor, logps: Tensor, spec: LossSpec) -> Term:
-    """Qwen's term (arXiv 2511.20347): instead of the clip, a sigmoid that has slope 1 at ratio 1."""
-    t = torch.where(advantages > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
-    loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantages
-    return loss, _nowhere(ratio), _nowhere(ratio)
-
-
-def _nowhere(like: Tensor) -> Tensor:
-    return torch.zeros_like(like, dtype=torch.bool)
-
-
 def _of_tokens(spec: LossSpec, batch: LossBatch) -> LossSpec:
     """The spec with those settings as tensors [B, L] that the batch gives for each token."""
     if batch.epsilons_low is None and batch.epsilons_high is None:
@@ -212,54 +191,6 @@ def _of_tokens(spec: LossSpec, batch: LossBatch) -> LossSpec:
     return replace(spec, epsilon_low=low, epsilon_high=high)  # type: ignore[arg-type]
 
 
-Policy = Callable[[Tensor, Tensor, Tensor, LossSpec], Term]
-POLICIES: tuple[Policy, ...] = (_clip, _cispo, _sapo)  # in the order of their numbers in Triton and C++
-
-
-# ---- the KL to the reference, from d = ref_logp - logp ----
-
-
-def _k1(d: Tensor) -> Tensor:
-    """Unbiased, of either sign. (The names k1, k2 and k3 are Schulman's, http://joschu.net/blog/kl-approx.html.)"""
-    return -d
-
-
-def _abs(d: Tensor) -> Tensor:
-    return d.abs()
-
-
-def _k2(d: Tensor) -> Tensor:
-    return d.square() / 2
-
-
-def _k3(d: Tensor) -> Tensor:
-    """Unbiased, at least 0. It grows with e^d: beyond d = 80 the exponential (and with it the slope) stays at e^80. It
-    is then far beyond any use as an estimate; what matters is that loss and gradient stay finite and keep pulling the
-    policy back.
-    """
-    return saturating_exp(d) - d - 1
-
-
-def _low_var_kl(d: Tensor) -> Tensor:
-    """verl's and EasyR1's, and OpenRLHF's k3: cut at 10, beyond which nothing pulls the policy back any more.
-
-    (verl and EasyR1 cut d at 20 before; at 20 either way the estimate is above 10 already.)
-    """
-    kl = _k3(d)
-    return torch.where(kl > LOW_VAR_KL_LIMIT, LOW_VAR_KL_LIMIT, kl)
-
-
-ESTIMATORS = (_k1, _abs, _k2, _k3, _low_var_kl)  # in the order of their numbers in Triton and C++
-KL_ESTIMATORS = tuple(estimator.__name__.removeprefix("_") for estimator in ESTIMATORS)
-LOW_VAR_KL_LIMIT = 10.0
-
-
-def _kl(d: Tensor, spec: LossSpec) -> Tensor:
-    if spec.kl_clamp != math.inf:  # not by clamp(), which would give a NaN the gradient 0
-        d = torch.where(d > spec.kl_clamp, spec.kl_clamp, torch.where(d < -spec.kl_clamp, -spec.kl_clamp, d))
-    return ESTIMATORS[spec.estimator](d)
-
-
 def token_advantages(batch: LossBatch) -> Tensor:
     """The advantage of each token, [B, L] (a view), computed from the rewards if those were given."""
     if batch.advantages is not None:
@@ -269,34 +200,35 @@ def token_advantages(batch: LossBatch) -> Tensor:
     return advantages[:, None].expand(batch.ids.shape)
 
 
-def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Per-token loss, KL, and the two clip flags, all [B, L] and 0 where masked; differentiable in `logps` [B, L]."""
+def objective(
+    logps: Tensor, batch: LossBatch, spec: LossSpec, high_entropy: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Per-token loss, KL, and the two clip flags, all [B, L] and 0 where masked; differentiable in `logps` [B, L].
+
+    high_entropy: bool [B, L] or None, the tokens that keep their policy term.
+    """
     keep = (lambda x: x) if batch.mask is None else (lambda x: torch.where(batch.mask, x, 0))
+    loss_type, completions = _LOSS_TYPES[spec.loss_type], Completions.of(logps.shape, batch.cu_seqlens)
     dead = logps == NEG_INF
     logps = torch.where(dead, 0, logps)
-    advantages = keep(token_advantages(batch))
+    old, log_ratio = _log_ratio(logps, dead, None if batch.old_logps is None else keep(batch.old_logps))
+    ratio = saturating_exp(_at_level(log_ratio, logps, batch.mask, completions, spec.importance_sampling_level))
 
-    if batch.old_logps is None:
-        log_ratio = logps - logps.detach()
-    else:
-        old = keep(batch.old_logps)
-        # Finite, so that a token the old policy had banned gives a saturated ratio and not inf - inf.
-        log_ratio = logps - old.clamp(min=-1e30)
-        log_ratio = torch.where(dead, torch.where(old == NEG_INF, 0, NEG_INF), log_ratio)
-    if spec.importance_sampling_level == "sequence":
-        completions = Completions.of(logps.shape, batch.cu_seqlens)
-        total = completions.spread(completions.sums(keep(log_ratio)))
-        log_ratio = (total / completions.tokens(batch.mask)).to(logps.dtype).expand(logps.shape)
-    ratio = saturating_exp(log_ratio)
-
-    loss, is_low, is_high = _LOSS_TYPES[spec.loss_type].policy(ratio, advantages, logps, _of_tokens(spec, batch))
+    averaged = batch.mask if high_entropy is None else high_entropy
+    x = PolicyInput(ratio, log_ratio, keep(token_advantages(batch)), logps, old, dead, averaged, completions)
+    loss, is_low, is_high = loss_type.policy(x, _of_tokens(spec, batch))
+    if isinstance(spec, BatchwiseSpec):
+        if high_entropy is not None and loss_type.sees != "completion":
+            loss = loss * high_entropy
+        if spec.off_policy_mask_threshold != math.inf:
+            loss = loss * batchwise.near_policy(x, batch.mask, spec)
     if batch.is_ratio is not None:
         loss = loss * keep(batch.is_ratio)
 
     kl = None
     if batch.ref_logps is not None:
         d = torch.where(dead, 0, keep(batch.ref_logps) - logps)
-        kl = _kl(d, spec)
+        kl = kl_estimate(d, spec.kl_estimator, spec.kl_clamp)
         if spec.use_bias_correction_kl:
             kl = kl * ratio
         kl = keep(kl)
@@ -305,25 +237,69 @@ def objective(logps: Tensor, batch: LossBatch, spec: LossSpec) -> tuple[Tensor, 
     return keep(loss), kl, keep(is_low), keep(is_high)
 
 
+def _log_ratio(logps: Tensor, dead: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(old log-probabilities, log-ratio of each token); logps: 0 where the token is banned now, `dead`."""
+    if old is None:
+        return torch.where(dead, -1e30, logps.detach()), logps - logps.detach()
+    # Finite, so that a token the old policy had banned gives a saturated ratio and not inf - inf.
+    finite = old.clamp(min=-1e30)
+    return finite, torch.where(dead, torch.where(old == NEG_INF, 0, NEG_INF), logps - finite)
+
+
+def _at_level(log_ratio: Tensor, logps: Tensor, mask: Tensor | None, completions: Completions, level: str) -> Tensor:
+    """The log-ratio at one of IMPORTANCE_SAMPLING_LEVELS, [B, L]."""
+    if level == "token":
+        return log_ratio
+    mean = batchwise.completion_means(log_ratio, mask, completions)
+    if level == "sequence":  # GSPO (arXiv 2507.18071)
+        return mean
+    return mean.detach() + (logps - logps.detach())  # GSPO-token: its value, but each token's own gradient
+
+
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
+
+
 # ---- tokens to one number -------------------------------------------------------------------------------------------
 
 
 class LossType(NamedTuple):
     policy: Policy
     normaliser: normalisers.Normaliser
+    sees: str = "token"  # or "completion", "batch": what the policy term of a token depends on
+    levels: tuple[str, ...] = IMPORTANCE_SAMPLING_LEVELS  # those of its ratio that have a meaning
 
 
+_TOKEN = ("token",)
 _LOSS_TYPES = {
-    "grpo": LossType(_clip, normalisers.completion_tokens),
-    "bnpo": LossType(_clip, normalisers.all_tokens),
-    "dr_grpo": LossType(_clip, normalisers.longest_completions),
-    "dapo": LossType(_clip, normalisers.batch_tokens),
-    "luspo": LossType(_clip, normalisers.completions),
-    "cispo": LossType(_cispo, normalisers.batch_tokens),
-    "sapo": LossType(_sapo, normalisers.completion_tokens),
+    "grpo": LossType(policies.clip, normalisers.completion_tokens),
+    "bnpo": LossType(policies.clip, normalisers.all_tokens),
+    "dr_grpo": LossType(policies.clip, normalisers.longest_completions),
+    "dapo": LossType(policies.clip, normalisers.batch_tokens),
+    "luspo": LossType(policies.clip, normalisers.completions),
+    "cispo": LossType(policies.cispo, normalisers.batch_tokens),
+    "cispo_two_sided": LossType(policies.cispo_two_sided, normalisers.batch_tokens),
+    "sapo": LossType(policies.sapo, normalisers.completion_tokens),
+    "dppo_tv": LossType(policies.dppo_tv, normalisers.batch_tokens, levels=_TOKEN),
+    "dppo_kl": LossType(policies.dppo_kl, normalisers.batch_tokens, levels=_TOKEN),
+    "gmpo": LossType(batchwise.gmpo, normalisers.completion_tokens, "completion", _TOKEN),
+    "clip_cov": LossType(batchwise.clip_cov, normalisers.batch_tokens, "batch", _TOKEN),
+    "kl_cov": LossType(batchwise.kl_cov, normalisers.batch_tokens, "batch", _TOKEN),
 }
 LOSS_TYPES = tuple(_LOSS_TYPES)
-_POLICY_CODES = {name: POLICIES.index(loss_type.policy) for name, loss_type in _LOSS_TYPES.items()}
+_POLICY_CODES = {
+    name: POLICIES.index(loss_type.policy) for name, loss_type in _LOSS_TYPES.items() if loss_type.sees == "token"
+}
+ONE_PASS_LOSS_TYPES = tuple(_POLICY_CODES)
+
+
+def levels_of(loss_type: str) -> tuple[str, ...]:
+    """The importance sampling levels that a loss type has."""
+    return _LOSS_TYPES[loss_type].levels
+
+
+def normalised_by(*counts: normalisers.Normaliser) -> tuple[str, ...]:
+    """The loss types with one of these normalisers."""
+    return tuple(name for name, loss_type in _LOSS_TYPES.items() if loss_type.normaliser in counts)
 
 
 def token_weight(

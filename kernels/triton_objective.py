@@ -10,25 +10,17 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from mr1fast.kernels import advantages, reference
+from mr1fast.kernels import advantages, estimators, exponentials, policies, reference
 
-EXP_LIMIT = tl.constexpr(reference.EXP_LIMIT)
+EXP_LIMIT = tl.constexpr(exponentials.EXP_LIMIT)
 ADVANTAGE_EPS = tl.constexpr(advantages.EPS)
 REWARD_BLOCK = tl.constexpr(512)
 NEG_INF = tl.constexpr(float("-inf"))
 
-# The policy terms, in the order of reference.POLICIES.
-CLIP = tl.constexpr(0)
-CISPO = tl.constexpr(1)
-SAPO = tl.constexpr(2)
-
-# The estimators of the KL, in the order of reference.ESTIMATORS.
-K1 = tl.constexpr(0)
-ABS = tl.constexpr(1)
-K2 = tl.constexpr(2)
-K3 = tl.constexpr(3)
-LOW_VAR_KL = tl.constexpr(4)
-LOW_VAR_KL_LIMIT = tl.constexpr(reference.LOW_VAR_KL_LIMIT)
+# The policy terms, in the order of policies.POLICIES, and the estimators of the KL, in that of estimators.ESTIMATORS.
+CLIP, CISPO, SAPO, CISPO_TWO_SIDED, DPPO_TV, DPPO_KL = map(tl.constexpr, range(len(policies.POLICIES)))
+K1, ABS, K2, K3, LOW_VAR_KL = map(tl.constexpr, range(len(estimators.ESTIMATORS)))
+LOW_VAR_KL_LIMIT = tl.constexpr(estimators.LOW_VAR_KL_LIMIT)
 
 # Declared without field types, which would repeat the names. As an argument of a kernel it counts as one parameter.
 TokenSpec = namedtuple("TokenSpec", reference.SWITCHES + reference.NUMBERS)  # type: ignore[misc]
@@ -70,6 +62,24 @@ def _kl(d, spec):
 
 
 @triton.jit
+def _moved_too_far(logp, old_logp, epsilon_low, epsilon_high, spec):
+    """DPPO's conditions on the probability of a token, by total variation or KL: (it rose too far, it fell too far)."""
+    p = tl.exp(logp)
+    old_p = tl.exp(old_logp)
+    if spec.policy == DPPO_TV:
+        rose = p - old_p > epsilon_high
+        fell = p - old_p < -epsilon_low
+    else:
+        # The probabilities of all other tokens; rounding may have made them negative.
+        rest = tl.where(p > 1, 0.0, 1 - p) + 1e-8
+        old_rest = tl.where(old_p > 1, 0.0, 1 - old_p) + 1e-8
+        kl = old_p * (tl.where(old_logp < -1e30, -1e30, old_logp) - logp) + (1 - old_p) * tl.log(old_rest / rest)
+        rose = (kl > epsilon_high) & (p > old_p)
+        fell = (kl > epsilon_low) & (p < old_p)
+    return rose, fell
+
+
+@triton.jit
 def token_objective(
     logp,
     old_logp,
@@ -97,29 +107,45 @@ def token_objective(
         log_ratio = tl.where(dead & (old_logp == NEG_INF), 0.0, logp - old_logp)
     ratio = tl.exp(_smaller(log_ratio, EXP_LIMIT))
 
+    is_low = dead != dead
+    is_high = is_low
     if spec.policy == CISPO:
         weight = _smaller(ratio, epsilon_high) * advantage  # a constant to the derivative
         loss = -weight * live_logp
         slope = -weight
-        is_low = dead != dead
         is_high = (ratio > epsilon_high) & (advantage > 0)
+    elif spec.policy == CISPO_TWO_SIDED:
+        is_low = ratio < 1.0 - epsilon_low
+        is_high = ratio > 1.0 + epsilon_high
+        weight = tl.where(is_low, 1.0 - epsilon_low, tl.where(is_high, 1.0 + epsilon_high, ratio)) * advantage
+        loss = -weight * live_logp
+        slope = -weight
+    elif spec.policy == DPPO_TV or spec.policy == DPPO_KL:
+        if old_logp is not None:
+            rose, fell = _moved_too_far(logp, old_logp, epsilon_low, epsilon_high, spec)
+            is_high = rose & (advantage > 0)
+            is_low = fell & ~(advantage > 0)
+        # Multiplied by 0, so that a NaN is not hidden.
+        weight = _smaller(ratio, spec.clip_ratio_c) * advantage * tl.where(is_low | is_high, 0.0, 1.0)
+        loss = -weight * live_logp
+        slope = -weight
     elif spec.policy == SAPO:
         t = tl.where(advantage > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
         gate = tl.sigmoid(t * (ratio - 1))
         loss = -gate * 4 / t * advantage
         slope = -4 * advantage * gate * (1 - gate) * ratio  # gate' = t gate (1 - gate)
-        is_low = dead != dead
-        is_high = is_low
     else:
         ratio_low = 1.0 - epsilon_low
         ratio_high = 1.0 + epsilon_high
-        bounded = _smaller(ratio, spec.delta)
-        clipped = _smaller(tl.where(ratio < ratio_low, ratio_low, ratio), ratio_high)
+        beyond = (ratio > spec.clip_ratio_c) & (advantage < 0)
+        dual = tl.where(beyond, spec.clip_ratio_c, ratio)
+        bounded = _smaller(dual, spec.delta)
+        clipped = _smaller(tl.where(dual < ratio_low, ratio_low, dual), ratio_high)
         loss = -_smaller(bounded * advantage, clipped * advantage)
         # The smaller side has the slope of its ratio, or slope 0 where a bound keeps that ratio constant.
         outside = (ratio < ratio_low) | (ratio > ratio_high)
         held = tl.where(bounded * advantage > clipped * advantage, outside, ratio > spec.delta)
-        slope = tl.where(held, 0.0, -advantage * ratio)
+        slope = tl.where(held | beyond, 0.0, -advantage * ratio)
         is_low = (bounded < ratio_low) & (advantage < 0)
         is_high = (bounded > ratio_high) & (advantage > 0)
     if is_ratio is not None:

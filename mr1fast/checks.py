@@ -9,6 +9,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+from mr1fast.errors import UserError
+
 _NUMBERS = (int, float, numbers.Real)  # numpy's numbers are Real; the question is faster in this order
 
 
@@ -48,6 +50,31 @@ def _whole(name: str, value: Any, at_least: int) -> int:
         except (TypeError, ValueError):  # not a number, or a tensor of more than one
             pass
     raise ValueError(f"{name} must be an integer >= {at_least}, got {described(value)}")
+
+
+def pairs(text: str, source: str, example: str) -> dict[str, str]:
+    """key -> value of "key=value,key=value". Raises UserError, which calls the text `source`, for any other form."""
+    found: dict[str, str] = {}
+    for part in _parts(text):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise UserError(f"{source} must be of the form {example}, got {text!r}")
+        if key in found:
+            raise UserError(f"{source} names {key} twice")
+        found[key] = value
+    return found
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between commas, those in brackets and braces excepted."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def flag(name: str, value: Any) -> bool:

@@ -23,6 +23,8 @@ SETTINGS = {
     "luspo": {"beta": 0.04, "loss_type": "luspo", "importance_sampling_level": "sequence"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.5},
     "sapo": {"beta": 0.1, "loss_type": "sapo"},
+    "dppo_tv": {"beta": 0.1, "loss_type": "dppo_tv", "epsilon_high": 0.01},
+    "gmpo": {"beta": 0.1, "loss_type": "gmpo", "top_entropy_quantile": 0.5},
     "sequence": {"beta": 0.04, "importance_sampling_level": "sequence"},
     "none": {"beta": 0.04, "reduction": "none"},
     "correction": {"beta": 0.1, "importance_sampling_ratio": torch.linspace(0.5, 1.5, B)[:, None]},

@@ -5,13 +5,23 @@ from oracle import oracle
 
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda
-from mr1fast.kernels.reference import LOSS_TYPES, LossSpec
+from mr1fast.kernels.reference import ONE_PASS_LOSS_TYPES, LossSpec
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, random_batch
 
 # One loss type for each policy term, which is all that a kernel knows of it: the others differ in a normaliser.
-DISTINCT = tuple({LossSpec(loss_type=name).policy: name for name in reversed(LOSS_TYPES)}.values())[::-1]
+DISTINCT = tuple({LossSpec(loss_type=name).policy: name for name in reversed(ONE_PASS_LOSS_TYPES)}.values())[::-1]
 PER_TOKEN = ("per_token_logps", "entropies", "kl")
 FLAGS = ("is_low_clipped", "is_high_clipped")
+
+# Settings with which a loss type has something to clip, choose or cut in a `random_batch`.
+OF_LOSS_TYPE = {
+    "dr_grpo": {"max_completion_length": 7},
+    "cispo": {"epsilon_high": 1.1},
+    "dppo_tv": {"epsilon_low": 0.01, "epsilon_high": 0.02},
+    "dppo_kl": {"epsilon_low": 0.002, "epsilon_high": 0.001, "clip_ratio_c": 1.2},
+    "clip_cov": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.1},
+    "kl_cov": {"kl_cov_ratio": 0.3},
+}
 
 # Each option stands for one way in which the call can differ from the plain on-policy one.
 OPTIONS = {
@@ -22,6 +32,7 @@ OPTIONS = {
     "no_mask": lambda batch: {"beta": 0.1, "completion_mask": None},
     "delta": lambda batch: {"beta": 0.1, "delta": 1.3, "epsilon_high": 0.28},
     "small_delta": lambda batch: {"beta": 0.1, "delta": 0.9},
+    "dual_clip": lambda batch: {"beta": 0.1, "clip_ratio_c": 1.25, "epsilon_high": 0.4, "delta": 1.3},
     "bias_correction": lambda batch: {"beta": 0.1, "use_bias_correction_kl": True, "delta": 1.3},
     "is_ratio_per_token": lambda batch: {"beta": 0.1, "importance_sampling_ratio": batch["old_per_token_logps"].exp()},
     "is_ratio_per_completion": lambda batch: {
@@ -68,7 +79,31 @@ OPTIONS = {
         "ref_per_token_logps": batch["ref_per_token_logps"] * 3,
     },
     "num_items": lambda batch: {"beta": 0.1, "num_items_in_batch": torch.tensor(29)},
+    "high_entropy": lambda batch: {"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.4},
+    "high_entropy_sum": lambda batch: {"entropy_coef": 0.1, "top_entropy_quantile": 0.4, "reduction": "sum"},
+    "near_policy": lambda batch: {
+        "beta": 0.1,
+        "old_per_token_logps": batch["old_per_token_logps"] + 0.2,
+        "off_policy_mask_threshold": 0.1,
+    },
+    "near_sampling": lambda batch: {
+        "old_per_token_logps": None,
+        "sampling_per_token_logps": _sampled(batch),
+        "off_policy_mask_threshold": 0.1,
+    },
 }
+
+# What a policy term has to do with, and what a normaliser, or an objective of all tokens at once.
+OF_POLICY = ("on_policy", "old_and_ref", "dual_clip", "is_ratio_per_token", "epsilon_per_token", "token_advantages")
+OF_NORMALISER = (
+    "num_items",
+    "num_sequences_tensor",
+    "no_mask",
+    "token_weight",
+    "rewards",
+    "high_entropy",
+    "near_policy",
+)
 
 
 def _per_token(batch, scale):
@@ -76,6 +111,13 @@ def _per_token(batch, scale):
     shape = batch["logits"].shape[:2]
     values = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 4 - 1).clamp(min=0) * scale / 3
     return values if batch["completion_mask"] is None else values.masked_fill(~batch["completion_mask"], torch.nan)
+
+
+def _sampled(batch):
+    """Log-probabilities of another engine, [B, L], which could not score one of the tokens."""
+    sampled = batch["old_per_token_logps"] + 0.3 * torch.randn(len(batch["logits"]), 1)
+    sampled[0, 0] = torch.nan
+    return sampled
 
 
 REWARDS = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0, 0.0])
@@ -98,6 +140,7 @@ def run(function, logits, batch, *, backend=None, **settings):
     device = "cpu" if backend is None else device_of(backend)
     keywords = on(device, without_logits(batch) | settings | ({} if backend is None else {"backend": backend}))
     logits = logits.detach().clone().to(device).requires_grad_()
+    torch.manual_seed(0)  # clip_cov draws
     ids, advantages = keywords.pop("completion_ids"), keywords.pop("advantages")
     output = function(logits, ids, advantages, **keywords)
     output = output if isinstance(output, dict) else vars(output)

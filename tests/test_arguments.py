@@ -9,6 +9,7 @@ from mr1fast import (
     KLSchedule,
     group_advantages,
     grpo_loss,
+    grpo_loss_from_logps,
     linear_grpo_loss,
     linear_token_logprobs,
     token_logprobs,
@@ -46,7 +47,8 @@ BAD = [
     ("delta", 0.0, "delta must be"),
     ("loss_type", "gpro", "loss_type must be one of .*did you mean 'grpo'"),
     ("loss_type", "dr_grpo", "max_completion_length must be given"),
-    ("importance_sampling_level", "batch", "importance_sampling_level must be one of token, sequence"),
+    ("importance_sampling_level", "batch", "importance_sampling_level must be one of token, sequence, sequence_"),
+    ("sampling_per_token_logps", torch.zeros(B), "sampling_per_token_logps must be"),
     ("sapo_temperature_pos", 0.0, "sapo_temperature_pos"),
     ("sapo_temperature_neg", -1.0, "sapo_temperature_neg"),
     ("entropy_coef", float("nan"), "entropy_coef"),
@@ -89,6 +91,18 @@ def test_ids_out_of_range_on_every_backend(backend):
         grpo_loss(**batch, backend=backend)
     with pytest.raises(ValueError, match=r"\(ids\) must lie in"):
         token_logprobs(batch["logits"], batch["completion_ids"], backend=backend)
+
+
+def test_a_level_that_the_loss_type_does_not_have():
+    for loss_type, level in (("gmpo", "sequence"), ("dppo_tv", "sequence_token"), ("kl_cov", "sequence")):
+        with pytest.raises(ValueError, match=f"level must be 'token' with loss_type='{loss_type}', got '{level}'"):
+            grpo_loss(**random_batch(B, L, V), loss_type=loss_type, importance_sampling_level=level)
+
+
+def test_the_mask_of_low_entropies_needs_them():
+    batch = random_batch(B, L, V)
+    with pytest.raises(ValueError, match=r"entropies must be given with top_entropy_quantile 0\.5, got None"):
+        grpo_loss_from_logps(batch["old_per_token_logps"], batch["advantages"], top_entropy_quantile=0.5)
 
 
 def test_both_advantages_and_rewards():

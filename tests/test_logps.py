@@ -16,6 +16,7 @@ def from_logits(logits, batch, **settings):
     """The loss of log-probabilities and entropies that come from the logits, with NaN where they are masked."""
     arguments = without_logits(batch) | settings
     ids, mask = arguments.pop("completion_ids"), arguments["completion_mask"]
+    torch.manual_seed(0)  # clip_cov draws
     made = {name: settings.get(name, 1.0) for name in ("temperature", "logit_scale")}
     logps, entropies = token_logprobs(logits, ids, mask=mask, entropy=True, backend="torch", **made)
     if mask is not None:
@@ -35,6 +36,7 @@ def test_against_the_oracle(option, loss_type, level, is_packed):
     logits = batch["logits"].double().requires_grad_()
     ids, advantages = batch["completion_ids"], batch["advantages"]
     others = {name: value for name, value in batch.items() if name not in ("logits", "completion_ids", "advantages")}
+    torch.manual_seed(0)
     exact = oracle(logits, ids, **({"advantages": advantages} | others | settings))
     if is_packed:
         out = from_logits(logits[select], flat, **packed(settings, select))

@@ -4,43 +4,83 @@ from itertools import product
 
 import pytest
 import torch
-from loss_cases import DISTINCT, FLAGS, OPTIONS, PER_TOKEN, check, on, run, without_logits
+from loss_cases import (
+    DISTINCT,
+    FLAGS,
+    OF_LOSS_TYPE,
+    OF_NORMALISER,
+    OF_POLICY,
+    OPTIONS,
+    PER_TOKEN,
+    check,
+    on,
+    run,
+    without_logits,
+)
 from oracle import oracle
 
 from mr1fast import grpo_loss, token_logprobs
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels.reference import LOSS_TYPES, levels_of
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, every_backend, random_batch
 
 BACKENDS = every_backend()
 
 
-def combinations(options, in_full=()):
-    """All (option, loss_type, level, backend), but for what would run the same Triton code under another name.
+LEVELS = ("token", "sequence")
+DISTINCT_KINDS = {(loss_type, "token") for loss_type in DISTINCT}
 
-    At sequence level, all of a loss type is ordinary torch after Triton's scoring kernel. The interpreter is slow: what
-    is not DISTINCT at token level runs with the options `in_full` only.
+
+def combinations(options, in_full=False):
+    """All (option, loss_type, level, backend), but for what would run the same code under another name.
+
+    A kernel knows of a loss type no more than its policy term, and of any level but "token" nothing: there, all is
+    ordinary torch after the scoring. Beside PPO's term, the others run with the options that they have to do with,
+    unless in_full, and so do the normalisers.
     """
-    distinct = [*((loss_type, "token") for loss_type in DISTINCT), ("grpo", "sequence")]
+    kinds = [(loss_type, level) for loss_type in LOSS_TYPES for level in levels_of(loss_type) if level in LEVELS]
+    kinds.append(("grpo", "sequence_token"))
+
+    def shown(option, kind, backend):
+        if kind in (("grpo", "token"), ("grpo", "sequence")):
+            return True
+        if kind in DISTINCT_KINDS and (in_full or option in OF_POLICY):
+            return True
+        return backend == "torch" and (in_full or option in OF_POLICY + OF_NORMALISER)
+
     return [
-        (option, loss_type, level, backend)
-        for option, loss_type, level, backend in product(options, LOSS_TYPES, ("token", "sequence"), BACKENDS)
-        if backend != "triton" or (loss_type, level) in distinct or option in in_full
+        (option, *kind, backend)
+        for option, kind, backend in product(options, kinds, BACKENDS)
+        if shown(option, kind, backend)
     ]
 
 
-@pytest.mark.parametrize(("option", "loss_type", "level", "backend"), combinations(OPTIONS, in_full=("num_items",)))
+EACH = pytest.mark.parametrize(
+    ("loss_type", "backend"),
+    [(name, backend) for name, backend in product(LOSS_TYPES, BACKENDS) if backend == "torch" or name in DISTINCT],
+)
+KINDS = [names for _, *names in combinations(("",), in_full=True)]
+
+
+@pytest.mark.parametrize(("option", "loss_type", "level", "backend"), combinations(OPTIONS))
 def test_float32(option, loss_type, level, backend, poisoned_memory):
     batch = random_batch(6, 3, 37, seed=len(option))
-    settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 7}
-    if loss_type == "cispo":
-        settings["epsilon_high"] = 1.1
-    check(batch, backend, **(settings | OPTIONS[option](batch)))
+    settings = OF_LOSS_TYPE.get(loss_type, {}) | OPTIONS[option](batch)
+    check(batch, backend, **({"loss_type": loss_type, "importance_sampling_level": level} | settings))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type_with_every_backend(loss_type, backend):
+    batch = random_batch(6, 3, 37, seed=5)
+    settings = {"loss_type": loss_type, "beta": 0.1, "num_items_in_batch": 29, "num_sequences": 9}
+    check(batch, backend, **(settings | OF_LOSS_TYPE.get(loss_type, {})))
+
+
+DTYPES_16 = (torch.bfloat16, torch.float16)
 # Triton's interpreter truncates float32 to bfloat16 instead of rounding.
 IN_16_BITS = [
     names
-    for names in combinations((torch.bfloat16, torch.float16))
+    for names in combinations(DTYPES_16, in_full=True)
     if (names[0], names[-1], device_of(names[-1])) != (torch.bfloat16, "triton", "cpu")
 ]
 
@@ -48,7 +88,8 @@ IN_16_BITS = [
 @pytest.mark.parametrize(("dtype", "loss_type", "level", "backend"), IN_16_BITS)
 def test_16_bits(dtype, loss_type, level, backend, poisoned_memory):
     batch = random_batch(4, 6, 130, dtype=dtype, seed=3)
-    check(batch, backend, loss_type=loss_type, importance_sampling_level=level, max_completion_length=7, beta=0.1)
+    settings = {"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.1}
+    check(batch, backend, **(settings | OF_LOSS_TYPE.get(loss_type, {})))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -60,8 +101,7 @@ def test_shapes(shape, dtype, backend, poisoned_memory):
     check(batch, backend, beta=0.2, completion_mask=None, importance_sampling_level="sequence")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@EACH
 def test_reduction_none(loss_type, backend):
     batch = random_batch(4, 5, 33)
     check(batch, backend, loss_type=loss_type, beta=0.1, reduction="none", max_completion_length=5)
@@ -85,7 +125,7 @@ def test_strided_logits_need_no_copy(backend, inplace):
     assert (leaf.grad[:, -1] == 0).all()
 
 
-@pytest.mark.parametrize(("loss_type", "level", "backend"), [names for _, *names in combinations(("",))])
+@pytest.mark.parametrize(("loss_type", "level", "backend"), KINDS)
 def test_masked_positions_may_hold_anything(loss_type, level, backend):
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 5, "beta": 0.1}
     settings |= {"entropy_coef": 0.1, "use_bias_correction_kl": True}
@@ -108,8 +148,7 @@ def test_masked_positions_may_hold_anything(loss_type, level, backend):
             assert (output[name][masked] == 0).all(), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@EACH
 @pytest.mark.parametrize("with_old", [True, False])
 def test_banned_tokens(loss_type, with_old, backend):
     batch = random_batch(2, 4, 20)
@@ -146,8 +185,7 @@ def test_k3_does_not_overflow(gap, bias_correction, backend):
         assert (gradient.abs().amax(-1)[batch["completion_mask"]] > 0).all(), "the pull towards the reference is lost"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@EACH
 @pytest.mark.parametrize("gap", [-float("inf"), -1e4, -90.0, 90.0, 1e4])
 def test_extreme_old_log_probs(gap, loss_type, backend):
     batch = random_batch(2, 3, 16)
@@ -168,8 +206,7 @@ def test_huge_logits(backend):
     check(batch, backend, beta=0.1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@EACH
 @pytest.mark.parametrize("with_old", [True, False])
 @pytest.mark.parametrize("name", ["logits", "old_per_token_logps", "ref_per_token_logps", "advantages"])
 def test_nan_is_never_hidden(name, with_old, loss_type, backend):
@@ -184,6 +221,10 @@ def test_nan_is_never_hidden(name, with_old, loss_type, backend):
     )
     assert output["loss"].isnan()
     wrong = gradient.isnan().any(-1)
+    if loss_type == "gmpo":  # all tokens of a completion that are not clipped have the same ratio
+        assert wrong[0].any()
+        assert not wrong[1:].any()
+        return
     assert wrong[0, : 4 if name == "advantages" else 1].all()
     assert wrong.sum() == (4 if name == "advantages" else 1)
 

@@ -12,7 +12,7 @@ import torch
 from oracle import oracle
 
 from mr1fast import GRPOLoss, KLSchedule, group_advantages, grpo_loss, linear_grpo_loss
-from mr1fast.kernels.reference import LOSS_TYPES, LossSpec
+from mr1fast.kernels.reference import LOSS_TYPES, BatchwiseSpec
 from mr1fast.kernels.self_test import random_batch
 
 B, L, V = 4, 3, 11
@@ -40,12 +40,21 @@ DEFAULTS = {
     "epsilon_low": 0.2,
     "epsilon_high": 0.2,
     "delta": None,
+    "clip_ratio_c": None,
     "loss_type": "grpo",
     "importance_sampling_level": "token",
     "use_bias_correction_kl": False,
     "importance_sampling_ratio": None,
     "sapo_temperature_pos": 1.0,
     "sapo_temperature_neg": 1.05,
+    "clip_cov_ratio": 0.0002,
+    "clip_cov_lb": 1.0,
+    "clip_cov_ub": 5.0,
+    "kl_cov_ratio": 0.0002,
+    "ppo_kl_coef": 0.1,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "sampling_per_token_logps": None,
     "token_weight": None,
     "entropy_coef": 0.0,
     "max_completion_length": None,
@@ -83,7 +92,9 @@ def test_the_defaults_of_the_oracle_and_of_the_kernels_settings_are_these():
     padded = DEFAULTS | {"kl_clamp": math.inf}
     del padded["cu_seqlens"]  # the oracle takes one completion after the other
     assert {name: stated[name] for name in padded} == padded
-    spec = vars(LossSpec()) | {"delta": None, "kl_clamp": None}
+    infinite = ("delta", "clip_ratio_c", "kl_clamp", "off_policy_mask_threshold")
+    spec = vars(BatchwiseSpec()) | dict.fromkeys(infinite)
+    del spec["sampling_logps"]
     assert {name: DEFAULTS[name] for name in spec} == spec
 
 
@@ -156,7 +167,7 @@ WRONG = [
     ("backend", "cudaa", "backend must be one of .*did you mean 'cuda'"),
     ("loss_type", "gpro", "loss_type must be one of .*did you mean 'grpo'"),
     ("loss_type", ["grpo"], "loss_type must be one of"),
-    ("importance_sampling_level", "sentence", "importance_sampling_level must be one of token, sequence"),
+    ("importance_sampling_level", "sentence", "importance_sampling_level must be one of token, sequence, sequence_"),
     ("scale_rewards", "grup", "did you mean 'group'"),
     ("reduction", "max", "reduction must be one of mean, sum, none"),
     ("kl_estimator", "k4", "kl_estimator must be one of k1, abs"),
@@ -169,6 +180,11 @@ WRONG = [
     ("epsilon_high", float("inf"), "epsilon_high must be"),
     ("epsilon_high", None, "epsilon_high must be"),
     ("delta", 0.0, "delta must be .* > 0"),
+    ("clip_ratio_c", 1.0, "clip_ratio_c must be .* > 1"),
+    ("top_entropy_quantile", 0.0, "top_entropy_quantile must be .* > 0"),
+    ("top_entropy_quantile", 1.5, "top_entropy_quantile must be .* <= 1, got 1.5"),
+    ("off_policy_mask_threshold", -0.1, "off_policy_mask_threshold must be .* >= 0"),
+    ("kl_cov_ratio", 2, "kl_cov_ratio must be .* <= 1"),
     ("temperature", 0.0, "temperature must be .* > 0"),
     ("temperature", True, "temperature must be a number"),
     ("use_bias_correction_kl", 1, "use_bias_correction_kl must be True or False"),

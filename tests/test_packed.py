@@ -3,8 +3,8 @@
 import pytest
 import torch
 from linear_cases import EVERY
-from loss_cases import FLAGS, OPTIONS, PER_TOKEN, check_packed, on, packed_batch, run, without_logits
-from test_loss import combinations
+from loss_cases import FLAGS, OF_LOSS_TYPE, OPTIONS, PER_TOKEN, check_packed, on, packed_batch, run, without_logits
+from test_loss import KINDS, combinations
 from torch._dynamo.testing import CompileCounter
 
 from mr1fast import (
@@ -15,7 +15,7 @@ from mr1fast import (
     shift_packed,
     token_logprobs,
 )
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels.reference import LOSS_TYPES, levels_of
 from mr1fast.kernels.self_test import available_backends, device_of, every_backend
 
 BACKENDS = every_backend()
@@ -23,8 +23,7 @@ LENGTHS = (3, 1, 5, 0, 2, 4)  # one of them is empty
 
 
 def settings_for(loss_type, level="token"):
-    settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 7}
-    return settings | ({"epsilon_high": 1.1} if loss_type == "cispo" else {})
+    return {"loss_type": loss_type, "importance_sampling_level": level} | OF_LOSS_TYPE.get(loss_type, {})
 
 
 # The kernels see packed tokens as one row: beside each option, each normaliser is shown once.
@@ -42,8 +41,7 @@ def test_float32(option, loss_type, level, backend, poisoned_memory):
 
 
 @pytest.mark.parametrize("backend", EVERY)
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("loss_type", "level"), [(name, level) for name in LOSS_TYPES for level in levels_of(name)])
 def test_bfloat16(loss_type, level, backend):
     check_packed(LENGTHS, 130, backend, dtype=torch.bfloat16, beta=0.1, **settings_for(loss_type, level))
 
@@ -60,12 +58,13 @@ def test_lengths(lengths, reduction, backend):
 def outcome(function, arguments, backend, **settings):
     device = device_of(backend)
     logits = arguments["logits"].detach().clone().to(device).requires_grad_()
+    torch.manual_seed(0)  # clip_cov draws
     out = function(logits, backend=backend, **on(device, without_logits(arguments)), **settings)
     out.loss.sum().backward()
     return out, logits.grad
 
 
-@pytest.mark.parametrize(("loss_type", "level", "backend"), [names for _, *names in combinations(("",))])
+@pytest.mark.parametrize(("loss_type", "level", "backend"), KINDS)
 def test_packed_equals_padded(loss_type, level, backend):
     lengths = (5, 3, 1, 4, 6, 0) if backend == "triton" else (40, 7, 1, 23, 64, 0)
     batch, flat, select = packed_batch(lengths, 11, seed=2)
@@ -85,7 +84,11 @@ def test_packed_equals_padded(loss_type, level, backend):
 
 
 @pytest.mark.parametrize("backend", [*EVERY, *(["triton"] if "triton" in BACKENDS else [])])
-@pytest.mark.parametrize("settings", [{}, {"importance_sampling_level": "sequence"}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"importance_sampling_level": "sequence"}, {"reduction": "none"}, {"loss_type": "gmpo"}],
+    ids=str,
+)
 def test_hidden_states(settings, backend):
     _, flat, _ = packed_batch((6, 2, 0, 9, 1), 23, seed=4)
     hidden, weight = torch.randn(18, 5), torch.randn(23, 5, requires_grad=True)

@@ -69,7 +69,7 @@ def slow(*values):
         slow({"gradient_accumulation_steps": 4, "max_completion_length": 20, "attention": "eager"}),
         slow({"gradient_accumulation_steps": 2, "freeze": "vision,merger"}),
         {"method": "sft"},
-        {"method": "grpo", "beta": 0.0, "gradient_accumulation_steps": 2},
+        {"method": "grpo", "beta": 0.0, "loss": "importance_sampling_level=sequence", "gradient_accumulation_steps": 2},
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},
     ],
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),

@@ -188,15 +188,18 @@ def test_local_data(tmp_path, capsys):
         row["solution"] = ""
     (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
-    assert main("--data", data, "--max-steps=2", *SMALL, "--output-dir", run) == 0
+    loss = "loss_type=dapo,epsilon_high=0.28,scale_rewards=none"
+    assert main("--data", data, "--max-steps=2", "--loss", loss, *SMALL, "--output-dir", run) == 0
     result = json.loads((run / "result.json").read_text())
     assert set(result["before"]) == set(result["after"]) == {"shapes"}
-    assert {row["task"] for row in metrics(run)} == {"shapes"}
+    assert {(row["task"], row["loss_type"]) for row in metrics(run)} == {("shapes", "dapo")}
+    assert json.loads((run / "config.json").read_text())["loss"] == loss
     load_processor(run / "shapes" / "model")
     card = (run / "shapes" / "model" / "README.md").read_text()
     assert "# The embedded model of mr1fast, trained with GRPO-D on shapes\n" in card
     assert f"| shapes | {result['before']['shapes']['n']} | greedy accuracy |" in card
     output = capsys.readouterr().out
+    assert f", loss {loss} (defaults of vc" in output
     rest = "(cut from the unnamed rows)"
     assert re.search(rf"shapes: train \d+, validation 2 {re.escape(rest)}, test \d+ {re.escape(rest)}\n", output)
     assert sum(map(int, re.findall(r"(\d+) x no answer", output.partition("before")[0]))) == 6

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mr1fast.checks import nearest, not_one_of
+from mr1fast.checks import nearest, not_one_of, pairs
 from mr1fast.errors import UserError
 
 # What a row has -> the columns that may hold it; the first that is not empty counts. `file_name` is that of image
@@ -91,14 +91,8 @@ def is_empty(value: Any) -> bool:
 
 def parse_columns(text: str, source: str) -> dict[str, str]:
     """`EXAMPLE` as a dictionary. Raises UserError, which calls the text `source`."""
-    columns: dict[str, str] = {}
-    for part in text.split(","):
-        what, equals, name = (piece.strip() for piece in part.partition("="))
-        if not equals or not name:
-            raise UserError(f"{source} must be of the form {EXAMPLE}, got {text!r}")
+    columns = pairs(text, source, EXAMPLE)
+    for what in columns:
         if what not in USUAL_NAMES:
             raise UserError(not_one_of(f"{source}: what stands before the =", what, USUAL_NAMES))
-        if what in columns:
-            raise UserError(f"{source} names {what} twice")
-        columns[what] = name
     return columns

@@ -25,9 +25,28 @@ _SHARED = ("data", "reward", "evaluation", "engine", "files", "logging")
 HONOURED = {
     *("method", "model", "freeze", "lora_rank", "lora_alpha", "lora_targets", "merge"),
     *("num_generations", "prompts_per_step", "max_completion_length", "temperature", "top_k", "top_p", "seed"),
-    *("beta", "beta_min", "beta_max", "kl_schedule", "explore_fraction"),
+    *("loss", "beta", "beta_min", "beta_max", "kl_schedule", "explore_fraction"),
     *("learning_rate", "warmup_steps", "epochs", "max_steps", "num_iterations", "gradient_accumulation_steps"),
     *("max_grad_norm", "device", "dtype", "attention", "threads"),
+}
+# Keywords of --loss that TRL has, and what it calls them; and those of which it does not have every value.
+LOSS = {
+    "loss_type": "loss_type",
+    "importance_sampling_level": "importance_sampling_level",
+    "delta": "delta",
+    "epsilon_low": "epsilon",
+    "epsilon_high": "epsilon_high",
+    "scale_rewards": "scale_rewards",
+    "use_bias_correction_kl": "use_bias_correction_kl",
+    "entropy_coef": "entropy_coef",
+    "sapo_temperature_pos": "sapo_temperature_pos",
+    "sapo_temperature_neg": "sapo_temperature_neg",
+    "top_entropy_quantile": "top_entropy_quantile",
+    "off_policy_mask_threshold": "off_policy_mask_threshold",
+}
+LOSS_VALUES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"),
+    "importance_sampling_level": ("token", "sequence"),
 }
 # What of GRPODConfig an option of ours sets. None: this engine sets it, and nothing else will do.
 OURS: Mapping[str, str | None] = {
@@ -62,6 +81,7 @@ OURS: Mapping[str, str | None] = {
     "top_p": "top_p",
     "use_cpu": "device",
     "warmup_steps": "warmup_steps",
+    **dict.fromkeys(LOSS.values(), "loss"),
     **dict.fromkeys(
         [
             *(
@@ -151,8 +171,8 @@ def _of_task(task: TaskConfig) -> dict[str, Any]:
         "max_grad_norm": task.max_grad_norm,
         "seed": task.seed,
         "reward_weights": list(task.reward_weights.values()),
-        "loss_type": "grpo",  # the paper's, as our own loop computes it
         "use_bias_correction_kl": False,
+        **_loss(task.loss),
         "disable_dropout": True,
         "weight_decay": 0.0,
         "shuffle_dataset": False,  # the rows are in training's order
@@ -163,6 +183,14 @@ def _of_task(task: TaskConfig) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _loss(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of --loss by TRL's names. Raises UserError for what its loss does not have."""
+    for name, value in keywords.items():
+        if name not in LOSS or value not in LOSS_VALUES.get(name, (value,)):
+            raise UserError(f"--engine trl cannot honour --loss {name}={value}; leave one of them out")
+    return {LOSS[name]: value for name, value in keywords.items()}
 
 
 # ---- --trl ----------------------------------------------------------------------------------------------------------

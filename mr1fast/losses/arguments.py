@@ -6,6 +6,7 @@ tensor's values, because the CPU would have to wait for the GPU. Checks that nee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -17,10 +18,13 @@ from mr1fast.checks import described, integer, number
 from mr1fast.kernels import reference
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.reference import BatchwiseSpec, LossBatch, LossSpec
 from mr1fast.losses.layout import Layout, floating, layout_of, shaped
 
-_SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))  # here: torch.compile cannot trace the question
+# Here, because torch.compile cannot trace the question.
+_SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))
+_SAMPLING = "sampling_per_token_logps"
+_BATCHWISE_FIELDS = tuple({field.name for field in fields(BatchwiseSpec)} - {*_SPEC_FIELDS, "sampling_logps"})
 
 
 def logits_rows(logits: Any, overwritten: bool, **how: Any) -> tuple[Tensor, Layout]:
@@ -105,7 +109,8 @@ def loss_call(
     for name in ("epsilon_low", "epsilon_high"):
         if isinstance(values[name], Tensor):
             epsilons[name] = _constant(_setting(name, values.pop(name), layout), dtype)
-    spec = LossSpec(**values)
+    batchwise = _batchwise(dtype, layout, options)
+    spec = LossSpec(**values) if batchwise is None else BatchwiseSpec(**values, **batchwise)
     mask = token_mask(options["completion_mask"], layout, "completion_mask")
 
     def per_token(name: str) -> Tensor | None:
@@ -125,6 +130,21 @@ def loss_call(
         epsilons_high=epsilons.get("epsilon_high"),
         cu_seqlens=layout.cu_seqlens,
     )
+
+
+def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields that BatchwiseSpec adds to LossSpec; None where the call needs no more than a token at a time."""
+    loss_type, level, sampling = (options[name] for name in ("loss_type", "importance_sampling_level", _SAMPLING))
+    if level not in reference.levels_of(loss_type):
+        raise ValueError(f"importance_sampling_level must be 'token' with loss_type={loss_type!r}, got {level!r}")
+    if sampling is not None:
+        sampling = _constant(layout.per_token(_SAMPLING, sampling), dtype)
+    elif options["old_per_token_logps"] is None:  # then no completion is off-policy
+        options = {**options, "off_policy_mask_threshold": math.inf}
+    masked = options["top_entropy_quantile"] < 1 or options["off_policy_mask_threshold"] != math.inf
+    if not masked and loss_type in reference.ONE_PASS_LOSS_TYPES:
+        return None
+    return {"sampling_logps": sampling, **{name: options[name] for name in _BATCHWISE_FIELDS}}
 
 
 def _advantages(

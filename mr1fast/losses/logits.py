@@ -66,7 +66,7 @@ class GRPOLossOutput:
         return cls(
             *outputs,
             completion_mask=mask,
-            clipped_per_completion=spec.importance_sampling_level == "sequence" and of_completions,
+            clipped_per_completion=spec.importance_sampling_level != "token" and of_completions,
             cu_seqlens=layout.cu_seqlens,
         )
 

@@ -33,7 +33,8 @@ def grpo_loss_from_logps(
         per_token_logps: [B, L] (packed [T] or [1, T]) float32, bfloat16, float16 or float64, of the policy that is
             trained; anything at masked positions. -inf is the log-probability of a banned token.
         advantages: [B] or [B, L]; or None, with rewards.
-        entropies: like per_token_logps, required with entropy_coef; then differentiable, too.
+        entropies: like per_token_logps, required with entropy_coef (then differentiable, too) and with
+            top_entropy_quantile.
         **options: those of `mr1fast.losses.options.LossOptions`; `temperature` and `logit_scale`, which are in the
             log-probabilities already, change nothing. They are:
 
@@ -50,8 +51,9 @@ def grpo_loss_from_logps(
     spec, batch = arguments.loss_call(dtype, layout, no_ids, advantages, values)
     if entropies is not None:
         entropies = layout.per_token("entropies", entropies)
-    elif values["entropy_coef"] != 0:
-        raise ValueError(f"entropies must be given with entropy_coef {values['entropy_coef']}, got None")
+    elif values["entropy_coef"] != 0 or values["top_entropy_quantile"] < 1:
+        name = "top_entropy_quantile" if values["entropy_coef"] == 0 else "entropy_coef"
+        raise ValueError(f"entropies must be given with {name} {values[name]}, got None")
 
     def live(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if batch.mask is None else torch.where(batch.mask, tensor.to(dtype), 0)

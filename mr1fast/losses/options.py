@@ -8,7 +8,7 @@ brought into shape in arguments.py. A number or a switch of the objective reache
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from mr1fast.checks import choice, flag, integer, nearest, number
+from mr1fast.kernels import normalisers
 from mr1fast.kernels.advantages import SCALE_REWARDS
-from mr1fast.kernels.reference import KL_ESTIMATORS, LOSS_TYPES
+from mr1fast.kernels.estimators import KL_ESTIMATORS
+from mr1fast.kernels.reference import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, normalised_by
 
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss needs it; ValueError if it is wrong
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -34,6 +36,17 @@ def _one_of(*known: str) -> Check:
 
 def _number(*, above: float | None = None, at_least: float | None = None) -> Check:
     return partial(number, above=above, at_least=at_least)
+
+
+def _share(name: str, value: Any) -> float:
+    share = number(name, value, above=0)
+    if share > 1:
+        raise ValueError(f"{name} must be a number > 0 and <= 1, got {share}")
+    return share
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 _COUNT: Check = partial(integer, at_least=1)
@@ -126,7 +139,8 @@ class LossOptions(TypedDict, total=False):
         Option(
             0.2,
             partial(_or_tensor, check=_number(at_least=0)),
-            "the ratio is clipped where it is below 1 - epsilon_low; a float, or a tensor as for beta.",
+            'the ratio is clipped where it is below 1 - epsilon_low ("gmpo": its logarithm below -epsilon_low); with '
+            '"dppo_tv" and "dppo_kl", how far a probability may fall. A float, or a tensor as for beta.',
         ),
     ]
     epsilon_high: Annotated[
@@ -134,8 +148,9 @@ class LossOptions(TypedDict, total=False):
         Option(
             0.2,
             partial(_or_tensor, check=_number(at_least=0)),
-            'the ratio is clipped where it is above 1 + epsilon_high; with "cispo", above epsilon_high itself. '
-            "A float, or a tensor as for beta.",
+            'the ratio is clipped where it is above 1 + epsilon_high ("gmpo": its logarithm above epsilon_high); with '
+            '"cispo", above epsilon_high itself; with "dppo_tv" and "dppo_kl", how far a probability may rise. A '
+            "float, or a tensor as for beta.",
         ),
     ]
     delta: Annotated[
@@ -146,13 +161,27 @@ class LossOptions(TypedDict, total=False):
             "upper bound of the unclipped ratio (two-sided clipping); None for no bound.",
         ),
     ]
+    clip_ratio_c: Annotated[
+        float | None,
+        Option(
+            None,
+            partial(_or_none, check=_number(above=1), instead=math.inf),
+            'upper bound of the ratio where the advantage is negative (dual clip, as in verl); with "dppo_tv" and '
+            '"dppo_kl" everywhere. None for no bound.',
+        ),
+    ]
     loss_type: Annotated[
         str,
         Option("grpo", _one_of(*LOSS_TYPES), f"one of {', '.join(LOSS_TYPES)}; see `kernels/reference.py`."),
     ]
     importance_sampling_level: Annotated[
         str,
-        Option("token", _one_of("token", "sequence"), '"token", or "sequence" (GSPO: one ratio per completion).'),
+        Option(
+            "token",
+            _one_of(*IMPORTANCE_SAMPLING_LEVELS),
+            '"token"; "sequence" (GSPO: one ratio per completion); or "sequence_token" (GSPO-token: its value, but '
+            "each token has a gradient of its own, as suits advantages [B, L]).",
+        ),
     ]
     use_bias_correction_kl: Annotated[
         bool,
@@ -169,6 +198,51 @@ class LossOptions(TypedDict, total=False):
     sapo_temperature_neg: Annotated[
         float,
         Option(1.05, _number(above=0), '"sapo"\'s temperature elsewhere.'),
+    ]
+    clip_cov_ratio: Annotated[
+        float,
+        Option(0.0002, _share, '"clip_cov": the share of tokens that is cut at most, but at least one token.'),
+    ]
+    clip_cov_lb: Annotated[
+        float,
+        Option(1.0, _number(), '"clip_cov": the covariance of a token that may be cut is above this'),
+    ]
+    clip_cov_ub: Annotated[
+        float,
+        Option(5.0, _number(), '"clip_cov": and below this.'),
+    ]
+    kl_cov_ratio: Annotated[
+        float,
+        Option(0.0002, _share, '"kl_cov": the share of tokens with the penalty, but at least one token.'),
+    ]
+    ppo_kl_coef: Annotated[
+        float,
+        Option(0.1, _number(at_least=0), '"kl_cov": the weight of that penalty, |logp - old_logp|.'),
+    ]
+    top_entropy_quantile: Annotated[
+        float,
+        Option(
+            1.0,
+            _share,
+            "the share of the unmasked tokens, those with the highest entropies, that keep their policy term (TRL).",
+        ),
+    ]
+    off_policy_mask_threshold: Annotated[
+        float | None,
+        Option(
+            None,
+            partial(_or_none, check=_number(at_least=0), instead=math.inf),
+            "where the advantage is negative, a completion whose mean of sampling_logp - logp is above this loses its "
+            "policy term (TRL); None for no such mask.",
+        ),
+    ]
+    sampling_per_token_logps: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            _any,
+            "[B, L], of the engine that sampled, used by that mask alone; None to use old_per_token_logps.",
+        ),
     ]
     token_weight: Annotated[
         Tensor | None,
@@ -190,14 +264,19 @@ class LossOptions(TypedDict, total=False):
     ]
     max_completion_length: Annotated[
         int | None,
-        Option(None, partial(_or_none, check=_COUNT), '"dr_grpo"\'s normaliser, in tokens.'),
+        Option(
+            None,
+            partial(_or_none, check=_COUNT),
+            f"the normaliser of {_listed(normalised_by(normalisers.longest_completions))}, in tokens.",
+        ),
     ]
     num_items_in_batch: Annotated[
         float | Tensor | None,
         Option(
             None,
             partial(_or_none, check=partial(_or_tensor, check=_number(at_least=0))),
-            '"dapo"\'s and "cispo"\'s normaliser, in tokens (a number or a 0-d tensor); None to count unmasked tokens.',
+            f"the normaliser of {_listed(normalised_by(normalisers.batch_tokens))}, in tokens (a number or a 0-d "
+            "tensor); None to count unmasked tokens.",
         ),
     ]
     num_sequences: Annotated[
@@ -205,8 +284,8 @@ class LossOptions(TypedDict, total=False):
         Option(
             None,
             partial(_or_none, check=partial(_or_tensor, check=_number(above=0))),
-            "number of completions over which the loss types that are means over completions (grpo, sapo, luspo, "
-            "dr_grpo) average, a number or a 0-d tensor, if this call has only a part of them; None for its own.",
+            f"number of completions over which {_listed(normalised_by(*normalisers.OVER_COMPLETIONS))} average, a "
+            "number or a 0-d tensor, if this call has only a part of them; None for its own.",
         ),
     ]
     temperature: Annotated[

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mr1fast.checks import choice, number
-from mr1fast.kernels.reference import EXP_LIMIT, compute_dtype
+from mr1fast.kernels.exponentials import EXP_LIMIT
+from mr1fast.kernels.reference import compute_dtype
 from mr1fast.losses.arguments import token_mask
 from mr1fast.losses.layout import layout_of
 

@@ -43,6 +43,7 @@ def loss_head_of(device: str) -> Iterator[None]:
     kind = "cpu" if device == "cpu" else "gpu"
     with (
         patch.object(dispatch, "BACKENDS", (_NO_KERNELS,)),
+        patch.object(dispatch, "NAMES", (*dispatch.NAMES, _NO_KERNELS.name)),
         patch.object(linear, "CHUNK_BYTES", {"cpu": linear.CHUNK_BYTES[kind]}),
         patch.object(linear, "MIN_ROWS", {"cpu": linear.MIN_ROWS[kind]}),
     ):

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.checks import pairs
 from mr1fast.data.columns import Reading
 from mr1fast.data.sources import source_of, sources_of
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import MANY, check_value, option_string
-from mr1fast.options.pairs import parse_pairs
+from mr1fast.options.loss_keywords import parse_loss
 from mr1fast.options.prompt import Prompt, chosen_prompt
 from mr1fast.options.reading import read_as
 from mr1fast.options.recipes import (
@@ -85,7 +86,7 @@ class TrainConfig(TrainOptions):
     @property
     def trl_settings(self) -> dict[str, str]:
         """--trl, as text; `integrations.trl_settings` knows what each one means."""
-        return {} if self.trl is None else parse_pairs(self.trl, "--trl")
+        return {} if self.trl is None else pairs(self.trl, "--trl", "optim=sgd,adam_beta2=0.99")
 
     @property
     def prompt(self) -> Prompt:
@@ -122,7 +123,7 @@ class TrainConfig(TrainOptions):
         if self.method != "grpo-d":  # a constant weight, which is 0 for supervised fine-tuning
             beta = values.get("beta", 0.0)
             values |= {"beta_min": beta, "beta_max": beta, "kl_schedule": "constant"}
-        values |= {"reward_weights": self.rewards}
+        values |= {"reward_weights": self.rewards, "loss": parse_loss(self.loss, "--loss")}
         chosen: dict[str, Any] = {field.name: values.get(field.name) for field in dataclasses.fields(TaskConfig)}
         return TaskConfig(**chosen)
 
@@ -194,6 +195,7 @@ class TaskConfig:
     temperature: float
     top_k: int
     top_p: float
+    loss: dict[str, Any]  # keywords of the loss, beside those that the trainer sets itself
     beta_min: float
     beta_max: float
     kl_schedule: str
@@ -225,5 +227,5 @@ def canonical(name: str, value: Any) -> Any:
         return ",".join(sources_of(value))
     if name == "image_root" or (name in ("model", "reference_model") and Path(value).is_dir()):
         return os.path.abspath(value)
-    lists = ("columns", "freeze", "lora_targets", "report_to", "reward_weights", "task")
+    lists = ("columns", "freeze", "lora_targets", "loss", "report_to", "reward_weights", "task")
     return "".join(value.split()) if name in lists else value

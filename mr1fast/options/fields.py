@@ -15,6 +15,8 @@ MANY = 10**9  # steps: more than any run can take
 # How --help shows a value that has parts.
 LIST = "LIST"
 PAIRS = "KEY=VALUE,..."
+# YAML's words for a switch.
+SWITCH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
 
 def option(

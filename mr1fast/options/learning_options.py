@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mr1fast.losses.kl_weight import ALL_SCHEDULES, EXPLORING
-from mr1fast.options.fields import MANY, option
+from mr1fast.options.fields import MANY, PAIRS, option
+from mr1fast.options.loss_keywords import DEFAULT_LOSS
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
 
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
@@ -84,27 +85,34 @@ class LearningOptions:
     )
     seed: int = option(0, "seed for shuffling the prompts and for sampling", group="sampling", at_least=0)
 
+    loss: str = option(
+        DEFAULT_LOSS,
+        "loss of GRPO, by keywords of mr1fast.grpo_loss such as loss_type=dapo,epsilon_high=0.28,scale_rewards=none; a "
+        "wrong name is answered with all that there are, and docs/training.md explains them",
+        group="loss",
+        metavar=PAIRS,
+    )
     beta: float | None = option(
-        None, "constant KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")
+        None, "constant KL weight", group="loss", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")
     )
     beta_min: float | None = option(
-        None, "lowest KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta_min")
+        None, "lowest KL weight", group="loss", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta_min")
     )
     beta_max: float | None = option(
-        None, "highest KL weight", group="kl", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta_max")
+        None, "highest KL weight", group="loss", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta_max")
     )
     kl_schedule: str | None = option(
         None,
         "course of the KL weight, bounded by --beta-min and --beta-max; paper is Eq. 3 of OThink-MR1, constant stays "
         "at --beta-max, adaptive aims for --target-kl",
-        group="kl",
+        group="loss",
         choices=ALL_SCHEDULES,
         shown=_of_method("kl_schedule"),
     )
     explore_fraction: float | None = option(
         None,
         "fraction of the steps that Eq. 3 spends exploring, that is, lowering the KL weight to --beta-min",
-        group="kl",
+        group="loss",
         at_least=0,
         below=1,
         shown=f"{KL_DEFAULTS['grpo-d']['explore_fraction']}; --kl-schedule {' and '.join(EXPLORING)} only",
@@ -112,7 +120,7 @@ class LearningOptions:
     target_kl: float | None = option(
         None,
         "KL divergence from the base model that the adaptive schedule aims for",
-        group="kl",
+        group="loss",
         unit="nats per token",
         at_least=1e-6,
         at_most=1000,
@@ -123,7 +131,7 @@ class LearningOptions:
         None,
         "model from which the KL term measures, a folder or a name on the hub; to train a model further, give the one "
         "that its training began with",
-        group="kl",
+        group="loss",
         metavar="DIR",
         shown="--model; with LoRA, without its adapter",
     )

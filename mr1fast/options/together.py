@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, option_string
+from mr1fast.options.loss_keywords import DEFAULT_LOSS, try_loss
 from mr1fast.options.problem_options import PARTS
 from mr1fast.options.reading import check_no_reading, read_as
 from mr1fast.options.recipes import KL_DEFAULTS, TASK_NAMES
@@ -28,6 +29,7 @@ def check_together(config: TrainConfig) -> None:
     _check_loggers(config)
     _check_engine(config)
     _check_steps(config)
+    _check_loss(config)
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -118,3 +120,12 @@ def _check_steps(config: TrainConfig) -> None:
                 "--gradient-accumulation-steps must divide --prompts-per-step, "
                 f"got {task.gradient_accumulation_steps} and {task.prompts_per_step}"
             )
+
+
+def _check_loss(config: TrainConfig) -> None:
+    if config.loss == DEFAULT_LOSS:
+        return
+    if config.method == "sft":
+        raise UserError("--loss is that of GRPO, and the method is sft")
+    task = config.for_task(config.names[0])
+    try_loss(task.loss, with_kl=task.needs_reference, off_policy=task.num_iterations > 1)

@@ -18,7 +18,7 @@ GROUPS = {
     "data": "data",
     "reward": "rewards",
     "sampling": "sampling",
-    "kl": "KL term of the loss",
+    "loss": "loss and its KL term",
     "optimizer": "optimizer",
     "evaluation": "evaluation",
     "engine": "engine",

@@ -10,14 +10,12 @@ from typing import Any
 from mr1fast.checks import described
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
-from mr1fast.options.fields import LIST, PAIRS, check_value
+from mr1fast.options.fields import LIST, PAIRS, SWITCH, check_value
 from mr1fast.options.train_options import BY_TASK
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
 _TYPE_NAMES = {bool: "yes or no", int: "a whole number", float: "a number", str: "text"}
-# YAML's words for a switch.
-_SWITCH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
 
 def field_type(name: str) -> type:
@@ -50,5 +48,5 @@ def _as_text(field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, dict) and metadata["metavar"] == PAIRS:
         return ",".join(f"{key}={each if isinstance(each, str) else json.dumps(each)}" for key, each in value.items())
     if isinstance(value, str) and field_type(field.name) is bool:
-        return _SWITCH.get(value.strip().lower(), value)
+        return SWITCH.get(value.strip().lower(), value)
     return value

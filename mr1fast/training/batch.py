@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mr1fast.kernels import reference
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.logits import GRPOLossOutput
 from mr1fast.model.checks import image_starts
@@ -27,6 +29,7 @@ class Batch:
     advantages: Tensor | None = None  # [B] float32; None for supervised fine-tuning
     ref_per_token_logps: Tensor | None = None  # [B, L] float32, of the frozen reference; None where the KL weight is 0
     old_per_token_logps: Tensor | None = None  # [B, L] float32, of the policy that sampled; None while it is still that
+    token_weight: Tensor | None = None  # [B, L] float32, see `weighted`
     sampling_per_token_logps: Tensor | None = None  # [B, L] float32, of the sampler; good for the first update only
     prefix: Prefix | None = None  # of the prompts, with the graph, from sampling; good for the first update only
 
@@ -37,6 +40,7 @@ _OF_COMPLETIONS = (
     "advantages",
     "ref_per_token_logps",
     "old_per_token_logps",
+    "token_weight",
     "sampling_per_token_logps",
 )
 
@@ -51,26 +55,37 @@ def batch_logps(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tenso
     return logps
 
 
-def grpo_batch_loss(
-    policy: Policy, batch: Batch, *, beta: float, temperature: float, scale: float = 1.0
-) -> GRPOLossOutput:
-    """The paper's loss of a batch, a mean over completions, times `scale`, which is 1 / N if N batches are averaged.
+def weighted(batch: Batch, loss: Mapping[str, Any], *, max_completion_length: int) -> tuple[Batch, dict[str, Any]]:
+    """A step's batch, each token with its weight in the loss, and the loss's keywords with which its pieces add up.
 
-    The loss is linear in advantages and KL weight together, so these are scaled; the gradient, which the loss head has
-    already finished, then needs no scaling.
+    Whatever the normaliser counts, tokens or completions, it counts them in the whole batch.
     """
+    ids, mask = batch.completion_ids, batch.completion_mask
+    keywords = {name: value for name, value in loss.items() if name != "scale_rewards"}  # that is for the advantages
+    weight = reference.token_weight(ids, mask, torch.float32, loss["loss_type"], max_completion_length, None)
+    if keywords.get("entropy_coef"):  # a mean over tokens
+        keywords["entropy_coef"] /= max(mask.sum().item(), 1)
+    return dataclasses.replace(batch, token_weight=weight), {**keywords, "reduction": "sum"}
+
+
+def grpo_batch_loss(
+    policy: Policy, batch: Batch, *, beta: float, temperature: float, **keywords: Any
+) -> GRPOLossOutput:
+    """The loss of a batch, by default the paper's; `weighted` gives the keywords for a piece of one."""
     assert batch.advantages is not None
     hidden = policy.completion_hidden(batch.prefix or policy.encode_prefix(batch.inputs), batch.completion_ids)
     return linear_grpo_loss(
         hidden,
         policy.head_weight,
         batch.completion_ids,
-        batch.advantages * scale,
+        batch.advantages,
         completion_mask=batch.completion_mask,
         old_per_token_logps=batch.old_per_token_logps,
         ref_per_token_logps=batch.ref_per_token_logps,
-        beta=beta * scale,
+        token_weight=batch.token_weight,
+        beta=beta,
         temperature=temperature,
+        **keywords,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,18 @@ from mr1fast.training.scoring import Scored
 class MetricsLog:
     """One row per step. Rows from `first_step` on, which a resumed run writes again, are removed first.
 
-    loggers: show the same.
+    loggers: show the same. labels: of every row beside its task, such as the loss type.
     """
 
-    def __init__(self, run: RunFolder, task: str, first_step: int, loggers: Sequence[Logger] = ()):
-        self.file, self.task, self.loggers = run.metrics_file, task, loggers
+    def __init__(
+        self,
+        run: RunFolder,
+        task: str,
+        first_step: int,
+        loggers: Sequence[Logger] = (),
+        labels: Mapping[str, str] | None = None,
+    ):
+        self.file, self.task, self.loggers, self.labels = run.metrics_file, task, loggers, labels or {}
         if rows := read_rows(self.file):
             kept = [row for row in rows if row["task"] != task or row["step"] < first_step]
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
@@ -36,7 +43,7 @@ class MetricsLog:
         """
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"task": self.task, "step": step, **row}) + "\n")
+            file.write(json.dumps({"task": self.task, "step": step, **self.labels, **row}) + "\n")
         for logger in self.loggers:
             logger.log(step, metrics, completions)
 
@@ -109,7 +116,17 @@ def sampling_metrics(per_token_logps: Tensor, sampling_per_token_logps: Tensor, 
     }
 
 
-def mean_metrics(rows: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
-    """The weighted mean of each metric over the pieces of a step."""
-    total = sum(weights)
-    return {name: sum(row[name] * weight for row, weight in zip(rows, weights)) / total for name in rows[0]}
+def mean_metrics(
+    rows: Sequence[dict[str, float]], tokens: Sequence[float], loss: Mapping[str, Any]
+) -> dict[str, float]:
+    """The metrics of a step from those of its pieces, which are means over their tokens.
+
+    At sequence level, clip ratios are means over completions, of which each piece has equally many.
+    """
+    by_sequence = loss.get("importance_sampling_level", "token") != "token"
+
+    def mean(name: str) -> float:
+        weights = [1] * len(rows) if by_sequence and name.startswith("clip_ratio") else tokens
+        return sum(row[name] * weight for row, weight in zip(rows, weights)) / max(sum(weights), 1)
+
+    return {name: mean(name) for name in rows[0]}

@@ -24,6 +24,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import longest_prompt, prompt_length
 from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.loss_keywords import DEFAULT_LOSS
 from mr1fast.options.recipes import TASK_NAMES
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.device_memory import free_memory
@@ -140,7 +141,8 @@ def _settings(config: TrainConfig, name: str) -> str:
     completions = f" x {task.num_generations} completions of up to {task.max_completion_length} tokens"
     batch = f"{task.prompts_per_step} prompts{completions if task.method != 'sft' else ''}"
     lora = "" if config.lora_rank is None else f", LoRA of rank {config.lora_rank}"
-    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}{lora}"
+    loss = "" if config.loss == DEFAULT_LOSS else f", loss {config.loss}"
+    line = f"{name}: {task.max_steps} steps of {batch}, learning rate {task.learning_rate:g}{lora}{loss}"
     defaults = config.defaults_from(name)
     return f"{line} ({defaults})" if defaults else line
 

@@ -106,7 +106,8 @@ def _open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
     loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
     before = [row for row in read_rows(folder.metrics_file) if row["task"] == name and row["step"] < first_step]
     loggers.append(Guarded(folder.page.name, lambda: Page(folder, name, before, own.max_steps)))
-    return MetricsLog(folder, name, first_step, loggers)
+    labels = {} if config.method == "sft" else {"loss_type": own.loss["loss_type"]}
+    return MetricsLog(folder, name, first_step, loggers, labels)
 
 
 def _remove_after(task_folder: Path, step: int) -> None:

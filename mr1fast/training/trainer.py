@@ -21,7 +21,7 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch
+from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
@@ -127,7 +127,7 @@ class Trainer:
         repeated = [example for example in examples for _ in range(G)]
         scores = score(self.rewards, completions, repeated)
         total = weighted_sum(self.rewards, scores)
-        advantages = group_advantages(total, G)
+        advantages = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
         self.scored = first_scored(repeated, completions, scores, advantages)
         batch = Batch(
             inputs=inputs,
@@ -178,16 +178,14 @@ class Trainer:
     def update(self, data: StepData) -> dict[str, float]:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         config, batch = self.config, data.batch
-        pieces = split_batch(batch, config.gradient_accumulation_steps)
-        scale = 1 / len(pieces)  # the loss is a mean over completions, and the pieces are equally large
+        weighted_batch, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
+        pieces = split_batch(weighted_batch, config.gradient_accumulation_steps)
         total, rows, logps = 0.0, [], []
         for piece in pieces:
             if config.method == "sft":
-                loss = sft_batch_loss(self.policy, piece) * scale
+                loss = sft_batch_loss(self.policy, piece) / len(pieces)  # a mean, of equally many completions
             else:
-                output = grpo_batch_loss(
-                    self.policy, piece, beta=self.beta, temperature=config.temperature, scale=scale
-                )
+                output = grpo_batch_loss(self.policy, piece, beta=self.beta, temperature=config.temperature, **keywords)
                 loss = output.loss
                 rows.append(output.metrics())
                 logps.append(output.per_token_logps)
@@ -195,7 +193,7 @@ class Trainer:
             loss.backward()
         metrics = {"loss": total}
         if rows:  # means over tokens
-            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces])
+            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces], keywords)
         if batch.sampling_per_token_logps is not None:
             metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
