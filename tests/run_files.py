@@ -26,6 +26,11 @@ def row(step, task="vc", **changes):
     return {"task": task, "step": step, **metrics, **changes}
 
 
+def untimed(metrics):
+    """What does not depend on how busy the machine is."""
+    return {name: value for name, value in metrics.items() if not name.startswith("step_time")}
+
+
 def write_run(folder, rows, result=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

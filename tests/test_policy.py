@@ -114,7 +114,7 @@ def test_lora_computes_what_the_merged_model_computes_and_trains_the_adapter_alo
     model = adapted("q_proj", "v_proj")
     policy = tiny_policy(model)
     inputs = policy.place(tiny_inputs())
-    sampler = Sampler(policy, max_completion_length=8, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(policy, max_completion_length=8)
     rollout = sampler.generate([], num_generations=3, prefix=policy.encode_prefix(inputs))
     batch = Batch(
         inputs,

@@ -1,14 +1,15 @@
 import pytest
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
+from mr1fast.model import decoding
+from mr1fast.model import rollout as module
 from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.prompts import encode_prompts
-from mr1fast.model.rollout import Rollout, Sampler, likeliest
+from mr1fast.model.rollout import Pace, Rollout, Sampler
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, slice_prompts, split_batch
 from tests.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, joined, tiny_inputs, tiny_model, tiny_policy
 
@@ -27,11 +28,13 @@ def placed(model=None):
     return policy, policy.place(tiny_inputs())
 
 
-def sample(policy, inputs, *, G=3, L=12, temperature=0.9, seed=5, **filters) -> Rollout:
-    """`inputs` of `Policy.place`, in place of examples."""
-    sampler = Sampler(policy, max_completion_length=L, generator=torch.Generator().manual_seed(seed))
-    prefix = policy.encode_prefix(inputs)
-    return sampler.generate([], num_generations=G, temperature=temperature, prefix=prefix, **filters)
+def sample(policy, inputs, *, G=3, L=12, temperature=0.9, seed=5, pace=None, first=0, **filters) -> Rollout:
+    """`inputs` of `Policy.place`, in place of examples; `first`: the place of the first of them in a larger batch."""
+    sampler = Sampler(policy, max_completion_length=L, pace=pace)
+    with torch.no_grad():
+        prefix = policy.encode_prefix(inputs)
+    streams = [f"{seed}/{first + place}" for place in range(len(prefix.last_hidden))]
+    return sampler.generate([], num_generations=G, temperature=temperature, prefix=prefix, streams=streams, **filters)
 
 
 def make_batch(policy, inputs, G=3, temperature=0.9) -> Batch:
@@ -49,11 +52,12 @@ def make_batch(policy, inputs, G=3, temperature=0.9) -> Batch:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_greedy_equals_generate_of_transformers(attention, seed):
-    model, inputs = tiny_model(seed, attention), tiny_inputs(seed)
+@pytest.mark.parametrize(("seed", "window"), [(0, None), (1, None), (2, None), (2, 4)])
+def test_greedy_equals_generate_of_transformers(attention, seed, window):
+    """Completions leave as soon as they end."""
+    model, inputs = tiny_model(seed, attention, window=window), tiny_inputs(seed)
     policy = tiny_policy(model)
-    ours = sample(policy, policy.place(inputs), G=1, temperature=0)
+    ours = sample(policy, policy.place(inputs), G=1, temperature=0, pace=Pace(1, 0.0, 2))
     theirs = model.generate(**inputs, max_new_tokens=12, suppress_tokens=BANNED)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(ours.completion_ids, theirs)
 
@@ -62,12 +66,12 @@ def test_greedy_equals_generate_of_transformers(attention, seed):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_equal_a_plain_forward(attention, temperature):
     policy, inputs = placed(tiny_model(attention=attention))
-    rollout = sample(policy, inputs, temperature=temperature)
+    rollout = sample(policy, inputs, G=6, temperature=temperature)
     ids, mask = rollout.completion_ids, rollout.completion_mask
     assert 0 < mask.sum() < mask.numel()
     with torch.no_grad():
-        expected = plain_logps(policy.model, inputs, ids, mask, 3, temperature)
-        ours = batch_logps(policy, Batch(inputs, 3, ids, mask), temperature)
+        expected = plain_logps(policy.model, inputs, ids, mask, 6, temperature)
+        ours = batch_logps(policy, Batch(inputs, 6, ids, mask), temperature)
     torch.testing.assert_close(rollout.per_token_logps.double(), expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=1e-5)
 
@@ -148,11 +152,102 @@ def test_what_is_sampled():
         assert keep == [t < end for t in range(len(row))]
 
 
-def test_the_generator_decides():
+def test_the_seed_decides():
     policy, inputs = placed()
     first, again, other = (sample(policy, inputs, seed=seed).completion_ids for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
+
+
+GRAPH = Pace(3, 0.0, 8, graph=True)
+
+
+def same(ours: Rollout, theirs: Rollout) -> None:
+    assert torch.equal(ours.completion_mask, theirs.completion_mask)
+    assert torch.equal(ours.completion_ids, theirs.completion_ids)
+    torch.testing.assert_close(ours.per_token_logps, theirs.per_token_logps, atol=2e-5, rtol=1e-5)
+
+
+def row_by_row(rollout: Rollout) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+
+
+def test_a_completion_is_the_same_whatever_is_sampled_with_it():
+    policy, inputs = placed()
+    whole = row_by_row(sample(policy, inputs, G=4))
+    for pieces in ([(0, 1), (1, 3), (3, 4)], [(2, 4), (0, 2)]):  # other micro-batches, in another order
+        for start, stop in pieces:
+            part = sample(policy, slice_prompts(inputs, start, stop), G=4, first=start)
+            assert row_by_row(part) == whole[4 * start : 4 * stop]
+    assert row_by_row(sample(policy, inputs, G=2)) == [row for i, row in enumerate(whole) if i % 4 < 2]
+
+
+def test_without_names_torch_seeds_the_streams():
+    policy, inputs = placed()
+    with torch.no_grad():
+        prefix = policy.encode_prefix(inputs)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        sampler = Sampler(policy, max_completion_length=12)
+        drawn += [row_by_row(sampler.generate([], num_generations=3, prefix=prefix)) for _ in range(2)]
+    assert drawn[0:2] == drawn[2:4]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != drawn[4]
+
+
+@pytest.mark.parametrize(
+    ("pace", "window"),
+    [(Pace(1, 0.0, 4), None), (Pace(2, 0.3, 1), 3), (GRAPH, None), (GRAPH, 3)],
+)
+def test_the_pace_changes_nothing(pace, window, monkeypatch, poisoned):
+    """With the static cache of a CUDA graph, too, whose step runs here without being captured."""
+    captured = []
+    monkeypatch.setattr(module, "Captured", lambda step: captured.append(step) or step)
+    resized, resize = [], decoding.Decoding.resize
+    monkeypatch.setattr(decoding.Decoding, "resize", lambda *args: resized.append(args) or resize(*args))
+    policy, inputs = placed(tiny_model(window=window))
+    plain = sample(policy, inputs, G=8, L=12, pace=Pace(12, 0.0, 12))
+    assert not resized
+    lengths = plain.completion_mask.sum(1)
+    assert len(lengths.unique()) > 2
+    same(sample(policy, inputs, G=8, L=12, pace=pace), plain)
+    assert resized
+    assert len(captured) == (len(resized) + 1 if pace.graph else 0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that has not been written holds NaN."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *size: new_empty(like, *size).fill_(torch.nan))
+
+
+def test_a_static_step_keeps_its_tensors():
+    """What a CUDA graph needs: replayed, a step finds and leaves everything where it was."""
+    policy, inputs = placed()
+    with torch.no_grad():
+        prefix = policy.encode_prefix(inputs)
+        state = decoding.Decoding(prefix, prefix.prompts_of(8), room=4, static=True)
+
+        def held():
+            return [t.data_ptr() for t in (state.place, state.position, *(b for pair in state.buffers for b in pair))]
+
+        before, ids = held(), torch.arange(8)
+        for length in range(3):
+            assert state.place.item() == length
+            policy.next_hidden(state, ids)
+        assert held() == before
+
+
+def test_attention_on_a_gpu_is_that_on_a_cpu():
+    rng = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(3, 2, n, 8, generator=rng) for n in (5, 7, 7))
+    hidden = torch.rand(3, 7, generator=rng) < 0.3
+    for bias in (None, decoding._bias(hidden, query)):
+        plain = decoding.plain_attention(query, keys, values, bias, 0.3)
+        for ours, theirs in zip(decoding.attention(query, keys, values, bias, 0.3), plain):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_sampling_follows_the_distribution():
@@ -185,7 +280,12 @@ def test_a_broken_model_is_reported():
     policy, inputs = placed()
     with torch.no_grad():
         policy.model.model.language_model.norm.weight[0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="hidden states are not finite"):
+        sample(policy, inputs)
+    policy, inputs = placed(tiny_model(tied=False))
+    with torch.no_grad():
+        policy.head_weight[7] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite"):
         sample(policy, inputs)
 
 
@@ -231,21 +331,6 @@ def test_old_logps_and_kl_reach_the_loss():
     clipped = grpo_batch_loss(policy, Batch(**{**vars(batch), "old_per_token_logps": old * 2}), beta=0, temperature=0.9)
     assert clipped.is_high_clipped.any()
     assert not torch.equal(clipped.loss, output.loss)
-
-
-def test_top_k_and_top_p_leave_what_transformers_leaves():
-    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3
-    logits[:, 7] = -torch.inf  # a banned token
-    logps = logits.log_softmax(-1)
-    for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.7), (5, 0.7), (1, 1.0), (0, 1e-6), (100, 1.0)):
-        expected = logps
-        if top_k:
-            expected = TopKLogitsWarper(top_k)(None, expected)
-        if top_p < 1:
-            expected = TopPLogitsWarper(top_p)(None, expected)
-        left = likeliest(logps, top_k, top_p)
-        assert torch.equal(left, expected), (top_k, top_p)
-        assert left.isfinite().any(1).all()
 
 
 def test_top_k_changes_what_is_sampled_and_not_the_log_probabilities():

@@ -37,8 +37,10 @@ def tiny_policy(model: Qwen2VLForConditionalGeneration) -> Policy:
     return Policy(model, tiny_processor())
 
 
-def tiny_model(seed=0, attention="sdpa", tied=True) -> Qwen2VLForConditionalGeneration:
+def tiny_model(seed=0, attention="sdpa", tied=True, window=None) -> Qwen2VLForConditionalGeneration:
+    """window: of the second layer's attention, in tokens."""
     torch.manual_seed(seed)
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": VOCABULARY,
@@ -53,6 +55,7 @@ def tiny_model(seed=0, attention="sdpa", tied=True) -> Qwen2VLForConditionalGene
             "pad_token_id": PAD,
             "bos_token_id": None,
             "tie_word_embeddings": tied,
+            **sliding,
         },
         vision_config={
             "depth": 1,

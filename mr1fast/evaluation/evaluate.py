@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,15 +43,14 @@ def evaluate(
 
     top_k, top_p: of the sampled ones, see `Sampler.generate`. max_completion_length: tokens. batch_size: problems at a
     time; None to choose by the model's size. progress: title of a progress bar, None for no bar. The result depends on
-    `seed` (and, where sampled, on the batches), not on global random state; the policy keeps its mode. file: gets the
+    `seed`, not on batches or global random state; the policy keeps its mode. file: gets the
     answers of each batch as soon as they are there, see `answers`; a problem that it has the answers to already is not
     asked again. Raises UserError if there is no problem.
     """
     bar = tqdm(total=len(dataset) * (1 + sampled), desc=progress, unit="completion", leave=False, disable=not progress)
-    generator = torch.Generator(policy.device)
-    sampler = Sampler(policy, max_completion_length=max_completion_length, generator=generator)
+    sampler = Sampler(policy, max_completion_length=max_completion_length)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    asked = _Asked(policy, sampler, generator, seed, sampled, sampling, bar)
+    asked = _Asked(policy, sampler, seed, sampled, sampling, bar)
     known = {one.index: one for one in (read_answers(file) if file else ())}
     answered: list[Answered] = []
 
@@ -89,7 +87,6 @@ class _Asked:
 
     policy: Policy
     sampler: Sampler
-    generator: torch.Generator  # the sampler's
     seed: int
     sampled: int
     sampling: dict[str, Any]  # keywords of Sampler.generate
@@ -97,13 +94,13 @@ class _Asked:
 
     def answers(self, batch: Sequence[tuple[int, Example]]) -> list[Answered]:
         examples = [example for _, example in batch]
-        # A seed for each batch, so that an evaluation that is interrupted and goes on draws as one in a piece does.
-        self.generator.manual_seed(random.Random(f"{self.seed}/{batch[0][0]}").getrandbits(63))
         with torch.no_grad():
             prefix = self.policy.encode_prefix(self.policy.encode(examples))
         G = self.sampled
+        # By problem, so that an evaluation that is interrupted and goes on draws as one in a piece does.
+        streams = [f"{self.seed}/{index}" for index, _ in batch]
         greedy = self._complete(examples, prefix, 1, {"temperature": 0.0})
-        drawn = self._complete(examples, prefix, G, self.sampling) if G else []
+        drawn = self._complete(examples, prefix, G, {**self.sampling, "streams": streams}) if G else []
         return [
             _judged(index, example, greedy[row], drawn[row * G : (row + 1) * G])
             for row, (index, example) in enumerate(batch)

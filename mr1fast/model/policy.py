@@ -23,6 +23,7 @@ from mr1fast.data.example import Example
 from mr1fast.errors import UserError
 from mr1fast.model.adapter import merged, save_adapter, without_adapter
 from mr1fast.model.checks import VISION_TOKENS, check_fit, check_image_tokens
+from mr1fast.model.decoding import ATTENTION, Decoding
 from mr1fast.model.family import Model, known
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
@@ -207,6 +208,25 @@ class Policy:
             past_key_values=cache,
         ).last_hidden_state
 
+    def next_hidden(self, decoding: Decoding, ids: Tensor) -> Tensor:
+        """Hidden states [N, H] after the completions' next tokens `ids` [N], which `decoding` takes up.
+
+        Without gradients, and without anything that waits for the device.
+        """
+        language_model = self._base.model.language_model
+        with _attention_of(language_model.config, ATTENTION):
+            hidden = language_model(
+                input_ids=ids[:, None],
+                attention_mask=dict.fromkeys(
+                    ("full_attention", "sliding_attention")
+                ),  # `decoding` knows what is hidden
+                position_ids=decoding.position[:, None].expand(3, -1, 1),
+                past_key_values=decoding,
+                decoding=decoding,
+            ).last_hidden_state
+        decoding.advance()
+        return hidden[:, 0]
+
     def completion_hidden(self, prefix: Prefix, completion_ids: Tensor) -> Tensor:
         """Hidden states [B, L, H]: the one at t predicts `completion_ids[:, t]` (padded on the right, [B, L]).
 
@@ -233,6 +253,17 @@ class Policy:
             return torch.cat([prompt_mask, prompt_mask.new_ones(B, start + N)], 1).long()
         allowed = torch.ones(N, start + N, dtype=torch.bool, device=prompt_mask.device).tril(start).expand(B, -1, -1)
         return {"full_attention": torch.cat([prompt_mask[:, None].expand(B, N, T), allowed], 2)[:, None]}
+
+
+@contextmanager
+def _attention_of(config: Any, name: str) -> Iterator[None]:
+    """Within the context the layers with this configuration attend by the function of that name."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _base_model(model: Any) -> Model:

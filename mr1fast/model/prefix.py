@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,6 @@ class Prefix:
         key_values = [(keys.detach(), values.detach()) for keys, values in self.key_values]
         return Prefix(key_values, self.last_hidden.detach(), self.attention_mask, self.next_position)
 
-    def cache(self, room: int = 0) -> Cache:
-        """A cache that holds the prefix. With `room` for more tokens it is written in place, without gradients."""
-        if room == 0:
-            return DynamicCache(self.key_values)
-        return Cache(layers=[_RoomyLayer(keys, values, room) for keys, values in self.key_values])
-
-
-class _RoomyLayer(DynamicLayer):
-    """A cache layer that does not copy itself for every token that is sampled."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        B, heads, self.length, D = keys.shape
-        self.buffers = [tensor.new_empty(B, heads, self.length + room, D) for tensor in (keys, values)]
-        for buffer, tensor in zip(self.buffers, (keys, values)):
-            buffer[:, :, : self.length] = tensor
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + key_states.shape[2]
-        for buffer, new in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, start : self.length] = new
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
+    def cache(self) -> Cache:
+        """A cache that holds the prefix, for completions that are run at once."""
+        return DynamicCache(self.key_values)

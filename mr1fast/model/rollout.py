@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
+from mr1fast.model.decoding import Decoding
 from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
+from mr1fast.model.sampling import Choice, Streams
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,32 @@ class Rollout:
     completions: list[str]  # [B]
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How a sampler goes about it; what it samples does not depend on this, but for rounding.
+
+    check: tokens after which it asks which completions have ended, which waits for a GPU. leave: these leave the batch
+    if they are at least this share of it. page: tokens for which memory is taken at a time. graph: launch a token's
+    kernels, some 1,300 for Qwen2-VL-2B, as one CUDA graph; it is captured anew after every change of shape.
+    """
+
+    check: int
+    leave: float
+    page: int
+    graph: bool = False
+
+
+# Measured on a CPU (benchmarks/LOG.md); presumed on a GPU.
+PACES = {"cpu": Pace(check=4, leave=0.0, page=64), "cuda": Pace(check=16, leave=0.25, page=128, graph=True)}
+
+
 class Sampler:
     """Completes prompts. Another engine can stand behind `generate`; this one samples from the policy itself."""
 
-    def __init__(self, policy: Policy, *, max_completion_length: int, generator: torch.Generator | None = None):
-        """`generator`: on the policy's device; without one torch's global state is used."""
-        self.policy, self.max_completion_length, self.generator = policy, max_completion_length, generator
+    def __init__(self, policy: Policy, *, max_completion_length: int, pace: Pace | None = None):
+        """pace: by default the one for the policy's device."""
+        self.policy, self.max_completion_length = policy, max_completion_length
+        self.pace = pace or PACES.get(policy.device.type, PACES["cpu"])
 
     @torch.no_grad()
     def generate(
@@ -41,60 +65,150 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
         prefix: Prefix | None = None,
+        streams: Sequence[str] | None = None,
     ) -> Rollout:
         """Complete each prompt `num_generations` times, up to its end or `max_completion_length` tokens.
 
         temperature: 0 takes the likeliest token. top_k, top_p: sample from the top_k likeliest tokens (0 for all), and
         of these from the likeliest whose probabilities reach top_p together (1 for all). That changes what is sampled
         and not `per_token_logps`, which are those of all tokens at the temperature, as in the loss. prefix: of these
-        examples, if the caller has computed it.
-        Raises UserError for a model whose hidden states are not finite.
+        examples, if the caller has computed it. streams: a name for each prompt, such as "seed/step/place"; completion
+        g of a prompt is drawn with the random numbers of "name/g", whatever else is sampled with it. By default names
+        are drawn from torch's global random state.
+        Raises UserError for a model whose hidden states or logits are not finite.
         """
-        policy = self.policy
+        policy, G = self.policy, num_generations
         prefix = prefix or policy.encode_prefix(policy.encode(examples))
-        prefix = prefix.take(prefix.prompts_of(len(prefix.last_hidden) * num_generations))
-        cache, hidden = prefix.cache(room=self.max_completion_length), prefix.last_hidden
-        if not hidden.isfinite().all():
+        if not prefix.last_hidden.isfinite().all():
             raise UserError("the model's hidden states are not finite: its weights are broken")
-        finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-        ids: list[Tensor] = []
-        mask: list[Tensor] = []
-        logps: list[Tensor] = []
-        for t in range(self.max_completion_length):
-            if t > 0:
-                hidden = policy.extend(prefix, cache, ids[-1][:, None], t - 1)[:, 0]
-            all_logps = (policy.logits(hidden).float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
-            token = self._choose(all_logps, temperature, top_k, top_p).masked_fill(finished, policy.pad_id)
-            ids.append(token)
-            mask.append(~finished)
-            logps.append(all_logps.gather(1, token[:, None])[:, 0].masked_fill(finished, 0))
-            finished = finished | torch.isin(token, policy.end_ids)
-            if finished.all():
+        if streams is None:
+            streams = [str(int(torch.randint(2**62, ()))) for _ in prefix.last_hidden]
+        names = Streams(f"{name}/{g}" for name in streams for g in range(G))
+        choice = Choice(policy.banned_ids, temperature, top_k, top_p)
+        ids, logps = self._sample(prefix, prefix.prompts_of(len(prefix.last_hidden) * G), choice, names)
+        mask = _until_end(ids, policy.end_ids)
+        length = int(mask.sum(1).max())
+        ids, mask, logps = ids[:, :length], mask[:, :length], logps[:, :length]
+        if logps[mask].isnan().any():
+            raise UserError("the model's logits are not finite: its weights are broken")
+        ids, logps = ids.masked_fill(~mask, policy.pad_id), logps.masked_fill(~mask, 0)
+        return Rollout(ids, mask, logps, policy.decode(ids, mask))
+
+    def _sample(self, prefix: Prefix, prompts: Tensor, choice: Choice, streams: Streams) -> tuple[Tensor, Tensor]:
+        """(ids, per_token_logps) [B, max_completion_length], with anything after the end of a completion."""
+        policy, pace, L, device = self.policy, self.pace, self.max_completion_length, prompts.device
+        rows = torch.arange(len(prompts), device=device)  # of the completions that are in the batch
+        ids = torch.full((len(rows), L), policy.pad_id, device=device)
+        logps = torch.zeros(len(rows), L, device=device)
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        hidden: Tensor | None = prefix.last_hidden[prompts]
+        decoding = Decoding(prefix, prompts, room=min(pace.page, L), static=pace.graph)
+        steps = _Steps(policy, decoding, choice, rows, pace)
+        for start in range(0, L, pace.check):
+            stop = min(start + pace.check, L)
+            numbers = streams.next(stop - start, device)
+            ids[rows, start:stop], logps[rows, start:stop] = steps.take(numbers, hidden)
+            hidden = None
+            ended |= torch.isin(ids[rows, start:stop], policy.end_ids).any(1)
+            alive = (~ended).nonzero()[:, 0]
+            if len(alive) == 0:
                 break
-        completion_ids, completion_mask = torch.stack(ids, 1), torch.stack(mask, 1)
-        completions = policy.decode(completion_ids, completion_mask)
-        return Rollout(completion_ids, completion_mask, torch.stack(logps, 1), completions)
-
-    def _choose(self, all_logps: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-        """A token [B] for each row of log-probabilities [B, V]."""
-        allowed = all_logps.index_fill(1, self.policy.banned_ids, -torch.inf)
-        if temperature == 0:
-            return allowed.argmax(-1)
-        # Not exp: the banned tokens may have had all of the probability.
-        probabilities = likeliest(allowed, top_k, top_p).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+            room = min(-(-(stop + pace.check) // pace.page) * pace.page, L)
+            leave = 0 < len(rows) - len(alive) >= pace.leave * len(rows)
+            if stop < L and (leave or room > decoding.room):
+                decoding.resize(alive, room)
+                streams.keep(alive.tolist())
+                rows, ended = rows[alive], ended[alive]
+                steps = _Steps(policy, decoding, choice, steps.token[alive], pace)
+        return ids, logps
 
 
-def likeliest(logps: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Log-probabilities [B, V] with -inf for all but the tokens that `Sampler.generate` describes, one at least.
+class _Steps:
+    """The next tokens of N completions, whose tensors stay in place as long as no completion leaves."""
 
-    Of tokens with the same probability at the border, top_k may leave some more.
+    def __init__(self, policy: Policy, decoding: Decoding, choice: Choice, token: Tensor, pace: Pace):
+        """token: [N] int64, the last one of each; anything before the first."""
+        self.policy, self.decoding, self.choice = policy, decoding, choice
+        self.token = token.clone()
+        self.place = token.new_zeros(1)  # of the next token among the following, [N, tokens of a turn]
+        self.numbers = torch.zeros(len(token), pace.check, dtype=torch.float64, device=token.device)
+        self.ids = torch.zeros_like(self.numbers, dtype=torch.long)
+        self.logps = torch.zeros_like(self.numbers, dtype=torch.float32)
+        self.step: Callable[[], None] = Captured(self._step) if pace.graph else self._step
+
+    def take(self, numbers: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As many tokens as there are numbers [N, tokens]: (ids, log-probabilities), likewise.
+
+        hidden: [N, H], from which the first is predicted if it is the first of all.
+        """
+        count = numbers.shape[1]
+        self.numbers[:, :count] = numbers
+        self.place.zero_()
+        if hidden is not None:
+            self._choose(hidden)
+        for _ in range(count - (hidden is not None)):
+            self.step()
+            self.decoding.length += 1
+        return self.ids[:, :count], self.logps[:, :count]
+
+    def _step(self) -> None:
+        self._choose(self.policy.next_hidden(self.decoding, self.token))
+
+    def _choose(self, hidden: Tensor) -> None:
+        numbers = self.numbers.index_select(1, self.place)[:, 0]
+        token, logps = self.choice.of(self.policy.logits(hidden), numbers)
+        self.token.copy_(token)
+        self.ids.index_copy_(1, self.place, token[:, None])
+        self.logps.index_copy_(1, self.place, logps[:, None])
+        self.place += 1
+
+
+class Captured:
+    """A step on a GPU that is captured as a CUDA graph when it is called the second time, and replayed from then on.
+
+    Where it cannot be captured, a warning says so, and this and all later ones go on as they are.
     """
-    if 0 < top_k < logps.shape[-1]:
-        least = logps.topk(top_k).values[:, -1:]
-        logps = logps.masked_fill(logps < least, -torch.inf)
-    if top_p < 1:
-        ordered, order = logps.softmax(-1).sort(descending=True, stable=True)
-        enough = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones reach top_p without this token
-        logps = logps.masked_fill(enough.scatter(1, order, enough), -torch.inf)
-    return logps
+
+    possible: ClassVar[bool] = True
+
+    def __init__(self, step: Callable[[], None]):
+        self.step, self.warm = step, False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        elif not self.possible:
+            self.step()
+        elif not self.warm:  # a step like the others; what it sets up must not be part of the graph
+            self.warm = True
+            self._on_the_side()
+        else:
+            self._capture()
+
+    def _on_the_side(self) -> None:
+        """The step on a stream of its own, as capturing will have one."""
+        here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            self.step()
+        here.wait_stream(stream)
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):  # runs nothing
+                self.step()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"sampling goes on without a CUDA graph, which is slower: {reason}", stacklevel=2)
+            Captured.possible = False
+        else:
+            self.graph = graph
+        self()
+
+
+def _until_end(ids: Tensor, end_ids: Tensor) -> Tensor:
+    """[B, L] bool: true up to and including the first of the tokens that end a completion."""
+    ends = torch.isin(ids, end_ids).int()
+    return ends.cumsum(1) - ends == 0

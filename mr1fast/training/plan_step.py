@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterable
 from typing import Any
 from unittest.mock import patch
 
@@ -27,12 +25,14 @@ from mr1fast.errors import UserError
 from mr1fast.losses.sizes import BEHIND_OPS, IN_PLACE, loss_head_of
 from mr1fast.model.adapter import add_adapter
 from mr1fast.model.checks import VISION_TOKENS
+from mr1fast.model.decoding import Decoding
 from mr1fast.model.family import family
 from mr1fast.model.load import EMBEDDED, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import prompt_length
 from mr1fast.model.rollout import Rollout, Sampler
+from mr1fast.model.sampling import Choice
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.plan import StepShape
 from mr1fast.training.sized import MemoryTracker
@@ -51,18 +51,20 @@ def measure(shape: StepShape) -> tuple[Trainer, dict[str, dict[str, int]]]:
         trainer = build_trainer(shape, model, reference, _Patches)
         _label_training(trainer, tracker)
         length = shape.task.max_completion_length
-        trainer.sampler = _LastTokenSampler(trainer.policy, max_completion_length=length, generator=trainer.generator)
+        trainer.sampler = _LastTokenSampler(trainer.policy, max_completion_length=length)
         trainer.sampler.tracker = tracker
 
         def begin(phase: str) -> None:
+            if phase == "rewards":  # they hold nothing
+                return
             tracker.begin(phase, "gradients" if phase == "optimizer" else "activations")
             if phase == "policy" and shape.task.gradient_accumulation_steps > 1:  # those of the pieces before
                 for weight in trainer.policy.trainable_parameters():
                     weight.grad = torch.empty_like(weight)
                     tracker.label([weight.grad], "gradients")
 
-        with phases_of(trainer, begin):
-            trainer.step()
+        trainer.phases.on_begin = begin
+        trainer.step()
     return trainer, {phase: dict(held) for phase, held in tracker.peaks.items()}
 
 
@@ -139,31 +141,6 @@ def _largest(pixels: int, side: int) -> tuple[int, int]:
     return tokens // height * side, height * side
 
 
-@contextmanager
-def phases_of(trainer: Trainer, begin: Callable[[str], None]) -> Iterator[None]:
-    """Call `begin` where the phases of the next step begin: rollout (or prompts), reference, policy, optimizer."""
-
-    def after(phase: str, function: Callable) -> Callable:
-        begun: list[str] = []
-
-        @wraps(function)
-        def call(*args, **kwargs):
-            if not begun:
-                begun.append(phase)
-                begin(phase)
-            return function(*args, **kwargs)
-
-        return call
-
-    with (
-        patch.object(trainer_module, "batch_logps", after("reference", trainer_module.batch_logps)),
-        patch.object(trainer, "update", after("policy", trainer.update)),
-        patch.object(trainer.optimizer, "step", after("optimizer", trainer.optimizer.step)),
-    ):
-        begin("prompts" if trainer.config.method == "sft" else "rollout")
-        yield
-
-
 # ---- stand-ins ------------------------------------------------------------------------------------------------------
 
 
@@ -202,22 +179,22 @@ class _LastTokenSampler(Sampler):
     tracker: MemoryTracker
 
     @torch.no_grad()
-    def generate(self, examples, *, num_generations=1, temperature=1.0, top_k=0, top_p=1.0, prefix=None) -> Rollout:
+    def generate(
+        self, examples, *, num_generations=1, temperature=1.0, top_k=0, top_p=1.0, prefix=None, streams=None
+    ) -> Rollout:
         policy, L = self.policy, self.max_completion_length
         self._label(tensor for pair in prefix.key_values for tensor in pair)
-        prefix = prefix.take(prefix.prompts_of(len(prefix.last_hidden) * num_generations))
-        self._label(tensor for pair in prefix.key_values for tensor in pair)
-        cache: Any = prefix.cache(room=L)
-        self._label(buffer for layer in cache.layers for buffer in layer.buffers)
-        hidden, B = prefix.last_hidden, len(prefix.last_hidden)
+        prompts = prefix.prompts_of(len(prefix.last_hidden) * num_generations)
+        decoding, B = Decoding(prefix, prompts, room=L), len(prompts)
+        self._label(buffer for pair in decoding.buffers for buffer in pair)
         digits = torch.tensor([300**t for t in range(min(L, 4))])
         ids = torch.nn.functional.pad(torch.arange(B)[:, None] // digits % 300, (0, L - len(digits)))
+        hidden = prefix.last_hidden[prompts]
         if L > 1:
-            for layer in cache.layers:
-                layer.length += L - 2
-            hidden = policy.extend(prefix, cache, ids[:, -1:], L - 2)[:, 0]
-        all_logps = (policy.logits(hidden).float() / temperature).log_softmax(-1)
-        self._choose(all_logps, temperature, top_k, top_p)
+            decoding.length = L - 2
+            hidden = policy.next_hidden(decoding, ids[:, -1])
+        choice = Choice(policy.banned_ids, temperature, top_k, top_p)
+        choice.of(policy.logits(hidden), torch.zeros(B, dtype=torch.float64))
         # Without log-probabilities, which would have to fit those of a single piece.
         return Rollout(ids, torch.ones(B, L, dtype=torch.bool), None, [""] * B)  # type: ignore[arg-type]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batc
 from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
+from mr1fast.training.phases import Phases
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 from mr1fast.training.skipped import skipped_sample, useless
 
@@ -59,8 +59,8 @@ class Trainer:
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
-        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length, generator=self.generator)
+        self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
+        self.phases = Phases(policy.device)
         self.finished_steps = 0
         self.num_tokens = 0
         self.skipped_steps = 0
@@ -71,7 +71,6 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """Take one optimizer step and return its metrics. A step with NaN or inf in it changes no weight."""
-        started = time.perf_counter()
         if self.step_data is None or self.finished_steps % self.config.num_iterations == 0:
             self.step_data = self.collect()
         metrics = {"learning_rate": self.learning_rate}
@@ -88,7 +87,7 @@ class Trainer:
         self.kl_schedule.step()
         self.finished_steps += 1
         progress = {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
-        return metrics | progress | {"step_time": time.perf_counter() - started}
+        return metrics | progress | self.phases.metrics()
 
     # ---- prompts, completions, rewards ------------------------------------------------------------------------------
 
@@ -100,6 +99,7 @@ class Trainer:
 
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
+        self.phases.begin("prompts" if self.config.method == "sft" else "rollout")
         examples = self.examples()
         inputs = self.policy.encode(examples)
         data = self._targets(examples, inputs) if self.config.method == "sft" else self._rollout(examples, inputs)
@@ -121,7 +121,9 @@ class Trainer:
             top_k=config.top_k,
             top_p=config.top_p,
             prefix=prefix.detach(),
+            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in range(len(examples))],
         )
+        self.phases.begin("rewards")
         completions = rollout.completions
         unanswered_before = unanswered()
         repeated = [example for example in examples for _ in range(G)]
@@ -147,6 +149,7 @@ class Trainer:
     @torch.no_grad()
     def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
         """[B, L] float32. A reference that is offloaded is on the policy's device only meanwhile."""
+        self.phases.begin("reference")
         adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
         with adapter_off, reference.on(self.policy.device):
             pieces = split_batch(batch, self.config.gradient_accumulation_steps)
@@ -177,6 +180,7 @@ class Trainer:
 
     def update(self, data: StepData) -> dict[str, float]:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
+        self.phases.begin("policy")
         config, batch = self.config, data.batch
         weighted_batch, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
         pieces = split_batch(weighted_batch, config.gradient_accumulation_steps)
@@ -197,6 +201,7 @@ class Trainer:
         if batch.sampling_per_token_logps is not None:
             metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
         old = batch.old_per_token_logps
+        self.phases.begin("optimizer")
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
             if config.num_iterations > 1 and logps and old is None:
@@ -230,7 +235,6 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "max_steps": self.config.max_steps,
             "kl_schedule": self.kl_schedule.state_dict(),
             "step_data": None,
@@ -244,7 +248,6 @@ class Trainer:
         for name in ("finished_steps", "num_tokens", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
         if (data := state["step_data"]) is not None:
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
