@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,28 +12,40 @@ from mr1fast.options.config import TrainConfig
 from mr1fast.options.parse import parse_arguments, printed_config
 from mr1fast.options.program import missing_package
 from mr1fast.training.open_run import OpenRun, how_to_continue, open_run, requested_config
+from mr1fast.training.processes import PeerFailed, one_voice, started
 from mr1fast.training.run_folder import ResumeError
 from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm, too_little_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0; 2 for a mistake of the user's; 1 if training failed; 128 + its number after a signal."""
-    started = time.time()
-    try:
-        request = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        if request.print_config:
-            print(printed_config(requested_config(request)), end="")
-            return 0
-        if request.plan is not None:
-            return _plan(requested_config(request), request.plan or None)
-        _check_one_process()
-        engine = _engine(requested_config(request))
-        with open_run(request) as opened:
-            return _train(opened, started, engine)
-    except (UserError, OSError) as error:
-        return _fail(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C", 130)
+    began = time.time()
+    error: UserError | OSError | None = None
+    config: TrainConfig | None = None
+    engine = None
+    with one_voice():
+        try:
+            request = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            if request.print_config:
+                print(printed_config(requested_config(request)), end="")
+                return 0
+            if request.plan is not None:
+                return _plan(requested_config(request), request.plan or None)
+            config = requested_config(request)
+            engine = _engine(config)
+        except (UserError, OSError) as wrong:
+            error = wrong
+        except KeyboardInterrupt:
+            return _fail("stopped by Ctrl-C", 130)
+        try:
+            with started(error, str(config)) as processes, open_run(request, processes) as opened:
+                return _train(opened, began, engine)
+        except (UserError, OSError) as wrong:
+            return _fail(f"error: {wrong}", 2)
+        except PeerFailed as failed:
+            return _fail(f"error: {failed}", 1)
+        except KeyboardInterrupt:
+            return _fail("stopped by Ctrl-C", 130)
 
 
 def _plan(config: TrainConfig, gigabytes: int | None) -> int:
@@ -65,7 +76,7 @@ def _engine(config: TrainConfig) -> Any:
     return trl_engine.train_task
 
 
-def _train(opened: OpenRun, started: float, engine: Any) -> int:
+def _train(opened: OpenRun, began: float, engine: Any) -> int:
     """Train. A failure from here on leaves a run that can be resumed, or no folder at all."""
     try:
         with stop_on_sigterm():
@@ -73,8 +84,8 @@ def _train(opened: OpenRun, started: float, engine: Any) -> int:
             from mr1fast.training.task_run import TrainingError
 
             try:
-                run(opened, started, engine)
-            except TrainingError as error:
+                run(opened, began, engine)
+            except (TrainingError, PeerFailed) as error:
                 return _fail(f"error: {error}", 1, opened)
             except (RuntimeError, MemoryError, UserError) as error:  # UserError: of a file that was read or written
                 if not is_out_of_memory(error):
@@ -96,18 +107,12 @@ def _train(opened: OpenRun, started: float, engine: Any) -> int:
     return 0
 
 
-def _check_one_process() -> None:
-    """Raises UserError under torchrun and its kin, where each process would train the same model by itself."""
-    if (number := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(number) > 1:
-        raise UserError(
-            f"WORLD_SIZE is {number}, but training runs in one process, on one device: start it without torchrun or "
-            "accelerate launch; for several GPUs, TRL and verl can train with the loss of mr1fast (docs/drop-in.md)"
-        )
-
-
 def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:
     print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
     if opened is not None:
+        opened.processes.report(message)
+        if not opened.processes.is_main:
+            return exit_code
         if opened.folder.config_file.exists():
             print(how_to_continue(opened.folder), file=sys.stderr)
         elif not any(opened.folder.path.iterdir()):

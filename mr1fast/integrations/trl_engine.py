@@ -50,8 +50,8 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     config, folder = setup.config.for_task(name), setup.folder.task(name)
-    for half in [one for one in checkpoints(folder) if not (one / MANIFEST).exists()]:
-        remove_folder(half)  # a killed run has left it: the manifest is written last
+    setup.processes.on_main(_remove_half_written, folder)
+    setup.processes.gather(None)
     checkpoint = whole_checkpoint(checkpoint, folder)
     done, before = 0, config.max_steps
     setup.loaded_base = None  # TRL has a reference of its own
@@ -72,6 +72,12 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
             policy.model.eval()
             run.stop_if_asked(trainer.state.global_step)
     return policy
+
+
+def _remove_half_written(folder: Path) -> None:
+    """Remove checkpoints that a killed run has left: the manifest is written last."""
+    for half in [one for one in checkpoints(folder) if not (one / MANIFEST).exists()]:
+        remove_folder(half)
 
 
 def _policy(policy: Policy) -> Policy:
@@ -127,6 +133,7 @@ class EngineTrainer(GRPODTrainer):
     steps: _Steps  # that of its callbacks
 
     def __init__(self, setup: Setup, name: str, policy: Policy):
+        self.processes = setup.processes
         self.task, self.policy, self.rewards = setup.config.for_task(name), policy, load_rewards(setup.config.rewards)
         self.data = Rows(setup, name, policy.processor.prompt)
         # Of the last batch that was sampled: of this process, and `totals`, the weighted sums of rewards, of all.
@@ -190,7 +197,7 @@ class EngineTrainer(GRPODTrainer):
         scores = {name: every[:, i].cpu() for i, name in enumerate(names)}
         self.totals = weighted_sum(self.rewards, scores)
         self.batch_metrics = reward_metrics(scores, self.totals, self.num_generations)
-        self.batch_metrics["rewards/unanswered"] = unanswered() - before
+        self.batch_metrics["rewards/unanswered"] = sum(self.processes.gather(unanswered() - before))
         return every.masked_fill(self.totals.isnan()[:, None].to(every.device), math.nan)
 
     def _decoded(self, ids: Sequence[int]) -> str:
@@ -239,12 +246,13 @@ def _arguments(setup: Setup, name: str, policy: Policy) -> GRPODConfig:
     if not values.get("use_vllm"):  # which has other names for these
         ours = {"suppress_tokens": policy.banned_ids.tolist(), "eos_token_id": policy.end_ids.tolist()}
         values["generation_kwargs"] = ours | (values.get("generation_kwargs") or {})
-    device = choose_device(config.device)
+    device = choose_device(setup.processes.device(config.device))
     arguments = settings(
         task,
         values,
         output_dir=str(setup.folder.task(name)),
         device=device,
+        processes=setup.processes.count,
         bf16=choose_dtype(config.dtype, device) == torch.bfloat16,
         small=is_small(policy.model),
     )

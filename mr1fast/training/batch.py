@@ -55,16 +55,34 @@ def batch_logps(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tenso
     return logps
 
 
-def weighted(batch: Batch, loss: Mapping[str, Any], *, max_completion_length: int) -> tuple[Batch, dict[str, Any]]:
-    """A step's batch, each token with its weight in the loss, and the loss's keywords with which its pieces add up.
+@dataclass(frozen=True)
+class Whole:
+    """A step's batch, of which each process has a share: what the loss's normalisers count."""
+
+    completions: int
+    tokens: int
+    max_completion_length: int
+
+
+def weighted(batch: Batch, loss: Mapping[str, Any], whole: Whole) -> tuple[Batch, dict[str, Any]]:
+    """A share of a step's batch, each token with its weight in the loss, and keywords with which pieces add up.
 
     Whatever the normaliser counts, tokens or completions, it counts them in the whole batch.
     """
     ids, mask = batch.completion_ids, batch.completion_mask
     keywords = {name: value for name, value in loss.items() if name != "scale_rewards"}  # that is for the advantages
-    weight = reference.token_weight(ids, mask, torch.float32, loss["loss_type"], max_completion_length, None)
+    tokens = max(whole.tokens, 1)
+    weight = reference.token_weight(
+        ids,
+        mask,
+        torch.float32,
+        loss["loss_type"],
+        whole.max_completion_length,
+        tokens,
+        num_sequences=whole.completions,
+    )
     if keywords.get("entropy_coef"):  # a mean over tokens
-        keywords["entropy_coef"] /= max(mask.sum().item(), 1)
+        keywords["entropy_coef"] /= tokens
     return dataclasses.replace(batch, token_weight=weight), {**keywords, "reduction": "sum"}
 
 
@@ -89,10 +107,13 @@ def grpo_batch_loss(
     )
 
 
-def sft_batch_loss(policy: Policy, batch: Batch) -> Tensor:
-    """Mean over completions of the negative log-likelihood per token (nats), 0-d."""
+def sft_batch_loss(policy: Policy, batch: Batch, *, num_sequences: int | None = None) -> Tensor:
+    """Mean over completions of the negative log-likelihood per token (nats), 0-d.
+
+    num_sequences: the completions of the whole step, of which this batch is a piece: the losses of all then add up.
+    """
     lengths = batch.completion_mask.sum(1).clamp(min=1)
-    return -(batch_logps(policy, batch).sum(1) / lengths).mean()
+    return -(batch_logps(policy, batch).sum(1) / lengths).sum() / (num_sequences or len(lengths))
 
 
 def split_batch(batch: Batch, pieces: int) -> list[Batch]:

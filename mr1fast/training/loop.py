@@ -38,11 +38,12 @@ def run(opened: OpenRun, started: float, engine: Engine | None = None) -> None:
         raise
     except ValueError as error:  # of the model or the data, in one sentence
         raise UserError(str(error)) from error
-    folder = setup.folder
+    folder, processes = setup.folder, setup.processes
     new = new_result(setup)
-    result = {**new, **folder.read_result(), **{name: new[name] for name in ("config", "config_of_task")}}
+    result = {**new, **folder.read_result(), **{name: new[name] for name in ("config", "config_of_task", "processes")}}
     todo = _todo(setup, opened, result)
-    write_config(folder, setup.config)
+    processes.gather(None)  # all have read what there is
+    processes.on_main(write_config, folder, setup.config)
     print(setup.description(), flush=True)
 
     said, seconds_before = summaries(setup.splits), result["seconds"]
@@ -50,15 +51,15 @@ def run(opened: OpenRun, started: float, engine: Engine | None = None) -> None:
         if data not in result["before"]:
             result["before"][data] = evaluate_on_test_split(setup, setup.base, data, "before training")
     try:
-        folder.write_result(result)
+        processes.on_main(folder.write_result, result)
         for name in todo:
             checkpoint = opened.checkpoint if opened.names_checkpoint_of(name) else None
             train_and_test(setup, name, checkpoint, result, engine or train_task)
-        draw_pictures(setup)
+        processes.on_main(draw_pictures, setup)
     finally:
         result["seconds"] = round(seconds_before + time.time() - started, 1)
         with suppress(OSError):  # a full disk has been reported, or is about to be
-            folder.write_result(result)
+            processes.on_main(folder.write_result, result)
 
     for line in summaries(setup.splits):
         if line not in said:  # what came to light when images were decoded
@@ -89,22 +90,22 @@ def _todo(setup: Setup, opened: OpenRun, result: dict[str, Any]) -> list[str]:
 
 def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dict[str, Any], engine: Engine) -> None:
     """Train a model on one task, save it, and add its accuracy on the test split of every task to `result`."""
-    folder = setup.folder
+    folder, on_main = setup.folder, setup.processes.on_main
     result["after"].pop(name, None)  # a task that is rewound to an earlier checkpoint has not finished any more
-    folder.write_result(result)
+    on_main(folder.write_result, result)
     policy = engine(setup, name, checkpoint)
     if setup.config.merge:
-        save_model(policy, folder.adapter(name))
+        on_main(save_model, policy, folder.adapter(name))
         policy = policy.merge()
-    save_model(policy, folder.model(name))
-    write_card(folder.model(name), setup, name, result)
+    on_main(save_model, policy, folder.model(name))
+    on_main(write_card, folder.model(name), setup, name, result)
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
     own = figures.get(name, {})  # none where it is not tested on
     result["after"] |= {name: own, **figures} if len(setup.names) == 1 else {name: own}
     result["cross_task"][name] = {data: figures[data] for data in figures if data != name}
     result["steps"][name] = setup.config.for_task(name).max_steps
-    write_card(folder.model(name), setup, name, result)
-    folder.write_result(result)
+    on_main(write_card, folder.model(name), setup, name, result)
+    on_main(folder.write_result, result)
 
 
 def closing_words(setup: Setup, result: dict[str, Any]) -> str:
@@ -126,7 +127,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
     if not setup.base_is_reference(config):
         setup.loaded_base = None
     policy, state = (setup.new_policy(), None) if checkpoint is None else load_checkpoint(checkpoint, setup.load)
-    trainer = Trainer(config, policy, setup.reference_for(policy, config), setup.train[name])
+    trainer = Trainer(config, policy, setup.reference_for(policy, config), setup.train[name], setup.processes)
     if checkpoint is not None and state is not None:
         _go_on(trainer, state, checkpoint)
         before = state.get("max_steps", config.max_steps)
@@ -139,7 +140,8 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
             run.record_skipped(trainer.skipped_sample, trainer.skipped_in_a_row)
             if run.saves(step):
                 state = None if setup.config.save_only_model else trainer.state_dict()
-                save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
+                if setup.processes.is_main:
+                    save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
             run.stop_if_asked(step)
     return policy
 
@@ -171,6 +173,7 @@ def new_result(setup: Setup) -> dict[str, Any]:
         "steps": {},
         "seed": config.seed,
         "versions": versions(),
+        "processes": setup.processes.count,
         "config": config.resolved(),
         "data": {"name": setup.names[0], "content": setup.content} if config.data else {},
         "config_of_task": {name: dataclasses.asdict(config.for_task(name)) for name in setup.names},

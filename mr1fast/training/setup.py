@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mr1fast.data.dataset import ImageTextDataset
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
-from mr1fast.evaluation.evaluate import evaluate
+from mr1fast.evaluation.evaluate import Divide, evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
@@ -30,6 +30,7 @@ from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
 from mr1fast.training.plan_run import plans_before
+from mr1fast.training.processes import ALONE, Processes, pieces_of
 from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
 
@@ -42,6 +43,7 @@ class Setup(RunData):
     loaded_base: Policy | None  # see `base`
     given_reference: Policy | None  # --reference-model
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
+    processes: Processes = ALONE
     offloads_reference: bool = False  # keep it in the CPU's memory but for its log-probabilities
 
     @property
@@ -91,9 +93,14 @@ class Setup(RunData):
             top_p=config.top_p,
             batch_size=config.eval_batch_size,
             seed=config.seed,
+            divide=self._divide(),
             **keywords,
         )
         return result.figures()
+
+    def _divide(self) -> Divide:
+        processes = self.processes
+        return Divide(processes.share, processes.whole, processes.count == 1, processes.count > 1 and processes.is_main)
 
     def validate(self, policy: Policy, dataset: ImageTextDataset, name: str) -> dict[str, float]:
         """`evaluate` with its figures under the names of metrics.jsonl."""
@@ -106,6 +113,8 @@ class Setup(RunData):
         what = f"{self.config.method} on {', then '.join(self.names)}"
         threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
+        if self.processes.count > 1:
+            where = f"{self.processes.count} processes, each on {where}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
         if self.config.reference_model is not None:
@@ -165,13 +174,16 @@ def prepare(opened: OpenRun) -> Setup:
     """Load model and data. Raises ValueError, whose message is one sentence."""
     config = opened.config
     transformers.utils.logging.disable_progress_bar()
-    device = models.choose_device(config.device)
+    processes = opened.processes
+    device = models.choose_device(processes.device(config.device))
     load_model = partial(
         models.load_model,
         device=device,
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
     )
+    for name in config.names:
+        pieces_of(config.for_task(name), processes)  # raises for a batch that cannot be divided
     plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
@@ -189,6 +201,7 @@ def prepare(opened: OpenRun) -> Setup:
         **vars(data),
         config=config,
         folder=opened.folder,
+        processes=processes,
         base_path=base_path,
         loaded_base=base.freeze(),
         given_reference=_given_reference(config, base, load_model),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mr1fast.model.policy import Policy
 from mr1fast.training.loggers import Guarded, open_loggers
-from mr1fast.training.metrics import MetricsLog, read_rows
+from mr1fast.training.metrics import MetricsLog, NoLog, read_rows
 from mr1fast.training.page import Page
 from mr1fast.training.pictures import Unfinished, draw_pictures
 from mr1fast.training.run_folder import checkpoints, record_max_steps, remove_folder, step_of, versions, write_json
@@ -36,10 +36,11 @@ class TrainingError(RuntimeError):
 class TaskRun:
     """The training of one model, as the user sees it. Made by `task_run`."""
 
-    def __init__(self, setup: Setup, name: str, policy: Policy, log: MetricsLog, bar: tqdm, stop: StopRequest):
+    def __init__(self, setup: Setup, name: str, policy: Policy, log: MetricsLog | NoLog, bar: tqdm, stop: StopRequest):
         self.setup, self.name, self.policy, self.log, self.bar, self.stop = setup, name, policy, log, bar, stop
         self.config, self.folder = setup.config.for_task(name), setup.folder.task(name)
         self.validation = setup.validation.get(name)
+        self.stopping: int | None = None  # the signal that any process was sent
 
     def validate(self) -> dict[str, float]:
         """Figures on the validation split, where there is one, under the names of metrics.jsonl."""
@@ -54,12 +55,14 @@ class TaskRun:
         self.log.log(step, metrics, completions if shows else ())
         self.bar.set_postfix_str(postfix(metrics), refresh=False)
         self.bar.update()
+        self.stopping = self.setup.processes.agreed(self.stop.signal_number)
 
     def record_skipped(self, sample: dict[str, Any] | None, in_a_row: int) -> None:
         """Keep the `skipped_sample` of a step. Raises TrainingError after the last one that is accepted."""
         if sample is None:
             return
-        write_json(self.folder / "skipped" / f"step-{sample['step']:06d}.json", sample)
+        if self.setup.processes.is_main:
+            write_json(self.folder / "skipped" / f"step-{sample['step']:06d}.json", sample)
         if in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite numbers (the last: {sample['reason']}), so "
@@ -69,29 +72,31 @@ class TaskRun:
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
-        return self._saves_by_plan(step) or self.stop.signal_number is not None
+        return self._saves_by_plan(step) or self.stopping is not None
 
     def _saves_by_plan(self, step: int) -> bool:
         return step % self.config.save_steps == 0 or step == self.config.max_steps
 
     def stop_if_asked(self, step: int) -> None:
         """After the checkpoint: raises Stopped if there was a signal."""
-        if self.stop.signal_number is not None:
-            if self.stop.signal_number == signal.SIGINT:  # after SIGTERM there may be no time
+        if self.stopping is not None:
+            if self.stopping == signal.SIGINT and self.setup.processes.is_main:  # after SIGTERM there may be no time
                 draw_pictures(self.setup, Unfinished(self.name, self.policy, step))
-            raise Stopped(self.stop.signal_number)
+            raise Stopped(self.stopping)
 
 
 @contextmanager
 def task_run(setup: Setup, name: str, policy: Policy, *, done: int, resumed: bool) -> Iterator[TaskRun]:
     """Training on one task, from step `done` on. What is there of later steps is removed."""
-    config = setup.config.for_task(name)
-    _remove_after(setup.folder.task(name), done)
-    if done < config.max_steps:  # else an evaluation may go on where it was interrupted
-        shutil.rmtree(setup.folder.answers(f"trained on {name}"), ignore_errors=True)
-    log = _open_log(setup, name, first_step=done + 1 if resumed else 0)
+    config, is_main = setup.config.for_task(name), setup.processes.is_main
+    setup.processes.gather(None)  # all have read what they need
+    if is_main:
+        _remove_after(setup.folder.task(name), done)
+        if done < config.max_steps:  # else an evaluation may go on where it was interrupted
+            shutil.rmtree(setup.folder.answers(f"trained on {name}"), ignore_errors=True)
+    log = _open_log(setup, name, first_step=done + 1 if resumed else 0) if is_main else NoLog()
     bar = tqdm(total=config.max_steps, initial=done, desc=f"{config.method} on {name}", unit="step")
-    with closing(log), finishing_steps() as stop, bar:
+    with closing(log), finishing_steps(together=setup.processes.count > 1) as stop, bar:
         run = TaskRun(setup, name, policy, log, bar, stop)
         if not resumed and run.validation is not None:
             log.log(0, run.validate())
@@ -125,7 +130,7 @@ def _remove_after(task_folder: Path, step: int) -> None:
 def follow_new_total(setup: Setup, name: str, *, step: int, before: int) -> None:
     """Say and record that --max-steps was `before` when the checkpoint after `step` steps was written, if it was."""
     now = setup.config.for_task(name).max_steps
-    if now != before:
+    if now != before and setup.processes.is_main:
         record_max_steps(setup.folder, name, step=step, before=before, now=now)
         what = "learning rate and KL weight follow the new total"
         print(f"{name}: --max-steps is {now} and was {before}; from step {step + 1} on, {what}", flush=True)

@@ -20,11 +20,19 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
-from mr1fast.training.metrics import completion_metrics, mean_metrics, reward_metrics, sampling_metrics
+from mr1fast.training.batch import Batch, Whole, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
+from mr1fast.training.metrics import (
+    completion_lengths,
+    completion_metrics,
+    difference,
+    mean_metrics,
+    reward_metrics,
+    sampling_metrics,
+)
 from mr1fast.training.optimizer import Optimizer, learning_rate_at
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.phases import Phases
+from mr1fast.training.processes import ALONE, Processes, pieces_of
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 from mr1fast.training.skipped import skipped_sample, useless
 
@@ -52,13 +60,16 @@ class Trainer:
         policy: Policy,
         reference: Policy | None,
         dataset: Examples,
+        processes: Processes = ALONE,
     ):
         self.config, self.policy, self.reference, self.dataset = config, policy, reference, dataset
+        self.processes = processes
         # eval() throughout: policy, sampler and reference must be the same network, so there is no dropout.
         policy.model.eval()
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
+        self.pieces = pieces_of(config, processes)
         self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
         self.phases = Phases(policy.device)
         self.finished_steps = 0
@@ -92,28 +103,33 @@ class Trainer:
     # ---- prompts, completions, rewards ------------------------------------------------------------------------------
 
     def examples(self) -> list[Example]:
-        """The prompts of this step: each epoch has a new order, which is the same in every run with this seed."""
+        """The prompts of this step, those of all processes."""
+        return [self.dataset[row] for row in self._rows()]
+
+    def _rows(self) -> list[int]:
+        """Of these prompts: each epoch has a new order, which is the same in every run with this seed."""
         count, total = self.config.prompts_per_step, len(self.dataset)
         first = self.finished_steps // self.config.num_iterations * count
-        return [self.dataset[row] for row in rows_of_step(self.config.seed, first, count, total)]
+        return rows_of_step(self.config.seed, first, count, total)
 
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
         self.phases.begin("prompts" if self.config.method == "sft" else "rollout")
-        examples = self.examples()
+        examples = [self.dataset[row] for row in self.processes.share(self._rows())]
         inputs = self.policy.encode(examples)
         data = self._targets(examples, inputs) if self.config.method == "sft" else self._rollout(examples, inputs)
-        self.num_tokens += int(inputs["attention_mask"].sum()) * data.batch.num_generations
-        self.num_tokens += int(data.batch.completion_mask.sum())
+        prompts = int(inputs["attention_mask"].sum()) * data.batch.num_generations
+        self.num_tokens += sum(self.processes.gather(prompts + int(data.batch.completion_mask.sum())))
         return data
 
     def _rollout(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         config, G = self.config, self.config.num_generations
         # Sampler and policy are one network at this point: prompts and images are computed once for both. But an update
         # in pieces computes them again, because its point is to hold the activations of one piece at a time.
-        whole = config.gradient_accumulation_steps == 1
+        whole = self.pieces == 1
         with torch.set_grad_enabled(whole):
             prefix = self.policy.encode_prefix(inputs)
+        places = self.processes.share(range(config.prompts_per_step))
         rollout = self.sampler.generate(
             examples,
             num_generations=G,
@@ -121,16 +137,18 @@ class Trainer:
             top_k=config.top_k,
             top_p=config.top_p,
             prefix=prefix.detach(),
-            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in range(len(examples))],
+            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in places],
         )
         self.phases.begin("rewards")
         completions = rollout.completions
         unanswered_before = unanswered()
         repeated = [example for example in examples for _ in range(G)]
-        scores = score(self.rewards, completions, repeated)
-        total = weighted_sum(self.rewards, scores)
-        advantages = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
-        self.scored = first_scored(repeated, completions, scores, advantages)
+        own_scores = score(self.rewards, completions, repeated)
+        scores = {name: torch.tensor(self.processes.whole(own.tolist(), G)) for name, own in own_scores.items()}
+        total = weighted_sum(self.rewards, scores)  # of all processes, as are the metrics
+        every = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
+        advantages = torch.cat(self.processes.share(every.split(G)))
+        self.scored = first_scored(repeated, completions, own_scores, advantages)
         batch = Batch(
             inputs=inputs,
             num_generations=G,
@@ -142,9 +160,14 @@ class Trainer:
         )
         if self.reference is not None:
             batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
-        metrics = reward_metrics(scores, total, G) | completion_metrics(batch, self.policy.end_ids)
-        metrics["rewards/unanswered"] = unanswered() - unanswered_before
-        return StepData(batch, completions, total.tolist(), metrics)
+        metrics = reward_metrics(scores, total, G) | self._completion_metrics(batch)
+        metrics["rewards/unanswered"] = sum(self.processes.gather(unanswered() - unanswered_before))
+        return StepData(batch, self.processes.whole(completions, G), total.tolist(), metrics)
+
+    def _completion_metrics(self, batch: Batch) -> dict[str, float]:
+        lengths, ended = completion_lengths(batch, self.policy.end_ids)
+        whole = self.processes.whole(list(zip(lengths.tolist(), ended.tolist())))
+        return completion_metrics(*map(torch.tensor, zip(*whole)))
 
     @torch.no_grad()
     def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
@@ -152,14 +175,14 @@ class Trainer:
         self.phases.begin("reference")
         adapter_off = reference.without_adapter() if reference is self.policy else nullcontext()
         with adapter_off, reference.on(self.policy.device):
-            pieces = split_batch(batch, self.config.gradient_accumulation_steps)
+            pieces = split_batch(batch, self.pieces)
             return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
 
     def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
         """What supervised fine-tuning imitates: the solution in the required form."""
         completions = [sft_target(example.solution) for example in examples]
         batch = Batch(inputs, 1, *self.policy.encode_completions(completions))
-        return StepData(batch, completions, [], completion_metrics(batch, self.policy.end_ids))
+        return StepData(batch, completions, [], self._completion_metrics(batch))
 
     # ---- loss and update --------------------------------------------------------------------------------------------
 
@@ -182,12 +205,15 @@ class Trainer:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         self.phases.begin("policy")
         config, batch = self.config, data.batch
-        weighted_batch, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
-        pieces = split_batch(weighted_batch, config.gradient_accumulation_steps)
+        shares = self.processes.gather((len(batch.completion_ids), int(batch.completion_mask.sum())))
+        completions, tokens = map(sum, zip(*shares))
+        whole = Whole(completions, tokens, config.max_completion_length)
+        weighted_batch, keywords = weighted(batch, config.loss, whole)
+        pieces = split_batch(weighted_batch, self.pieces)
         total, rows, logps = 0.0, [], []
         for piece in pieces:
             if config.method == "sft":
-                loss = sft_batch_loss(self.policy, piece) / len(pieces)  # a mean, of equally many completions
+                loss = sft_batch_loss(self.policy, piece, num_sequences=whole.completions)
             else:
                 output = grpo_batch_loss(self.policy, piece, beta=self.beta, temperature=config.temperature, **keywords)
                 loss = output.loss
@@ -195,14 +221,17 @@ class Trainer:
                 logps.append(output.per_token_logps)
             total += loss.item()
             loss.backward()
-        metrics = {"loss": total}
+        metrics = {"loss": sum(self.processes.gather(total))}
         if rows:  # means over tokens
-            metrics |= mean_metrics(rows, [piece.completion_mask.sum().item() for piece in pieces], keywords)
+            of_pieces = [piece.completion_mask.sum().item() for piece in pieces]
+            metrics |= mean_metrics(self.processes.whole(rows), self.processes.whole(of_pieces), keywords)
         if batch.sampling_per_token_logps is not None:
-            metrics |= sampling_metrics(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
+            own = difference(torch.cat(logps), batch.sampling_per_token_logps, batch.completion_mask)
+            metrics |= sampling_metrics(self.processes.gather(own))
         old = batch.old_per_token_logps
         self.phases.begin("optimizer")
         if math.isfinite(metrics["loss"]):
+            self.processes.sum_gradients(self.optimizer.weights)
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
             if config.num_iterations > 1 and logps and old is None:
                 # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
@@ -240,7 +269,8 @@ class Trainer:
             "step_data": None,
         }
         if self.step_data is not None and self.finished_steps % self.config.num_iterations:
-            state["step_data"] = {**vars(self.step_data), "batch": {**vars(self.step_data.batch), "prefix": None}}
+            own = {**vars(self.step_data), "batch": {**vars(self.step_data.batch), "prefix": None}}
+            state["step_data"] = self.processes.gather(own)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -249,7 +279,12 @@ class Trainer:
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
-        if (data := state["step_data"]) is not None:
+        if (shares := state["step_data"]) is not None:
+            shares = [shares] if isinstance(shares, dict) else shares  # an older version's, of one process
+            if len(shares) != self.processes.count:
+                what = f"it is from within the updates of a batch that is divided among {len(shares)}"
+                raise ValueError(f"{what}, and can only be resumed with as many processes")
+            data = shares[self.processes.rank]
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
 
 
