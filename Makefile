@@ -1,4 +1,5 @@
 # make train    GRPO-D training of the embedded Qwen2-VL on the CPU; options in ARGS, e.g. make train ARGS="--task vc"
+# make reproduce   the paper's table and figures; what of them in ARGS, e.g. make reproduce ARGS="table1 --seeds 0-2"
 # make test     the tests, but for the slow ones; make test-all   all of them
 # make check    lint, format, types
 # make wheel    the source distribution and the wheel, in dist/; make wheel-check   the wheel, tried beside torch alone
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help train test test-all check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
+.PHONY: help train reproduce test test-all check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +34,10 @@ $(READY): $(SOURCES)
 	@echo "==> mr1fast, its extension and the development tools"
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
+
+reproduce: $(READY)
+	@echo "==> python -m mr1fast.reproduce $(or $(ARGS),all)"
+	@$(BIN)/python -m mr1fast.reproduce $(or $(ARGS),all)
 
 train: $(READY)
 	@echo "==> python -m mr1fast.train $(ARGS)"

@@ -17,17 +17,19 @@ GROUPS = {
     "loss": ("benchmarks.cases_loss", "the loss head from logits, on the CPU"),
     "linear": ("benchmarks.cases_linear", "the loss from hidden states and the lm_head's weight"),
     "packed": ("benchmarks.cases_packed", "what padding costs: completions of unequal length, packed and padded"),
-    "step": ("benchmarks.cases_step", "an update of the trainer on the CPU: its memory, with logits and without"),
+    "update": ("benchmarks.cases_update", "an update of the trainer on the CPU: its memory, with logits and without"),
+    "step": ("benchmarks.cases_step", "a whole step beside TRL's: sampling, reference, policy, optimizer"),
     "gpu": ("benchmarks.cases_gpu", "the loss head from logits, on a CUDA device: Qwen2-VL's, in bfloat16"),
     "shapes": ("benchmarks.cases_gpu", "the same in float32 and with other vocabularies"),
 }
 
 
 class Call(NamedTuple):
-    """What is timed, and what restores its inputs before each time (not timed)."""
+    """What is timed, what restores its inputs before each time (not timed), and a remark on how the time was spent."""
 
     run: Callable[[], object]
     reset: Callable[[], object] = lambda: None
+    remark: Callable[[], str] = lambda: ""
 
 
 @dataclass(frozen=True)

@@ -1,112 +1,196 @@
-"""`step`: one update of the trainer, with the loss from hidden states as the trainer takes it, and from logits.
+"""`step`: a whole step, that of our trainer beside those of TRL's GRPOTrainer and our GRPODTrainer.
 
-Forward and backward of the policy on a batch already sampled (two prompts with an image, groups of eight), clipping and
-AdamW, for a Qwen2-VL of the embedded model's layers and Qwen2-VL's real vocabulary. What to read is `peak_extra_mib`:
-gradients, activations and whatever the loss needs, on top of weights and optimizer state. `rate` counts the lm_head's
-three GEMMs alone.
+Sampling, reference, loss with its gradient, clipping and AdamW: same model, prompts, groups and loss, and completions
+whose lengths are forced: all as long as they may be ("equal"), or lognormal with a mean of a third of that. Rewards are
+drawn at random, as those of models that know nothing would leave nothing to learn. `rate` counts the tokens of
+completions; the note says how the last step's time divides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from benchmarks import step_peers
 from benchmarks.cases import Call, Case, Scene
-from benchmarks.cases_loss import BETA, eager_loss, loss_batch
-from mr1fast import grpo_loss
+from benchmarks.cases_packed import lengths_of
+from benchmarks.models import in_proportion
+from benchmarks.plan_check import random_advantages
 from mr1fast.data.example import Example
-from mr1fast.model.load import EMBEDDED, load_processor
+from mr1fast.model import rollout
+from mr1fast.model.checks import VISION_TOKENS
+from mr1fast.model.load import EMBEDDED, load_config, load_model, load_processor
 from mr1fast.model.policy import Policy
-from mr1fast.training.batch import Batch, grpo_batch_loss
-from mr1fast.training.optimizer import Optimizer
+from mr1fast.model.sampling import Choice, Streams
+from mr1fast.options.config import TrainConfig
+from mr1fast.training import trainer as trainer_module
+from mr1fast.training.plan_step import build_models
+from mr1fast.training.trainer import Trainer
 
-P, G = 2, 8
 OURS = "mr1fast trainer"
+SIDE = 28  # pixels of an image token, but for the embedded model, which has its own
+
+
+@dataclass(frozen=True)
+class Shape:
+    """P prompts with an image each, G completions of up to L tokens. model: a config, or None for the embedded one."""
+
+    name: str
+    P: int
+    G: int
+    L: int
+    image: tuple[int, int] = (56, 56)  # pixels
+    vocabulary: int | None = None
+    layers: int = 6
+
+    def lengths(self, kind: str) -> list[int]:
+        """Of the P * G completions, in tokens; the longest has L."""
+        B = self.P * self.G
+        return [self.L] * B if kind == "equal" else lengths_of(B, self.L).tolist()
+
+
+EMBEDDED_SHAPE = Shape("embedded", P=16, G=8, L=32)
+SHAPES = (
+    EMBEDDED_SHAPE,
+    Shape("30 M, V 32000", P=4, G=8, L=64, image=(16 * SIDE, 14 * SIDE), vocabulary=32_000),
+    Shape("30 M, V 151936", P=4, G=8, L=64, image=(16 * SIDE, 14 * SIDE), vocabulary=151_936),
+)
 
 
 @dataclass
 class Inputs:
-    policy: Policy
-    optimizer: Optimizer
-    batch: Batch
+    shape: Shape
+    lengths: list[int]
+    folder: tempfile.TemporaryDirectory  # of the model and its processor
+
+    def policy(self) -> Policy:
+        policy = Policy(load_model(self.folder.name).eval(), self.processor())
+        special = [policy.pad_id, *(getattr(policy.model.config, name) for name in VISION_TOKENS)]
+        policy.banned_ids = torch.tensor(special)  # and not all that the small tokenizer lacks, which TRL does not ban
+        return policy
+
+    def processor(self) -> Any:
+        processor = load_processor(self.folder.name)
+        processor.tokenizer.model_max_length = 10**9
+        return processor
+
+    def examples(self) -> list[Example]:
+        images = [Image.new("RGB", self.shape.image, (40 * i, 0, 0)) for i in range(self.shape.P)]
+        return [Example(image, "How many different items are there?", "3", f"{i}") for i, image in enumerate(images)]
 
 
-def make_inputs(L: int, V: int, dtype: torch.dtype) -> Inputs:
-    torch.manual_seed(0)
-    config = Qwen2VLConfig.from_pretrained(EMBEDDED)
-    config.get_text_config().vocab_size = V
-    model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    policy = Policy(model, load_processor(EMBEDDED))
-    examples = [Example(Image.new("RGB", (56, 56), (i, 0, 0)), "How many?", "3", f"{i}") for i in range(P)]
-    batch = Batch(
-        inputs=policy.encode(examples),
-        num_generations=G,
-        completion_ids=torch.randint(0, 256, (P * G, L)),
-        completion_mask=torch.ones(P * G, L, dtype=torch.bool),
-        advantages=torch.randn(P * G),
-        ref_per_token_logps=torch.full((P * G, L), -12.0),
+def make_inputs(shape: Shape, kind: str) -> Inputs:
+    folder = tempfile.TemporaryDirectory()
+    config, processor = load_config(EMBEDDED), load_processor(EMBEDDED)
+    if shape.vocabulary is not None:
+        config = in_proportion(layers=shape.layers, vocabulary=shape.vocabulary)
+        images = processor.image_processor
+        images.patch_size, images.size = 14, {"shortest_edge": SIDE**2, "longest_edge": 10**6}
+        torch.manual_seed(0)
+        options = TrainConfig(data="none")
+        model, _ = build_models(step_peers.plain_shape(config, options), "cpu")
+    else:
+        model = load_model(EMBEDDED)
+    Policy(model, processor).save(Path(folder.name))
+    return Inputs(shape, shape.lengths(kind), folder)
+
+
+# ---- forced lengths -------------------------------------------------------------------------------------------------
+
+ENDS = 2.0  # in the place of a random number, for the token that ends a completion
+
+
+def forced(lengths: Sequence[int], end: int) -> Any:
+    """Within the context, completions have these lengths, whatever the model says."""
+
+    class ForcedStreams(Streams):
+        def __init__(self, names: Any):
+            super().__init__(names)
+            self.left = list(lengths)
+
+        def next(self, count: int, device: torch.device) -> Tensor:
+            numbers = super().next(count, device)
+            for row, left in enumerate(self.left):
+                if 0 < left <= count:
+                    numbers[row, left - 1] = ENDS
+            self.left = [left - count for left in self.left]
+            return numbers
+
+        def keep(self, rows: Sequence[int]) -> None:
+            super().keep(rows)
+            self.left = [self.left[row] for row in rows]
+
+    class ForcedChoice(Choice):
+        def of(self, logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+            ends = numbers == ENDS
+            logits[:, end] = torch.where(ends, 1e4, -1e4)
+            return super().of(logits, numbers.masked_fill(ends, 0.5))
+
+    return patch.multiple(rollout, Streams=ForcedStreams, Choice=ForcedChoice)
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+
+class _Examples(list[Example]):
+    name = "examples"
+
+
+def of_trainer(x: Inputs) -> Call:
+    policy, shape = x.policy(), x.shape
+    config = replace(
+        TrainConfig(task="vc", method="grpo", beta=0.04).for_task("vc"),
+        prompts_per_step=shape.P,
+        num_generations=shape.G,
+        gradient_accumulation_steps=1,
+        max_completion_length=shape.L,
+        max_steps=10_000,
+        learning_rate=1e-6,
+        reward_weights={"format": 1.0},
     )
-    return Inputs(policy, Optimizer(policy.trainable_parameters(), max_grad_norm=1.0), batch)
+    trainer = Trainer(config, policy, x.policy().freeze(), _Examples(x.examples()))
+    times: dict[str, float] = {}
 
-
-def update(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Call:
     def run() -> None:
-        loss(x).backward()
-        x.optimizer.step(1e-6)
+        with (
+            forced(x.lengths, int(policy.end_ids[0])),
+            patch.object(trainer_module, "group_advantages", random_advantages),
+        ):
+            metrics = trainer.step()
+        assert metrics["grad_norm"] > 0
+        times.update({name.removeprefix("step_time/"): metrics[name] for name in metrics if "step_time/" in name})
+        batch = trainer.step_data.batch  # type: ignore[union-attr]
+        assert batch.completion_mask.sum(1).tolist() == x.lengths
 
-    return Call(run)
-
-
-def of_trainer(x: Inputs) -> Tensor:
-    return grpo_batch_loss(x.policy, x.batch, beta=BETA, temperature=1.0).loss
-
-
-def logits_of(x: Inputs) -> Tensor:
-    prefix = x.policy.encode_prefix(x.batch.inputs)
-    return x.policy.logits(x.policy.completion_hidden(prefix, x.batch.completion_ids))
+    return Call(run, remark=lambda: step_peers.remark(times))
 
 
-def of_logits(x: Inputs) -> Tensor:
-    batch = x.batch
-    output = grpo_loss(
-        logits_of(x),
-        batch.completion_ids,
-        batch.advantages,
-        completion_mask=batch.completion_mask,
-        ref_per_token_logps=batch.ref_per_token_logps,
-        beta=BETA,
-        inplace=True,
-    )
-    return output.loss
+def of_peer(name: str) -> Callable[[Inputs], Call]:
+    def prepare(x: Inputs) -> Call:
+        return step_peers.call(name, x)
 
-
-def of_logits_in_torch(x: Inputs) -> Tensor:
-    batch = x.batch
-    assert batch.advantages is not None
-    assert batch.ref_per_token_logps is not None
-    return eager_loss(logits_of(x), loss_batch(batch.completion_ids, batch.advantages, None, batch.ref_per_token_logps))
+    return prepare
 
 
 def scenes(quick: bool) -> list[Scene]:
-    L, V = (4, 1000) if quick else (128, 151936)
+    shapes = [replace(EMBEDDED_SHAPE, P=2, G=2, L=4)] if quick else SHAPES
 
-    def scene(dtype: torch.dtype) -> Scene:
-        H = Qwen2VLConfig.from_pretrained(EMBEDDED).get_text_config().hidden_size
-
-        def case(name: str, loss: Callable[[Inputs], Tensor]) -> Case:
-            return Case(name, lambda x: update(x, loss), 6.0 * P * G * L * H * V, "GFLOP/s", against=OURS)
-
+    def scene(shape: Shape, kind: str) -> Scene:
+        work = 1e9 * sum(shape.lengths(kind))
         of_scene = (
-            case(OURS, of_trainer),
-            case("logits, then mr1fast in place", of_logits),
-            case("logits, then torch eager", of_logits_in_torch),
+            Case(OURS, of_trainer, work, "tokens/s", against=OURS),
+            Case("trl GRPOTrainer", of_peer("GRPOTrainer"), work, "tokens/s", against=OURS),
+            Case("mr1fast GRPODTrainer", of_peer("GRPODTrainer"), work, "tokens/s", against=OURS),
         )
-        name = str(dtype).removeprefix("torch.")
-        return Scene("step", f"{P * G * L} x {H} x {V}", name, lambda: make_inputs(L, V, dtype), of_scene)
+        title = f"{shape.name}, {shape.P} x {shape.G} x {shape.L}, {kind}"
+        return Scene("step", title, "float32", lambda: make_inputs(shape, kind), of_scene)
 
-    return [scene(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return [scene(shape, kind) for shape in shapes for kind in ("equal", "lognormal")]

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.reference import ONE_PASS_LOSS_TYPES, LogitMap, LossBatch, LossSpec
 from mr1fast.kernels.triton_table import TABLE
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # float16 compiles like bfloat16
 WORKERS = 2
+# A loss type for each policy term but PPO's.
+OTHER_TERMS = tuple({LossSpec(loss_type=name).policy: name for name in reversed(ONE_PASS_LOSS_TYPES)}.values())[-2::-1]
+PLAIN = LogitMap()
 
 
 def loss_call(
@@ -65,23 +68,30 @@ def loss_call(
         entropy_weight=torch.zeros(()) if full else None,
         epsilons_low=per_token if settings_of_tokens else None,
         epsilons_high=per_token if settings_of_tokens else None,
+        temperatures=per_token if settings_of_tokens else None,
     )
     spec = spec or LossSpec(use_bias_correction_kl=full)
     return lambda: triton_loss.grpo_forward(logits, batch, spec, logits if gradient else None)
 
 
-def score_call(V: int, dtype: torch.dtype, *, B: int = 2, L: int = 3) -> Callable[[], object]:
+def score_call(
+    V: int, dtype: torch.dtype, *, B: int = 2, L: int = 3, logit_map: LogitMap = PLAIN
+) -> Callable[[], object]:
     from mr1fast.kernels import triton_score
 
     logits, ids, _ = _tensors(V, dtype, B, L)
-    return lambda: triton_score.score_forward(logits, ids, ids == 0, 1.0)
+    return lambda: triton_score.score_forward(logits, ids, ids == 0, logit_map)
 
 
-def score_backward_call(V: int, dtype: torch.dtype, *, entropy: bool) -> Callable[[], object]:
+def score_backward_call(
+    V: int, dtype: torch.dtype, *, entropy: bool, logit_map: LogitMap = PLAIN
+) -> Callable[[], object]:
     from mr1fast.kernels import triton_score
 
     logits, ids, x = _tensors(V, dtype, 2, 3)
-    return lambda: triton_score.score_backward(logits, ids, ids == 0, x, x, x, x if entropy else None, 1.0, logits)
+    return lambda: triton_score.score_backward(
+        logits, ids, ids == 0, x, x, x, x if entropy else None, logit_map, logits
+    )
 
 
 def scale_call(V: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -112,13 +122,19 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"backward, both   {at}", score_backward_call(V, dtype, entropy=True)
             yield f"scale            {at}", scale_call(V, dtype)
     variants: dict[str, dict[str, Any]] = {
-        "cispo, group": {"spec": LossSpec(loss_type="cispo"), "rewards": "group"},
-        "sapo, batch": {"spec": LossSpec(loss_type="sapo"), "rewards": "batch"},
+        **{name: {"spec": LossSpec(loss_type=name)} for name in OTHER_TERMS},
+        "group": {"rewards": "group"},
+        "batch": {"rewards": "batch"},
         "no gradient": {"gradient": False},
+        "softcap": {"spec": LossSpec(final_logit_softcapping=30.0)},
         "of tokens": {"settings_of_tokens": True, "spec": LossSpec(kl_estimator="low_var_kl", kl_clamp=5.0)},
     }
     for name, settings in variants.items():
-        yield f"loss, {name:12} bfloat16 V=151936", loss_call(151936, torch.bfloat16, full=True, **settings)
+        yield f"loss, {name:15} bfloat16 V=151936", loss_call(151936, torch.bfloat16, full=True, **settings)
+    capped = LogitMap(softcap=30.0, temperatures=torch.ones(2, 3))
+    yield "score, softcap        bfloat16 V=256000", score_call(256000, torch.bfloat16, logit_map=capped)
+    backward = score_backward_call(256000, torch.bfloat16, entropy=True, logit_map=capped)
+    yield "backward, softcap     bfloat16 V=256000", backward
 
 
 def check(job: tuple[int, int]) -> tuple[str, bool]:

@@ -49,13 +49,15 @@ def kernels(arch: str) -> list[Kernel]:
 
 
 def readable(mangled: str) -> str:
-    """ "rows_fwd_kernel<bfloat16, no gradient>" from a mangled name."""
+    """ "rows_fwd_kernel<bfloat16, no gradient, soft cap>" from a mangled name."""
     name = re.search(r"\d+([a-z_]+_kernel)(I)?", mangled)
     assert name, mangled
     if not name[2]:
         return name[1]
     dtype = "bfloat16" if "BFloat16" in mangled else "float16" if "Float16" in mangled else "float32"
-    return f"{name[1]}<{dtype}{', no gradient' if 'Lb0E' in mangled else ', gradient' if 'Lb1E' in mangled else ''}>"
+    *gradient, cap = (flag == "1" for flag in re.findall(r"Lb([01])E", mangled))
+    words = [dtype] + ["gradient" if flag else "no gradient" for flag in gradient] + ["soft cap"] * cap
+    return f"{name[1]}<{', '.join(words)}>"
 
 
 def main() -> int:

@@ -122,7 +122,7 @@ sanitizer() {
 
 stage cuda_check "$PYTHON" "${check[@]}"
 stage benchmarks "$PYTHON" -m benchmarks.run gpu "${quick[@]}" --csv "$RESULTS/gpu.csv" --plot "$RESULTS/gpu.png"
-stage tests "$PYTHON" -m pytest -q -p no:cacheprovider -p benchmarks.print_failures tests/test_gpu.py
+stage tests "$PYTHON" -m pytest -q -p no:cacheprovider -p benchmarks.print_failures tests/test_gpu.py tests/test_gpu_model.py
 stage linear "$PYTHON" -m benchmarks.run linear "${linear[@]}" --csv "$RESULTS/linear.csv" --plot "$RESULTS/linear.png"
 # A rehearsal trains without Triton's interpreter, in which it would take minutes.
 stage qwen2vl_2b env -u TRITON_INTERPRET "$PYTHON" -m benchmarks.steps_2b "${tiny[@]}" --csv "$RESULTS/qwen2vl_2b.csv"

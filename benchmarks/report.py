@@ -45,6 +45,7 @@ def rows(scene: Scene, measurements: list[Measurement]) -> list[Row]:
             if m.pages == "fresh":
                 against = fresh.get(m.case.against or "", against)
             row |= _figures(m, against, limit, memcpy)
+            row["note"] = m.note or m.remark()
         elif not m.note:
             row["note"] = "not measured: cut off before its first round"
         result.append(row)

@@ -35,13 +35,20 @@ def compilations(call: Call, lengths: Iterable[int], betas: Iterable[float], ker
     return {name: len(found) for name, found in keys.items()}
 
 
-def ours(*, aligned: bool = True, packed: bool = False) -> Call:
-    """The one pass on full batches, in place. Unaligned rows: a view without the first column. Packed: [1, T]."""
+def ours(*, aligned: bool = True, packed: bool = False, capped: bool = False) -> Call:
+    """The one pass on full batches, in place. Unaligned rows: a view without the first column. Packed: [1, T].
+
+    Capped: with a soft cap that moves with beta, as does the temperature.
+    """
     from benchmarks.compile_check import loss_call
+    from mr1fast.kernels.reference import LossSpec
 
     def call(length: int, beta: float) -> Callable[[], object]:
         B = 1 if packed else 2  # how many completions are packed is in no argument of the kernel
-        return loss_call(VOCABULARY, torch.bfloat16, B=B, L=length, beta=beta, full=True, unaligned=not aligned)
+        changes = {"temperature": 1 + beta, "final_logit_softcapping": 30 + beta} if capped else {}
+        spec = LossSpec(use_bias_correction_kl=True, **changes)
+        shape = {"B": B, "L": length, "unaligned": not aligned}
+        return loss_call(VOCABULARY, torch.bfloat16, beta=beta, full=True, spec=spec, **shape)
 
     return call
 
@@ -68,6 +75,7 @@ def table() -> list[tuple[str, int, int, int, int]]:
         (ours(aligned=True), {"grpo_loss_fwd_kernel": "mr1fast, aligned rows"}),
         (ours(aligned=False), {"grpo_loss_fwd_kernel": "mr1fast, unaligned rows"}),
         (ours(packed=True), {"grpo_loss_fwd_kernel": "mr1fast, packed rows"}),
+        (ours(capped=True), {"grpo_loss_fwd_kernel": "mr1fast, capped rows"}),
     ]
     if importlib.util.find_spec("liger_kernel") is not None:
         names = {"_grpo_loss_fwd_kernel": "Liger, forward", "_grpo_loss_bwd_kernel": "Liger, backward"}

@@ -52,6 +52,7 @@ class Measurement:
     times: list[Times] = field(default_factory=list)
     peak_extra: float | None = None
     note: str = ""
+    remark: Callable[[], str] = lambda: ""
 
     @property
     def seconds(self) -> list[float]:
@@ -130,7 +131,7 @@ def _first_turns(case: Case, inputs: object, device: str, budget: float) -> list
         return [_Turn(Measurement(case, "", note=f"not measured: {_said(error)}"), Call(lambda: None), 0)]
     seconds = first.work + (first.call or 0)
     rounds = 1 if seconds > SLOW else max(3, min(25, int(budget / seconds)))
-    warm = Measurement(case, "warm", [first] if device == "cuda" else [], peak)
+    warm = Measurement(case, "warm", [first] if device == "cuda" else [], peak, remark=call.remark)
     turns = [_Turn(warm, call, rounds)]
     if case.fresh_pages and device == "cpu":
         turns.append(_Turn(Measurement(case, "fresh", peak_extra=peak), call, rounds))

@@ -85,7 +85,7 @@ def origin_of(measured: dict[Key, Settings]) -> str:
 def kernel_call(key: Key) -> Callable[[], object]:
     """A launch of the entry's kernel on rows of its longest vocabulary, `BYTES` in all. In place where it writes."""
     from mr1fast.kernels import triton_loss, triton_score
-    from mr1fast.kernels.reference import LossBatch, LossSpec
+    from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec
 
     op, itemsize, limit = key
     V = min(limit, FLAGSHIP)
@@ -95,9 +95,9 @@ def kernel_call(key: Key) -> Callable[[], object]:
     values = torch.randn(1, L, device="cuda")
     one = torch.ones((), device="cuda")
     if op == "score":
-        return lambda: triton_score.score_forward(logits, ids, None, 1.0)
+        return lambda: triton_score.score_forward(logits, ids, None, LogitMap())
     if op == "score_backward":
-        return lambda: triton_score.score_backward(logits, ids, None, values, values, values, None, 1.0, logits)
+        return lambda: triton_score.score_backward(logits, ids, None, values, values, values, None, LogitMap(), logits)
     spec = LossSpec()
     batch = LossBatch(ids, values, one, advantages=values, old_logps=values, ref_logps=values)
     return lambda: triton_loss.grpo_forward(logits, batch, spec, logits)

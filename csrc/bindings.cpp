@@ -64,8 +64,8 @@ mr1fast::DType dtype_of(const Tensor& logits) {
 }
 
 mr1fast::Logits describe(
-    const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, double temperature,
-    const OptionalTensor& grad) {
+    const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, double temperature, double softcap,
+    const OptionalTensor& temperatures, const OptionalTensor& grad) {
   mr1fast::Logits x{};
   x.z = rows<const char>(logits, "logits");
   x.B = logits.size(0);
@@ -73,6 +73,8 @@ mr1fast::Logits describe(
   x.V = logits.size(2);
   x.dtype = dtype_of(logits);
   x.temperature = temperature;
+  x.temperatures = floats(temperatures, "temperature", logits);
+  x.softcap = softcap;
   x.ids = view<const int64_t>(ids, "completion_ids", logits, at::kLong);
   if (mask) x.mask = view<const bool>(*mask, "completion_mask", logits, at::kBool);
   if (grad) {
@@ -151,9 +153,10 @@ LossResult grpo_forward(
     const OptionalTensor& advantages, const OptionalTensor& rewards, int64_t num_generations,
     c10::string_view scale_rewards, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
     const OptionalTensor& is_ratio, const OptionalTensor& entropy_weight, const OptionalTensor& epsilons_low,
-    const OptionalTensor& epsilons_high, const OptionalTensor& /*cu_seqlens*/, at::IntArrayRef switches,
-    at::ArrayRef<double> numbers, double temperature, const OptionalTensor& grad) {
-  const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
+    const OptionalTensor& epsilons_high, const OptionalTensor& temperatures, const OptionalTensor& /*cu_seqlens*/,
+    at::IntArrayRef switches, at::ArrayRef<double> numbers, double temperature, double softcap,
+    const OptionalTensor& grad) {
+  const mr1fast::Logits x = describe(logits, ids, mask, temperature, softcap, temperatures, grad);
   TORCH_CHECK_VALUE(advantages || rewards, "either advantages or rewards must be given");
   const Tensor advantage =
       advantages ? *advantages : advantages_of(*rewards, num_generations, scale_of(scale_rewards), logits);
@@ -195,8 +198,9 @@ LossResult grpo_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor> score_forward(
-    const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, double temperature) {
-  const mr1fast::Logits x = describe(logits, ids, mask, temperature, std::nullopt);
+    const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, double temperature, double softcap,
+    const OptionalTensor& temperatures) {
+  const mr1fast::Logits x = describe(logits, ids, mask, temperature, softcap, temperatures, std::nullopt);
   Tensor logps = new_floats(logits), entropies = new_floats(logits), lse = new_floats(logits);
   mr1fast::Outputs out;
   out.logps = logps.data_ptr<float>();
@@ -209,8 +213,9 @@ std::tuple<Tensor, Tensor, Tensor> score_forward(
 
 void score_backward(
     const Tensor& logits, const Tensor& ids, const OptionalTensor& mask, const Tensor& lse, const Tensor& entropies,
-    const Tensor& grad_logps, const OptionalTensor& grad_entropies, double temperature, const Tensor& grad) {
-  const mr1fast::Logits x = describe(logits, ids, mask, temperature, grad);
+    const Tensor& grad_logps, const OptionalTensor& grad_entropies, double temperature, double softcap,
+    const OptionalTensor& temperatures, const Tensor& grad) {
+  const mr1fast::Logits x = describe(logits, ids, mask, temperature, softcap, temperatures, grad);
   mr1fast::ScoreGradient score;
   score.lse = view<const float>(lse, "lse", logits, at::kFloat);
   score.entropies = view<const float>(entropies, "entropies", logits, at::kFloat);
@@ -230,11 +235,14 @@ TORCH_LIBRARY(mr1fast_native, m) {
       "grpo_forward(Tensor logits, Tensor ids, Tensor token_weight, Tensor beta, Tensor? mask, Tensor? advantages, "
       "Tensor? rewards, int num_generations, str scale_rewards, Tensor? old_logps, Tensor? ref_logps, "
       "Tensor? is_ratio, Tensor? entropy_weight, Tensor? epsilons_low, Tensor? epsilons_high, "
-      "Tensor? cu_seqlens, int[] switches, float[] numbers, float temperature, Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("score_forward(Tensor logits, Tensor ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)");
+      "Tensor? temperatures, Tensor? cu_seqlens, int[] switches, float[] numbers, float temperature, float softcap, "
+      "Tensor(a!)? grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "score_forward(Tensor logits, Tensor ids, Tensor? mask, float temperature, float softcap, Tensor? temperatures) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "score_backward(Tensor logits, Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, "
-      "Tensor? grad_entropies, float temperature, Tensor(a!) grad) -> ()");
+      "Tensor? grad_entropies, float temperature, float softcap, Tensor? temperatures, Tensor(a!) grad) -> ()");
   m.def("head_logits(Tensor rows, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("head_weight_gradient(Tensor dlogits, Tensor rows, Tensor(a!) total, bool add) -> ()");
 }

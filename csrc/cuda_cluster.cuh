@@ -20,12 +20,12 @@ struct Split {
 struct alignas(128) ClusterShared {
   Arrival arrived[kChunks];
   Levels parts[kMaxParts];
-  float x_id;
+  Capped<float> x_id;
   Plan plan;
   Scratch scratch;
 };
 
-template <typename T>
+template <typename T, bool kCap>
 MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const Call call, const Split split) {
 #if MR1_HAS_CLUSTERS
   ClusterShared& shared = *(ClusterShared*)shared_memory();
@@ -52,13 +52,13 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
       const uint32_t bytes = 16 * (count - v < split.chunk ? count - v : split.chunk);
       bulk_load(slice + v, (const Words*)logits + first + v, bytes, &shared.arrived[c], policy);
     }
-    token = load_token(call, row, logits);
+    token = load_token<kCap>(call, row, logits);
     shared.x_id = token.x_id;  // so that it has been read before this block arrives below, and another one may write
   }
   barrier();
   cluster_arrive();  // this block has begun: others may write to its shared memory
 
-  const float rate = rate_of(call), inv_temperature = inv_temperature_of(call);
+  const float rate = rate_of(call, row), inv_temperature = inv_temperature_of(call, row);
   Levels mine = no_levels();
   for (int c = 0, begin = 0; begin < count; ++c, begin += split.chunk) {
     const int end = count - begin < split.chunk ? count : begin + split.chunk;
@@ -66,7 +66,7 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
     for (int v = begin + thread(); v < end; v += threads()) {
       float x[kWidth<T>];
       unpack(read_words(slice + v), x, T{});
-      visit(mine, x, rate);
+      visit<kCap>(mine, x, rate, call.softcap);
     }
   }
   const Levels part = reduce(mine, rate, shared.scratch);
@@ -103,7 +103,7 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
     for (int v = begin + thread(); v < end; v += threads()) {
       float x[kWidth<T>];
       unpack(read_words(slice + v), x, T{});
-      differentiate(x, plan.d);
+      differentiate<kCap>(x, plan.d, call.softcap);
       write_words(slice + v, pack(x, T{}));
       if (v == plan.id_vector) write_one((T*)(slice + v) + plan.id_lane, plan.sampled);
     }

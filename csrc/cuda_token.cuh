@@ -45,8 +45,12 @@ MR1_DEVICE T* grad_of(const Call& call, const Row& row) {
   return (T*)call.grad + row.b * call.grad_stride_b + row.l * call.grad_stride_l;
 }
 
-MR1_DEVICE float rate_of(const Call& call) { return (float)(1.44269504088896341 / call.temperature); }
-MR1_DEVICE float inv_temperature_of(const Call& call) { return (float)(1.0 / call.temperature); }
+MR1_DEVICE float rate_of(const Call& call, const Row& row) {
+  return call.temperatures ? kLog2E / call.temperatures[row.at] : call.rate;
+}
+MR1_DEVICE float inv_temperature_of(const Call& call, const Row& row) {
+  return call.temperatures ? 1.0f / call.temperatures[row.at] : call.inv_temperature;
+}
 
 struct Scratch {
   float max[32], sum[32], weighted[32];  // one per warp
@@ -86,7 +90,8 @@ MR1_DEVICE Levels reduce(Levels s, float rate, Scratch& scratch) {
 
 struct Token {
   int64_t id;
-  float x_id, weight, entropy_weight;
+  Capped<float> x_id;  // the id's logit
+  float weight, entropy_weight;
   TokenInput<float> in;
 };
 
@@ -97,12 +102,12 @@ MR1_DEVICE float at(const float* values, const Row& row, int64_t stride_b, int64
 
 // Everything small is loaded before the row, behind whose latency its own hides; and in place the id's logit is soon
 // gone.
-template <typename T>
+template <bool kCap, typename T>
 MR1_DEVICE Token load_token(const Call& call, const Row& row, const T* logits) {
   Token t{};
   t.id = call.ids[row.at];
   require(t.id >= 0 && t.id < call.V);
-  t.x_id = read_one(logits + t.id);
+  t.x_id = capped_logit<kCap>(read_one(logits + t.id), call.softcap);
   if (!call.token_weight) return t;  // scoring
   t.weight = at(call.token_weight, row, call.weight_stride_b, call.weight_stride_l, 1.0f);
   t.entropy_weight = call.entropy_weight ? *call.entropy_weight : 0.0f;
@@ -130,16 +135,17 @@ struct Plan {
   bool zero;
 };
 
-MR1_DEVICE Plan plan_of(const RowGradient<float>& g, bool zero, float logp, float row_base, float log_sum, float rate) {
-  return {differentiation(g, row_base, log_sum, rate), sampled_gradient(g, logp), 0, 0, zero};
+MR1_DEVICE Plan plan_of(
+    const RowGradient<float>& g, const Token& t, bool zero, float logp, float row_base, float log_sum, float rate) {
+  return {differentiation(g, row_base, log_sum, rate), sampled_gradient(g, logp) * t.x_id.slope, 0, 0, zero};
 }
 
 // From the row's statistics, relative to row_base, its maximum: the token's outputs, which are stored, and the plan.
 MR1_DEVICE Plan finish(
     const Call& call, const Row& row, const Token& t, const RowStats<float>& s, float row_base, bool store) {
-  const float inv_temperature = inv_temperature_of(call), rate = rate_of(call);
+  const float inv_temperature = inv_temperature_of(call, row), rate = rate_of(call, row);
   const float log_sum = logf(s.sum), entropy = log_sum - s.weighted / s.sum;  // the maximum is 0
-  const float logp = (t.x_id - row_base) * inv_temperature - log_sum;
+  const float logp = (t.x_id.y - row_base) * inv_temperature - log_sum;
   if (store) {
     call.logps[row.at] = logp;
     call.entropies[row.at] = entropy;
@@ -159,7 +165,7 @@ MR1_DEVICE Plan finish(
     call.is_high[row.at] = loss.high;
   }
   const RowGradient<float> g = row_gradient(coef, t.entropy_weight, entropy, inv_temperature);
-  return plan_of(g, coef == 0.0f && t.entropy_weight == 0.0f, logp, row_base, log_sum, rate);
+  return plan_of(g, t, coef == 0.0f && t.entropy_weight == 0.0f, logp, row_base, log_sum, rate);
 }
 
 MR1_DEVICE void clear_outputs(const Call& call, const Row& row) {

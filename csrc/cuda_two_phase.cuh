@@ -24,8 +24,8 @@ MR1_DEVICE int64_t scalar_at(const Layout& at, int64_t i) {
   return i < at.head ? i : i + at.vectors * kWidth<T>;
 }
 
-template <typename T, bool kOnce>
-MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float rate) {
+template <typename T, bool kOnce, bool kCap>
+MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float rate, float softcap) {
   constexpr int kBatch = 4;  // loads in flight per thread
   Levels s = no_levels();
   const T* body = row + at.head;
@@ -42,33 +42,34 @@ MR1_DEVICE Levels visit_row(const T* row, const Layout& at, float rate) {
     for (int u = 0; u < kBatch; ++u) {
       float x[kWidth<T>];
       unpack(words[u], x, T{});
-      visit(s, x, rate);
+      visit<kCap>(s, x, rate, softcap);
     }
   }
   for (; v < at.vectors; v += step) {
     float x[kWidth<T>];
     unpack(read_words(body + v * kWidth<T>), x, T{});
-    visit(s, x, rate);
+    visit<kCap>(s, x, rate, softcap);
   }
   for (int64_t i = thread(); i < at.scalars; i += step) {
-    const float x[1] = {read_one(row + scalar_at<T>(at, i))};
-    visit(s, x, rate);
+    float x[1] = {read_one(row + scalar_at<T>(at, i))};
+    visit<kCap>(s, x, rate, softcap);
   }
   return s;
 }
 
 // Backwards. The caller has made sure that every thread has read the id's logit, for grad may be row.
-template <typename T>
-MR1_DEVICE void write_row(T* grad, const T* row, const Layout& at, const Plan& plan, int64_t id) {
+template <typename T, bool kCap>
+MR1_DEVICE void write_row(
+    T* grad, const T* row, const Layout& at, const Plan& plan, int64_t id, float softcap) {
   for (int64_t i = thread(); i < at.scalars; i += threads()) {
     float x[1] = {read_one(row + scalar_at<T>(at, i))};
-    differentiate(x, plan.d);
+    differentiate<kCap>(x, plan.d, softcap);
     write_one(grad + scalar_at<T>(at, i), x[0]);
   }
   for (int64_t v = at.vectors - 1 - thread(); v >= 0; v -= threads()) {
     float x[kWidth<T>];
     unpack(read_words_once(row + at.head + v * kWidth<T>), x, T{});
-    differentiate(x, plan.d);
+    differentiate<kCap>(x, plan.d, softcap);
     write_words_once(grad + at.head + v * kWidth<T>, pack(x, T{}));
   }
   barrier();
@@ -89,7 +90,7 @@ struct RowShared {
 };
 
 // The one pass, or scoring where there is no gradient and no token_weight.
-template <typename T, bool kGradient>
+template <typename T, bool kGradient, bool kCap>
 MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
   RowShared& shared = *(RowShared*)shared_memory();
   const Row row = row_of(call, block());
@@ -101,13 +102,13 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
     return;
   }
   Token token{};
-  if (thread() == 0) token = load_token(call, row, logits);
+  if (thread() == 0) token = load_token<kCap>(call, row, logits);
   const Layout at = layout_of<T>(logits, kGradient ? grad : logits, call.V);
-  const float rate = rate_of(call);
-  const Levels s = reduce(visit_row<T, !kGradient>(logits, at, rate), rate, shared.scratch);
+  const float rate = rate_of(call, row);
+  const Levels s = reduce(visit_row<T, !kGradient, kCap>(logits, at, rate, call.softcap), rate, shared.scratch);
   if (thread() == 0) {
     const float base = base_of(s.max);
-    shared.plan = finish(call, row, token, relative(s, base, inv_temperature_of(call)), base, true);
+    shared.plan = finish(call, row, token, relative(s, base, inv_temperature_of(call, row)), base, true);
   }
   if (!kGradient) return;
   barrier();
@@ -115,11 +116,11 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) rows_fwd_kernel(const Call call) {
   if (plan.zero) {
     write_zeros(grad, at);
   } else {
-    write_row(grad, logits, at, plan, token.id);
+    write_row<T, kCap>(grad, logits, at, plan, token.id, call.softcap);
   }
 }
 
-template <typename T>
+template <typename T, bool kCap>
 MR1_KERNEL void MR1_THREADS(kRowThreads, 1) score_bwd_kernel(const Call call) {
   const Row row = row_of(call, block());
   const T* logits = logits_of<T>(call, row);
@@ -127,15 +128,15 @@ MR1_KERNEL void MR1_THREADS(kRowThreads, 1) score_bwd_kernel(const Call call) {
   const float on_logp = row.live ? call.grad_logps[row.at] : 0.0f;
   const float on_entropy = row.live && call.grad_entropies ? -call.grad_entropies[row.at] : 0.0f;
   if (on_logp == 0.0f && on_entropy == 0.0f) return write_zeros(grad, layout_of(grad, grad, call.V));
-  const Token token = load_token(call, row, logits);
-  const float lse = call.lse[row.at], inv_temperature = inv_temperature_of(call);
-  const float logp = token.x_id * inv_temperature - lse;
+  const Token token = load_token<kCap>(call, row, logits);
+  const float lse = call.lse[row.at], inv_temperature = inv_temperature_of(call, row);
+  const float logp = token.x_id.y * inv_temperature - lse;
   const float coef = logp == -INFINITY ? 0.0f : on_logp;  // a banned token has no derivative
   const RowGradient<float> g = row_gradient(coef, on_entropy, call.entropies[row.at], inv_temperature);
-  const float row_base = lse * (float)call.temperature;
-  const Plan plan = plan_of(g, false, logp, row_base, 0.0f, rate_of(call));
+  const float row_base = lse / inv_temperature;
+  const Plan plan = plan_of(g, token, false, logp, row_base, 0.0f, rate_of(call, row));
   barrier();  // every thread has read the id's logit
-  write_row(grad, logits, layout_of<T>(logits, grad, call.V), plan, token.id);
+  write_row<T, kCap>(grad, logits, layout_of<T>(logits, grad, call.V), plan, token.id, call.softcap);
 }
 
 }  // namespace

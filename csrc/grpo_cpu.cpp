@@ -76,7 +76,6 @@ class Job::Worker {
         x_(job.logits_),
         row_bytes_(x_.V * (int64_t)element_size(x_.dtype)),
         blocks_((x_.V + kBlock - 1) / kBlock),
-        inv_temperature_(1.0 / x_.temperature),
         slots_(blocks_ > 1 ? 1 : kLanes),
         stats_(allocate<RowStats<float>>(slots_ * blocks_)),
         scale_(allocate<float>(slots_ * blocks_)) {
@@ -113,7 +112,9 @@ class Job::Worker {
     float* e;                // one per logit
     int64_t b, l, id;
     const char* z;
-    double sampled;  // the id's logit over temperature
+    double inv_temperature;
+    double sampled;     // the id's logit, capped, over temperature
+    float sampled_cap;  // the slope of its cap
     char* out = nullptr;  // where pass 2 is still to write
     float sampled_value;  // the gradient at the id
   };
@@ -128,7 +129,8 @@ class Job::Worker {
     step.scale = slot.scale;
     step.stream = stream_ && ((uintptr_t)slot.out & 63) == 0;
     step.vocabulary = x_.V;
-    step.inv_temperature = (float)inv_temperature_;
+    step.inv_temperature = (float)slot.inv_temperature;
+    step.softcap = x_.softcap;
     job_.kernels_.step(step);
     if (slot.out) write(slot.out, slot.id, x_.dtype, slot.sampled_value);
     slot.out = nullptr;
@@ -145,15 +147,18 @@ class Job::Worker {
   }
   void settle();
   RowStats<double> merge_blocks(const Slot& slot, float* top);
-  void differentiate(const char* z, char* grad, int64_t id, float sampled_value, const RowDerivative& derivative) {
-    job_.kernels_.differentiate(z, grad, x_.V, (float)inv_temperature_, derivative);
+  double inv_temperature(int64_t b, int64_t l) {
+    return 1.0 / (x_.temperatures ? (double)x_.temperatures(b, l) : x_.temperature);
+  }
+  void differentiate(
+      const char* z, char* grad, double inv_temperature, int64_t id, float sampled_value, const RowDerivative& d) {
+    job_.kernels_.differentiate(z, grad, x_.V, (float)inv_temperature, x_.softcap, d);
     write(grad, id, x_.dtype, sampled_value);
   }
 
   Job& job_;
   const Logits& x_;
   const int64_t row_bytes_, blocks_;
-  const double inv_temperature_;
   const int slots_;
   bool keep_exponentials_, stream_, over_logits_;
   std::unique_ptr<RowStats<float>[], Free> stats_;
@@ -170,8 +175,8 @@ RowStats<double> Job::Worker::merge_blocks(const Slot& slot, float* top) {
   RowStats<double> row{-INFINITY, 0.0, 0.0};
   for (int64_t i = 0; i < blocks_; ++i) {
     const RowStats<float>& s = slot.stats[i];
-    row = merge(row, RowStats<double>{s.max * inv_temperature_, s.sum, s.weighted * inv_temperature_});
-    slot.scale[i] = s.max == *top ? 1.0f : expf((s.max - *top) * (float)inv_temperature_);
+    row = merge(row, RowStats<double>{s.max * slot.inv_temperature, s.sum, s.weighted * slot.inv_temperature});
+    slot.scale[i] = s.max == *top ? 1.0f : expf((s.max - *top) * (float)slot.inv_temperature);
   }
   return row;
 }
@@ -182,15 +187,17 @@ void Job::Worker::forward(int64_t b, int64_t l) {
   Slot& slot = slot_[filled_];
   const int64_t id = x_.ids(b, l);
   const char* z = &x_.z(b, l);
-  const double sampled = read(z, id, x_.dtype) * inv_temperature_;  // before z is overwritten
+  const Capped<double> sampled = capped<double>(read(z, id, x_.dtype), x_.softcap);  // before z is overwritten
   float* e = over_logits_ ? (float*)grad : slot.e;
+  slot.inv_temperature = inv_temperature(b, l);
   step(slot, z, e);
   slot.e = e;
   slot.b = b;
   slot.l = l;
   slot.id = id;
   slot.z = z;
-  slot.sampled = sampled;
+  slot.sampled = sampled.y * slot.inv_temperature;
+  slot.sampled_cap = (float)sampled.slope;
   if (++filled_ == slots_) settle();
 }
 
@@ -249,8 +256,10 @@ void Job::Worker::settle() {
   store(o.coef, coef);
   if (!x_.grad) return;
 
-  const RowGradient<Floats> g = row_gradient(coef, Floats{} + f.entropy_weight, entropy, (float)inv_temperature_);
-  const Floats sampled_value = sampled_gradient(g, logp), factor = g.base / sum;
+  const Floats inv_temperature = each([&](int k) { return (float)slot_[k].inv_temperature; });
+  const RowGradient<Floats> g = row_gradient(coef, Floats{} + f.entropy_weight, entropy, inv_temperature);
+  const Floats cap = each([&](int k) { return slot_[k].sampled_cap; });
+  const Floats sampled_value = sampled_gradient(g, logp) * cap, factor = g.base / sum;
   for (int k = 0; k < count; ++k) {
     Slot& slot = slot_[k];
     char* grad = &x_.grad(slot.b, slot.l);
@@ -265,8 +274,9 @@ void Job::Worker::settle() {
       // With d = (z_j - max) / temperature, p_j = exp(d) / sum and log p_j = d - log(sum):
       // p_j * (base + slope * log p_j) = exp(d) * ((base - slope * log(sum)) / sum + slope / sum * d)
       const double log_of_sum = (double)log_sum.most[k] + log_sum.rest[k], scale = 1.0 / rows[k].sum;
-      const double base = (g.base[k] - g.slope[k] * log_of_sum) * scale, slope = g.slope[k] * inv_temperature_ * scale;
-      differentiate(slot.z, grad, slot.id, sampled_value[k], {top[k], (float)base, (float)slope});
+      const double base = (g.base[k] - g.slope[k] * log_of_sum) * scale, slope = g.slope[k] * slot.inv_temperature * scale;
+      const RowDerivative derivative = {top[k], (float)base, (float)slope};
+      differentiate(slot.z, grad, slot.inv_temperature, slot.id, sampled_value[k], derivative);
     }
   }
 }
@@ -280,17 +290,18 @@ void Job::Worker::score_backward(int64_t b, int64_t l) {
     memset(grad, 0, row_bytes_);
     return;
   }
-  const float lse = s.lse(b, l), logp = (float)(read(z, id, x_.dtype) * inv_temperature_ - lse);
+  const double inverse = inv_temperature(b, l);
+  const Capped<double> sampled = capped<double>(read(z, id, x_.dtype), x_.softcap);
+  const float lse = s.lse(b, l), logp = (float)(sampled.y * inverse - lse);
   const float coef = logp == -INFINITY ? 0.0f : s.grad_logps(b, l);  // a banned token has no derivative
   const float bonus = s.grad_entropies ? -s.grad_entropies(b, l) : 0.0f;
   if (coef == 0.0f && bonus == 0.0f) {
     memset(grad, 0, row_bytes_);
     return;
   }
-  const RowGradient<float> g = row_gradient(coef, bonus, s.entropies(b, l), (float)inv_temperature_);
-  const RowDerivative derivative = {
-      (float)(lse * x_.temperature), g.base, (float)(g.slope * inv_temperature_)};
-  differentiate(z, grad, id, sampled_gradient(g, logp), derivative);
+  const RowGradient<float> g = row_gradient(coef, bonus, s.entropies(b, l), (float)inverse);
+  const RowDerivative derivative = {(float)(lse / inverse), g.base, (float)(g.slope * inverse)};
+  differentiate(z, grad, inverse, id, sampled_gradient(g, logp) * (float)sampled.slope, derivative);
 }
 
 Job::Job(const Logits& logits, const Outputs& outputs, const Objective* objective, const ScoreGradient* score)

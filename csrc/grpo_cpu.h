@@ -29,6 +29,8 @@ struct Logits {
   View<const int64_t> ids;
   View<const bool> mask;
   double temperature;
+  View<const float> temperatures;  // instead, if given
+  float softcap;                   // infinite: none
 };
 
 struct Objective {

@@ -44,7 +44,7 @@ int threads_for(const Call& call, int most) {  // four vectors each and no fewer
   return wanted < 32 ? 32 : wanted < most ? (int)wanted : most;
 }
 
-template <typename T>
+template <typename T, bool kCap>
 const char* grpo_forward(const Call& call, const Machine& m, void* stream) {
   const int64_t rows = call.B * call.L;
   if (call.rewards) {
@@ -54,32 +54,35 @@ const char* grpo_forward(const Call& call, const Machine& m, void* stream) {
   const Split split = choose_split(call, m);
   if (split.parts > 0) {
     return launch(
-        cluster_fwd_kernel<T>, rows * split.parts, split.parts, kClusterThreads, slice_bytes(split), stream, call,
+        cluster_fwd_kernel<T, kCap>, rows * split.parts, split.parts, kClusterThreads, slice_bytes(split), stream, call,
         split);
   }
   const int count = threads_for(call, call.grad ? kRowThreads : kScoreThreads);
   const int bytes = sizeof(RowShared);
-  return call.grad ? launch(rows_fwd_kernel<T, true>, rows, 0, count, bytes, stream, call)
-                   : launch(rows_fwd_kernel<T, false>, rows, 0, count, bytes, stream, call);
+  return call.grad ? launch(rows_fwd_kernel<T, true, kCap>, rows, 0, count, bytes, stream, call)
+                   : launch(rows_fwd_kernel<T, false, kCap>, rows, 0, count, bytes, stream, call);
 }
 
-template <typename T>
+template <typename T, bool kCap>
 const char* score_forward(const Call& call, const Machine&, void* stream) {
   const int count = threads_for(call, kScoreThreads);
-  return launch(rows_fwd_kernel<T, false>, call.B * call.L, 0, count, sizeof(RowShared), stream, call);
+  return launch(rows_fwd_kernel<T, false, kCap>, call.B * call.L, 0, count, sizeof(RowShared), stream, call);
 }
 
-template <typename T>
+template <typename T, bool kCap>
 const char* score_backward(const Call& call, const Machine&, void* stream) {
-  return launch(score_bwd_kernel<T>, call.B * call.L, 0, threads_for(call, kScoreThreads), 0, stream, call);
+  return launch(score_bwd_kernel<T, kCap>, call.B * call.L, 0, threads_for(call, kScoreThreads), 0, stream, call);
 }
 
-#define MR1_FOR_DTYPE(function)                                                \
-  Machine m;                                                                   \
-  if (const char* wrong = machine(&m)) return wrong;                           \
-  if (call->dtype == 0) return mr1fast::function<float>(*call, m, stream);     \
-  if (call->dtype == 1) return mr1fast::function<BFloat16>(*call, m, stream);  \
-  return mr1fast::function<Float16>(*call, m, stream)
+#define MR1_FOR_CAP(function, T)                                                             \
+  return call->softcap == INFINITY ? mr1fast::function<T, false>(*call, m, stream)           \
+                                   : mr1fast::function<T, true>(*call, m, stream)
+#define MR1_FOR_DTYPE(function)                       \
+  Machine m;                                          \
+  if (const char* wrong = machine(&m)) return wrong;  \
+  if (call->dtype == 0) MR1_FOR_CAP(function, float);     \
+  if (call->dtype == 1) MR1_FOR_CAP(function, BFloat16);  \
+  MR1_FOR_CAP(function, Float16)
 
 }  // namespace
 }  // namespace mr1fast

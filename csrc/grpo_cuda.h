@@ -19,6 +19,7 @@ struct Mr1RowsCall {
   const float *old_logps, *ref_logps, *is_ratio, *token_weight;
   const float* entropy_weight;  // []
   const float *beta, *epsilon_low, *epsilon_high;  // with strides; the latter two null: those of the spec
+  const float* temperatures;  // null: the numbers below
   float *share, *loss, *logps, *entropies, *kl, *coef, *lse;  // out; share: what a token adds to the loss
   uint8_t *is_low, *is_high;
   const float *grad_logps, *grad_entropies;  // in, for the backward of scoring; so are then lse and entropies
@@ -29,8 +30,9 @@ struct Mr1RowsCall {
   int64_t weight_stride_b, weight_stride_l, beta_stride_b, beta_stride_l;
   int64_t epsilon_low_stride_b, epsilon_low_stride_l, epsilon_high_stride_b, epsilon_high_stride_l;
   int64_t num_generations;
-  double temperature;
   mr1fast::TokenSpec spec;
+  float inv_temperature, rate;  // 1 and log2(e) over the temperature
+  float softcap;                // of the logits; infinite: none
   int32_t dtype;          // 0 float32, 1 bfloat16, 2 float16
   int32_t scale_rewards;  // mr1fast::RewardScale
   int32_t two_phase;  // not 0: the path without a cluster even where a cluster fits (tests and benchmarks)

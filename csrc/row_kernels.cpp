@@ -1,4 +1,5 @@
 // row_kernels.h for AVX-512, AVX2 and any machine, and the choice between them at run time.
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

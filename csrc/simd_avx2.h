@@ -9,7 +9,9 @@ struct Simd {
   static MR1_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static MR1_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static MR1_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static MR1_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static MR1_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // b if either is NaN
+  static MR1_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }  // likewise
   static MR1_INLINE float hmax(Vec a) {
     __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));

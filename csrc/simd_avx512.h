@@ -10,7 +10,9 @@ struct Simd {
   static MR1_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static MR1_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static MR1_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static MR1_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static MR1_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b if either is NaN
+  static MR1_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }  // likewise
   static MR1_INLINE float hmax(Vec a) { return _mm512_reduce_max_ps(a); }
   static MR1_INLINE float hsum(Vec a) { return _mm512_reduce_add_ps(a); }
 

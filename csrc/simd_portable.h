@@ -10,7 +10,9 @@ struct Simd {
   static MR1_INLINE Vec sub(Vec a, Vec b) { return a - b; }
   static MR1_INLINE Vec mul(Vec a, Vec b) { return a * b; }
   static MR1_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static MR1_INLINE Vec div(Vec a, Vec b) { return a / b; }
   static MR1_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
+  static MR1_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }  // likewise
   static MR1_INLINE float hmax(Vec a) {
     const float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
     return x > y ? x : y;

@@ -43,6 +43,23 @@ MR1_HD float exponent(float x, float base, float rate) {
   return max_or_nan((x - base) * rate, kLevelFloor);
 }
 
+// a / b for b >= 1.
+MR1_HD float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b > 1e37f ? 1e37f : b);  // which would make NaN of an infinite b; a NaN stays one
+#else
+  return a / b;
+#endif
+}
+
+// A logit after the soft cap as in token_loss.h, with tanh(u) as 1 - 2 / (1 + e^2u), to 2e-7 of 1. kCap: there is one.
+template <bool kCap>
+MR1_HD Capped<float> capped_logit(float x, float softcap) {
+  if (!kCap) return {x, 1.0f};
+  const float t = 1.0f - quotient(2.0f, 1.0f + exp2_of(x * (2.0f * kLog2E / softcap)));
+  return {x == -INFINITY ? x : softcap * t, 1.0f - t * t};
+}
+
 // What statistics are taken relative to: the maximum, unless nothing but banned tokens (-inf) has been seen.
 MR1_HD float base_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
@@ -57,8 +74,10 @@ MR1_HD Levels rebased(const Levels& s, float max, float rate) {
   return {max, kept * s.sum, kept * (s.weighted + shift * s.sum)};
 }
 
-template <int W>
-MR1_HD void visit(Levels& s, const float (&x)[W], float rate) {
+template <bool kCap, int W>
+MR1_HD void visit(Levels& s, float (&x)[W], float rate, float softcap) {
+  MR1_UNROLL
+  for (int i = 0; i < W; ++i) x[i] = capped_logit<kCap>(x[i], softcap).y;
   float top = s.max;
   MR1_UNROLL
   for (int i = 0; i < W; ++i) top = max_or_nan(top, x[i]);
@@ -87,12 +106,14 @@ MR1_HD Differentiation differentiation(const RowGradient<float>& g, float row_ba
   return {row_base, log_sum * kLog2E, rate, g.base, g.slope * kLn2};
 }
 
-template <int W>
-MR1_HD void differentiate(float (&x)[W], const Differentiation& d) {
+template <bool kCap, int W>
+MR1_HD void differentiate(float (&x)[W], const Differentiation& d, float softcap) {
   MR1_UNROLL
   for (int i = 0; i < W; ++i) {
-    const float log2_p = exponent(x[i], d.row_base, d.rate) - d.log2_sum;
+    const Capped<float> z = capped_logit<kCap>(x[i], softcap);
+    const float log2_p = exponent(z.y, d.row_base, d.rate) - d.log2_sum;
     x[i] = exp2_of(log2_p) * (d.base + d.slope * log2_p);
+    if (kCap) x[i] *= z.slope;
   }
 }
 

@@ -248,6 +248,20 @@ MR1_HD RowStats<Real> merge(const RowStats<Real>& a, const RowStats<Real>& b) {
   return {big.max, big.sum + scale * small.sum, big.weighted + scale * (small.weighted + shift * small.sum)};
 }
 
+// Gemma's soft cap of a logit, cap * tanh(x / cap), and its derivative; an infinite cap is none. A banned token (-inf)
+// stays banned, without a gradient.
+template <typename Real>
+struct Capped {
+  Real y, slope;
+};
+
+template <typename Real>
+MR1_HD Capped<Real> capped(Real x, Real softcap) {
+  if (softcap == INFINITY) return {x, (Real)1};
+  const Real t = tanh(x / softcap);
+  return {x == -INFINITY ? x : softcap * t, (Real)1 - t * t};
+}
+
 // d(loss)/d(logits) of a row. With c = d(loss)/d(logp) and e = -d(loss)/d(entropy), both over the temperature,
 //   d(loss)/d(z_j) = c (1[j = id] - p_j) + e p_j (log p_j + entropy)
 // which is p_j * (base + slope * log p_j) with base = e * entropy - c and slope = e; to the sampled token `hit` = c is
@@ -259,7 +273,7 @@ struct RowGradient {
 
 // coef = d(loss)/d(logp), entropy_coef = -d(loss)/d(entropy) (the entropy bonus is subtracted from the loss).
 template <typename F>
-MR1_HD RowGradient<F> row_gradient(F coef, F entropy_coef, F entropy, float inv_temperature) {
+MR1_HD RowGradient<F> row_gradient(F coef, F entropy_coef, F entropy, F inv_temperature) {
   // A slope of exactly 0 must stay 0 where the entropy is NaN or infinite.
   const F bonus = entropy_coef == 0.0f ? F{} : entropy_coef * entropy;
   return {(bonus - coef) * inv_temperature, entropy_coef * inv_temperature, coef * inv_temperature};

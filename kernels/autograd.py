@@ -35,7 +35,7 @@ from mr1fast.kernels.ops import (
     score_backward_op,
     score_op,
 )
-from mr1fast.kernels.reference import BatchwiseSpec, LossBatch, LossSpec, flat
+from mr1fast.kernels.reference import BatchwiseSpec, LogitMap, LossBatch, LossSpec, flat
 
 # (loss, logps, entropies, kl, is_low_clipped, is_high_clipped)
 LossOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
@@ -79,7 +79,7 @@ def _two_passes(
     logits: Tensor, batch: LossBatch, spec: LossSpec, reduction: str, inplace: bool, backend: str
 ) -> LossOutputs:
     logps, entropies = token_logprobs(
-        logits, batch.ids, batch.mask, spec.temperature, inplace_backward=inplace, backend=backend
+        logits, batch.ids, batch.mask, LogitMap.of(batch, spec), inplace_backward=inplace, backend=backend
     )
     return objective(logps, entropies, batch, spec, reduction)
 
@@ -103,14 +103,14 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: LossBatch, spec: L
 
 
 def token_logprobs(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, *, inplace_backward: bool, backend: str
+    logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap, *, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropies), both [B, L] and differentiable."""
     backend = dispatch.resolve(backend, logits)
     _refuse_consumed(logits)
     if backend == "torch":
-        return reference.score(logits, ids, mask, temperature)
-    logps, entropies, *_ = _Score.apply(logits, ids, mask, temperature, inplace_backward, backend)
+        return reference.score(logits, ids, mask, logit_map)
+    logps, entropies, *_ = _Score.apply(logits, ids, mask, logit_map, inplace_backward, backend)
     return logps, entropies
 
 
@@ -217,15 +217,16 @@ class _Score(torch.autograd.Function):
         logits: Tensor,
         ids: Tensor,
         mask: Tensor | None,
-        temperature: float,
+        logit_map: LogitMap,
         inplace_backward: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        logps, entropies, lse = score_op(logits, ids, mask, temperature, backend)
+        logps, entropies, lse = score_op(logits, ids, mask, *logit_map, backend)
         link = new_link(logits)
-        ctx.save_for_backward(logits, ids, mask, lse, entropies, link)
-        ctx.temperature, ctx.inplace_backward, ctx.backend = temperature, inplace_backward, backend
+        ctx.temperature, ctx.softcap, temperatures = logit_map
+        ctx.save_for_backward(logits, ids, mask, lse, entropies, temperatures, link)
+        ctx.inplace_backward, ctx.backend = inplace_backward, backend
         ctx.mark_non_differentiable(lse)
         # save_for_backward returns another object later, on which a mark would be lost.
         ctx.owner = None if torch.compiler.is_compiling() else weakref.ref(_owner(logits))
@@ -234,13 +235,13 @@ class _Score(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        logits, ids, mask, lse, entropies, _link = ctx.saved_tensors
+        logits, ids, mask, lse, entropies, temperatures, _link = ctx.saved_tensors
         if grad_logps is None:
             grad_logps = torch.zeros_like(lse)
         if grad_entropies is not None:
             grad_entropies = grad_entropies.contiguous()
         gradients = (grad_logps.contiguous(), grad_entropies)
-        args = (ids, mask, lse, entropies, *gradients, ctx.temperature, ctx.backend)
+        args = (ids, mask, lse, entropies, *gradients, ctx.temperature, ctx.softcap, temperatures, ctx.backend)
         if ctx.inplace_backward:
             logits = logits.detach()
             score_backward_inplace_op(logits, *args)

@@ -12,7 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from mr1fast.kernels.reference import LossBatch, LossSpec, Outputs, flat
+from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec, Outputs, flat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,17 +54,17 @@ def _rows(logits: Tensor) -> Tensor:
 def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """See `dispatch.Backend`."""
     rows = logits if grad is logits else _rows(logits)
-    settings = (spec.switches, spec.numbers, spec.temperature)
+    settings = (spec.switches, spec.numbers, spec.temperature, spec.final_logit_softcapping)
     outputs: Outputs = torch.ops.mr1fast_native.grpo_forward(rows, *flat(batch), *settings, grad)
     return outputs if batch.ref_logps is not None else (*outputs[:4], None, *outputs[5:])
 
 
 def score_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
+    logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L]."""
     scored: tuple[Tensor, Tensor, Tensor]
-    scored = torch.ops.mr1fast_native.score_forward(_rows(logits), ids, mask, temperature)
+    scored = torch.ops.mr1fast_native.score_forward(_rows(logits), ids, mask, *logit_map)
     return scored
 
 
@@ -76,7 +76,7 @@ def score_backward(
     entropies: Tensor,
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     grad: Tensor,
 ) -> None:
     torch.ops.mr1fast_native.score_backward(
@@ -87,6 +87,6 @@ def score_backward(
         entropies,
         grad_logps,
         grad_entropies,
-        temperature,
+        *logit_map,
         grad,
     )

@@ -8,6 +8,7 @@ kernels of the same file. cuda_build.py compiles the library at first use. The t
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor
 
 from mr1fast.kernels import cuda_build, reference
 from mr1fast.kernels.advantages import SCALE_REWARDS
-from mr1fast.kernels.reference import NUMBERS, SWITCHES, LossBatch, LossSpec, Outputs
+from mr1fast.kernels.reference import NUMBERS, SWITCHES, LogitMap, LossBatch, LossSpec, Outputs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # fmt: off
 _POINTERS = (
     "logits", "grad", "ids", "mask", "advantages", "rewards", "advantage_space", "old_logps", "ref_logps",
-    "is_ratio", "token_weight", "entropy_weight", "beta", "epsilon_low", "epsilon_high", "share", "loss", "logps",
-    "entropies", "kl", "coef", "lse", "is_low", "is_high", "grad_logps", "grad_entropies",
+    "is_ratio", "token_weight", "entropy_weight", "beta", "epsilon_low", "epsilon_high", "temperatures", "share",
+    "loss", "logps", "entropies", "kl", "coef", "lse", "is_low", "is_high", "grad_logps", "grad_entropies",
 )
 _SIZES = (
     "B", "L", "V", "logits_stride_b", "logits_stride_l", "grad_stride_b", "grad_stride_l", "advantage_stride_b",
@@ -51,8 +52,8 @@ class RowsCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
-        ("temperature", ctypes.c_double),
         ("spec", TokenSpec),
+        *((name, ctypes.c_float) for name in ("inv_temperature", "rate", "softcap")),
         *((name, ctypes.c_int32) for name in _INTS),
     )
 
@@ -129,19 +130,21 @@ def _library(logits: Tensor) -> ctypes.CDLL:
 class _Call:
     """A RowsCall and the tensors its pointers belong to."""
 
-    def __init__(self, logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, grad: Tensor | None):
+    def __init__(self, logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap, grad: Tensor | None):
         reference.check_ids(ids, mask, logits.shape[-1])
         if logits.stride(-1) != 1 and logits.shape[-1] > 1:
             assert grad is not logits
             logits = logits.contiguous()
         self.logits = logits
         self.kept: list[Tensor] = []
-        self.c = RowsCall(temperature=temperature, dtype=DTYPES[logits.dtype])
+        self.c = RowsCall(softcap=logit_map.softcap, dtype=DTYPES[logits.dtype])
+        self.c.inv_temperature = 1 / logit_map.temperature
+        self.c.rate = math.log2(math.e) / logit_map.temperature
         self.c.B, self.c.L, self.c.V = logits.shape
         self.rows("logits", logits)
         if grad is not None:
             self.rows("grad", grad)
-        self.contiguous(ids=ids, mask=mask)
+        self.contiguous(ids=ids, mask=mask, temperatures=logit_map.temperatures)
 
     def rows(self, name: str, tensor: Tensor) -> None:
         """A [B, L, V] tensor whose last stride is 1."""
@@ -183,7 +186,7 @@ class _Call:
 def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """See `dispatch.Backend`."""
     assert spec.importance_sampling_level == "token"
-    call = _Call(logits, batch.ids, batch.mask, spec.temperature, grad)
+    call = _Call(logits, batch.ids, batch.mask, LogitMap.of(batch, spec), grad)
     call.strided("advantages", "advantage", batch.advantages)
     call.strided("is_ratio", "is_ratio", batch.is_ratio)
     call.strided("token_weight", "weight", batch.token_weight)
@@ -207,10 +210,10 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
 
 
 def score_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
+    logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L], 0 where masked."""
-    call = _Call(logits, ids, mask, temperature, None)
+    call = _Call(logits, ids, mask, logit_map, None)
     logps, entropies, lse = call.outputs("logps", "entropies", "lse")
     call.run("mr1_score_forward")
     return logps, entropies, lse
@@ -224,9 +227,9 @@ def score_backward(
     entropies: Tensor,
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     grad: Tensor,
 ) -> None:
-    call = _Call(logits, ids, mask, temperature, grad)
+    call = _Call(logits, ids, mask, logit_map, grad)
     call.contiguous(lse=lse, entropies=entropies, grad_logps=grad_logps, grad_entropies=grad_entropies)
     call.run("mr1_score_backward")

@@ -23,8 +23,8 @@ class Backend:
     grpo_forward(logits, batch, spec, grad) -> reference.Outputs
         The one pass. `grad` is None, or a tensor like the logits (or the logits themselves) that receives
         dloss/dlogits (which autograd.py asks for in float32 and bfloat16 only).
-    score_forward(logits, ids, mask, temperature) -> (logps, entropies, lse), float32 [B, L]
-    score_backward(logits, ids, mask, lse, entropies, grad_logps, grad_entropies, temperature, grad) -> None
+    score_forward(logits, ids, mask, logit_map) -> (logps, entropies, lse), float32 [B, L]
+    score_backward(logits, ids, mask, lse, entropies, grad_logps, grad_entropies, logit_map, grad) -> None
         Writes the gradient into `grad`, which may be the logits; grad_entropies may be None.
     """
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mr1fast.kernels import autograd, cpp, dispatch, reference
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec
 from mr1fast.kernels.torch_backend import TORCH
 
 
@@ -250,7 +250,7 @@ def score(
     bias: Tensor | None,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     how: How,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), [B, L], 0 where masked."""
@@ -263,9 +263,19 @@ def score(
     for rows in index.split(max(len(buffer), 1)):
         z = buffer[None, : len(rows)]
         head.logits(rows, z[0])
-        for whole, part in zip(scored, forward(z, ids.reshape(-1)[rows][None], None, temperature)):
+        part_map = _of_rows(logit_map, rows)
+        for whole, part in zip(scored, forward(z, ids.reshape(-1)[rows][None], None, part_map)):
             whole.view(-1).index_copy_(0, rows, part[0])
     return scored
+
+
+def _tokens(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+    """The tokens `index` [n] of a tensor [B, L], as [1, n]."""
+    return None if tensor is None else tensor.reshape(-1)[index][None]
+
+
+def _of_rows(logit_map: LogitMap, index: Tensor) -> LogitMap:
+    return logit_map._replace(temperatures=_tokens(logit_map.temperatures, index))
 
 
 def score_backward(
@@ -278,7 +288,7 @@ def score_backward(
     entropies: Tensor,
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     how: How,
     needed: Needed,
 ) -> Found:
@@ -288,15 +298,13 @@ def score_backward(
     index = _unmasked(ids, counts if mask is None else counts & mask)
     buffer, gradients = head.buffer(len(index)), Gradients(head, needed)
 
-    def of_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(-1)[rows][None]
-
     per_token = (lse, entropies, grad_logps, grad_entropies)
     for start in range(0, len(index), max(len(buffer), 1)):
         rows = index[start : start + len(buffer)]
         z = buffer[None, : len(rows)]
         head.logits(rows, z[0])
-        backward(z, of_rows(ids, rows), None, *(of_rows(t, rows) for t in per_token), temperature, z)
+        part_map = _of_rows(logit_map, rows)
+        backward(z, _tokens(ids, rows), None, *(_tokens(t, rows) for t in per_token), part_map, z)
         gradients.add(rows, z[0], last=start + len(rows) == len(index))
     z = buffer = None  # type: ignore[assignment]
     return gradients.result(hidden, weight, bias)

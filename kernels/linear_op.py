@@ -15,8 +15,8 @@ from torch.library import custom_op
 from mr1fast.kernels import autograd, dispatch, linear, reference
 from mr1fast.kernels.autograd import LossOutputs, differentiable_once, new_link
 from mr1fast.kernels.linear import Found, How, Needed
-from mr1fast.kernels.ops import CALL_SCHEMA, unflat
-from mr1fast.kernels.reference import LossBatch, LossSpec, flat
+from mr1fast.kernels.ops import CALL_SCHEMA, LOGIT_MAP, unflat
+from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec, flat
 
 
 def grpo(
@@ -39,7 +39,14 @@ def grpo(
     needed = _needed(hidden, weight, bias)
     if not autograd.one_pass(spec, reduction, dtype, any(needed)):
         logps, entropies = token_logprobs(
-            hidden, weight, bias, batch.ids, batch.mask, spec.temperature, chunk_bytes=chunk_bytes, backend=backend
+            hidden,
+            weight,
+            bias,
+            batch.ids,
+            batch.mask,
+            LogitMap.of(batch, spec),
+            chunk_bytes=chunk_bytes,
+            backend=backend,
         )
         return autograd.objective(logps, entropies, batch, spec, reduction)
     args = (hidden, weight, bias, batch, spec, How(backend, dtype, chunk_bytes), needed)
@@ -54,7 +61,7 @@ def token_logprobs(
     bias: Tensor | None,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     *,
     chunk_bytes: int | None,
     backend: str,
@@ -63,8 +70,8 @@ def token_logprobs(
     dtype = gemm_dtype(hidden)
     backend = _resolve(backend, hidden, weight, dtype)
     if backend == "torch" and torch.compiler.is_compiling():
-        return reference.score(_logits(hidden, weight, bias, mask, dtype), ids, mask, temperature)
-    args = (hidden, weight, bias, ids, mask, temperature, How(backend, dtype, chunk_bytes))
+        return reference.score(_logits(hidden, weight, bias, mask, dtype), ids, mask, logit_map)
+    args = (hidden, weight, bias, ids, mask, logit_map, How(backend, dtype, chunk_bytes))
     needed = _needed(hidden, weight, bias)
     logps, entropies, *_ = _Score.apply(*args, needed) if any(needed) else _score(*args)
     return logps, entropies
@@ -129,25 +136,27 @@ class _Score(torch.autograd.Function):
         bias: Tensor | None,
         ids: Tensor,
         mask: Tensor | None,
-        temperature: float,
+        logit_map: LogitMap,
         how: How,
         needed: Needed,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.how, ctx.needed = temperature, how, needed
-        logps, entropies, lse = _score(hidden, weight, bias, ids, mask, temperature, how)
+        ctx.temperature, ctx.softcap, temperatures = logit_map
+        ctx.how, ctx.needed = how, needed
+        logps, entropies, lse = _score(hidden, weight, bias, ids, mask, logit_map, how)
         link = new_link(hidden)
-        ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies, link)
+        ctx.save_for_backward(hidden, weight, bias, ids, mask, lse, entropies, temperatures, link)
         ctx.mark_non_differentiable(lse)
         return logps, entropies, lse, link
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        *saved, _link = ctx.saved_tensors  # hidden, weight, bias, ids, mask, lse, entropies
+        *saved, temperatures, _link = ctx.saved_tensors  # saved: hidden, weight, bias, ids, mask, lse, entropies
         if grad_logps is None:
             grad_logps = torch.zeros_like(saved[-1])
-        args = (*saved, grad_logps, grad_entropies, ctx.temperature, ctx.how, ctx.needed)
+        logit_map = LogitMap(ctx.temperature, ctx.softcap, temperatures)
+        args = (*saved, grad_logps, grad_entropies, logit_map, ctx.how, ctx.needed)
         gradients = [found if needed else None for found, needed in zip(_score_backward(*args), ctx.needed)]
         return *gradients, None, None, None, None, None
 
@@ -217,12 +226,12 @@ def _run_score(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @custom_op(
     "mr1fast::linear_score",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor ids, Tensor? mask, float temperature, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, Tensor ids, Tensor? mask, {LOGIT_MAP}, {_HOW}) -> (Tensor, Tensor, Tensor)",
 )
 def linear_score_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L]."""
-    *tensors, backend, dtype, chunk_bytes = args
-    return _run_score(*tensors, How(backend, dtype, chunk_bytes))
+    *tensors, temperature, softcap, temperatures, backend, dtype, chunk_bytes = args
+    return _run_score(*tensors, LogitMap(temperature, softcap, temperatures), How(backend, dtype, chunk_bytes))
 
 
 @linear_score_op.register_fake
@@ -241,13 +250,14 @@ def _run_score_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     mutates_args=(),
     schema=(
         f"({_HEAD}, Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_logps, Tensor? grad_entropies, "
-        f"float temperature, {_HOW}, {_NEEDED}) -> (Tensor, Tensor, Tensor)"
+        f"{LOGIT_MAP}, {_HOW}, {_NEEDED}) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def linear_score_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """(dhidden, dweight, dbias), each or empty."""
-    *scored, backend, dtype, chunk_bytes, needs_hidden, needs_weight, needs_bias = args
-    return _run_score_backward(*scored, How(backend, dtype, chunk_bytes), (needs_hidden, needs_weight, needs_bias))
+    *scored, temperature, softcap, temperatures, backend, dtype, chunk_bytes = args[:-3]
+    how = How(backend, dtype, chunk_bytes)
+    return _run_score_backward(*scored, LogitMap(temperature, softcap, temperatures), how, args[-3:])
 
 
 @linear_score_backward_op.register_fake
@@ -267,12 +277,15 @@ def _grpo(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, temperature: float, how: How
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, logit_map: LogitMap, how: How
 ) -> tuple[Tensor, Tensor, Tensor]:
-    args = (hidden, weight, bias, ids, mask, temperature)
-    return _run_score(*args, how) if how.backend == "torch" else linear_score_op(*args, *how)
+    args = (hidden, weight, bias, ids, mask)
+    return _run_score(*args, logit_map, how) if how.backend == "torch" else linear_score_op(*args, *logit_map, *how)
 
 
 def _score_backward(*args: Any) -> tuple[Tensor, ...]:
-    *scored, how, needed = args
-    return _run_score_backward(*args) if how.backend == "torch" else linear_score_backward_op(*scored, *how, *needed)
+    *scored, logit_map, how, needed = args
+    if how.backend == "torch":
+        return _run_score_backward(*args)
+    found: tuple[Tensor, ...] = linear_score_backward_op(*scored, *logit_map, *how, *needed)
+    return found

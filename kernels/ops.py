@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mr1fast.kernels import dispatch, triton_backend
-from mr1fast.kernels.reference import LossBatch, LossSpec
+from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec
 
 # A registered op takes tensors and plain values: a batch and a spec go in field by field, as `flat` lists them.
 _TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "float": "float", "bool": "bool", "str": "str"}
@@ -83,18 +83,23 @@ def _(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_grpo(logits, unflat(args[:-1])[0])
 
 
-@custom_op("mr1fast::score", mutates_args=())
-def score_op(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+# A LogitMap, field by field.
+LOGIT_MAP = "float temperature, float softcap, Tensor? temperatures"
+
+
+@custom_op(
+    "mr1fast::score",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor ids, Tensor? mask, {LOGIT_MAP}, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def score_op(logits: Tensor, ids: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L]."""
-    return dispatch.find(backend).score_forward(logits, ids, mask, temperature)
+    *logit_map, backend = args
+    return dispatch.find(backend).score_forward(logits, ids, mask, LogitMap(*logit_map))
 
 
 @score_op.register_fake
-def _(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     values = logits.new_empty(logits.shape[:2], dtype=torch.float32)
     return values, torch.empty_like(values), torch.empty_like(values)
 
@@ -105,13 +110,18 @@ _SCORED = "Tensor ids, Tensor? mask, Tensor lse, Tensor entropies, Tensor grad_l
 @custom_op(
     "mr1fast::score_backward",
     mutates_args=(),
-    schema=f"(Tensor logits, {_SCORED}, float temperature, str backend) -> Tensor",
+    schema=f"(Tensor logits, {_SCORED}, {LOGIT_MAP}, str backend) -> Tensor",
 )
 def score_backward_op(logits: Tensor, *args: Any) -> Tensor:
     """dlogits of `score`, in a new buffer."""
     gradient = new_gradient(logits)
-    dispatch.find(args[-1]).score_backward(logits, *args[:-1], gradient)
+    _run_score_backward(logits, args, gradient)
     return gradient
+
+
+def _run_score_backward(logits: Tensor, args: tuple[Any, ...], gradient: Tensor) -> None:
+    *scored, temperature, softcap, temperatures, backend = args
+    dispatch.find(backend).score_backward(logits, *scored, LogitMap(temperature, softcap, temperatures), gradient)
 
 
 @score_backward_op.register_fake
@@ -122,11 +132,11 @@ def _(logits: Tensor, *args: Any) -> Tensor:
 @custom_op(
     "mr1fast::score_backward_",
     mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {_SCORED}, float temperature, str backend) -> ()",
+    schema=f"(Tensor(a!) logits, {_SCORED}, {LOGIT_MAP}, str backend) -> ()",
 )
 def score_backward_inplace_op(logits: Tensor, *args: Any) -> None:
     """dlogits of `score`, written over the logits."""
-    dispatch.find(args[-1]).score_backward(logits, *args[:-1], logits)
+    _run_score_backward(logits, args, logits)
 
 
 @score_backward_inplace_op.register_fake

@@ -56,6 +56,7 @@ class LossSpec:
     kl_estimator: str = "k3"
     kl_clamp: float = math.inf  # inf: the log-ratio to the reference is not cut
     temperature: float = 1.0
+    final_logit_softcapping: float = math.inf  # inf: the logits are not capped
 
     @property
     def policy(self) -> int:
@@ -81,8 +82,10 @@ class LossSpec:
 
 # What Triton and C++ are told about a token's objective besides its tensors: the switches that select code, and the
 # numbers in it. Both are passed as lists in this order, which is also the order of TokenSpec in csrc/token_loss.h.
+# (What becomes of the logits before is no part of it, see LogitMap.)
+OF_LOGITS = ("temperature", "final_logit_softcapping")
 SWITCHES = ("policy", "estimator", *(field.name for field in fields(LossSpec) if field.type == "bool"))
-NUMBERS = tuple(field.name for field in fields(LossSpec) if field.type == "float" and field.name != "temperature")
+NUMBERS = tuple(field.name for field in fields(LossSpec) if field.type == "float" and field.name not in OF_LOGITS)
 _switches_of, _numbers_of = attrgetter(*SWITCHES), attrgetter(*NUMBERS)
 
 
@@ -122,7 +125,26 @@ class LossBatch:
     entropy_weight: Tensor | None = None  # 0-d, entropy_coef / number of tokens
     epsilons_low: Tensor | None = None  # [B, L]; None: the number in LossSpec, as for the next
     epsilons_high: Tensor | None = None  # [B, L]
+    temperatures: Tensor | None = None  # [B, L], likewise
     cu_seqlens: Tensor | None = None  # [S + 1] where [B, L] is [1, T]: S packed completions
+
+
+class LogitMap(NamedTuple):
+    """What becomes of logits x before the softmax: softcap * tanh(x / softcap) / temperature."""
+
+    temperature: float = 1.0
+    softcap: float = math.inf  # inf: none
+    temperatures: Tensor | None = None  # [B, L], instead of `temperature`
+
+    @classmethod
+    def of(cls, batch: LossBatch, spec: LossSpec) -> LogitMap:
+        return cls(spec.temperature, spec.final_logit_softcapping, batch.temperatures)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, L, V] in the compute dtype. A banned token (-inf) stays banned."""
+        if self.softcap != math.inf:
+            x = torch.where(x == NEG_INF, x, self.softcap * torch.tanh(x / self.softcap))
+        return x / (self.temperature if self.temperatures is None else self.temperatures[..., None])
 
 
 # What a backend's one pass returns: the loss (0-d); then, all [B, L], the loss of each token without its weight, logps,
@@ -143,14 +165,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # ---- logits to log-probabilities ------------------------------------------------------------------------------------
 
 
-def score(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def score(logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap) -> tuple[Tensor, Tensor]:
     """Log-probability of `ids` and entropy of each row, both [B, L], differentiable, 0 where masked.
 
     A banned token (logit -inf) has probability 0 and no gradient; if it is the id itself, logp is -inf, no gradient.
     Raises ValueError for an unmasked id out of range (CPU, outside of torch.compile).
     """
     check_ids(ids, mask, logits.shape[-1])
-    z = logits.to(compute_dtype(logits.dtype)) / temperature
+    z = logit_map(logits.to(compute_dtype(logits.dtype)))
     if mask is not None:
         z = torch.where(mask[..., None], z, 0)
         ids = torch.where(mask, ids, 0)

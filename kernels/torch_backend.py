@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mr1fast.kernels import reference
 from mr1fast.kernels.dispatch import Backend
-from mr1fast.kernels.reference import LossBatch, LossSpec, Outputs
+from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec, Outputs
 
 
 def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor | None) -> Outputs:
     """See `dispatch.Backend`."""
     with torch.enable_grad():
         z = logits.detach().requires_grad_(grad is not None)
-        logps, entropies = reference.score(z, batch.ids, batch.mask, spec.temperature)
+        logps, entropies = reference.score(z, batch.ids, batch.mask, LogitMap.of(batch, spec))
         leaf = logps.detach().requires_grad_()
         per_token_loss, kl, is_low, is_high = reference.objective(leaf, batch, spec)
         (coef,) = torch.autograd.grad((per_token_loss * batch.token_weight).sum(), leaf)
@@ -30,11 +30,11 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
 
 
 def score_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
+    logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dispatch.Backend`."""
-    logps, entropies = reference.score(logits, ids, mask, temperature)
-    return logps, entropies, torch.logsumexp(logits.to(logps.dtype) / temperature, -1)
+    logps, entropies = reference.score(logits, ids, mask, logit_map)
+    return logps, entropies, torch.logsumexp(logit_map(logits.to(logps.dtype)), -1)
 
 
 def score_backward(
@@ -45,13 +45,13 @@ def score_backward(
     entropies: Tensor,
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     grad: Tensor,
 ) -> None:
     """See `dispatch.Backend`."""
     with torch.enable_grad():
         z = logits.detach().requires_grad_()
-        logps, entropies = reference.score(z, ids, mask, temperature)
+        logps, entropies = reference.score(z, ids, mask, logit_map)
     _differentiate(logps, entropies, z, grad_logps, grad_entropies, grad)
 
 

@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mr1fast.kernels import reference
-from mr1fast.kernels.reference import LossBatch, LossSpec, Outputs
+from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec, Outputs
 from mr1fast.kernels.triton_objective import group_advantage, token_objective, token_spec
 from mr1fast.kernels.triton_rows import (
     LN_2,
     LOG2_E,
+    capped,
+    kernel_arguments,
     row_statistics,
     rows_aligned,
     split_row,
@@ -29,11 +31,12 @@ from mr1fast.kernels.triton_rows import (
 _STEPWISE = (
     "logits_stride_b logits_stride_l grad_stride_b grad_stride_l L B G advantage_stride_b advantage_stride_l "
     "is_ratio_stride_b is_ratio_stride_l weight_stride_b weight_stride_l beta_stride_b beta_stride_l "
-    "epsilon_low_stride_b epsilon_low_stride_l epsilon_high_stride_b epsilon_high_stride_l temperature"
+    "epsilon_low_stride_b epsilon_low_stride_l epsilon_high_stride_b epsilon_high_stride_l temperature softcap"
 ).split()
 _SMALL = (
     "ids_ptr mask_ptr advantages_ptr rewards_ptr old_ptr ref_ptr is_ratio_ptr weight_ptr entropy_weight_ptr beta_ptr "
-    "epsilon_low_ptr epsilon_high_ptr share_ptr loss_ptr logp_ptr entropy_ptr kl_ptr is_low_ptr is_high_ptr coef_ptr"
+    "epsilon_low_ptr epsilon_high_ptr temperatures_ptr share_ptr loss_ptr logp_ptr entropy_ptr kl_ptr is_low_ptr "
+    "is_high_ptr coef_ptr"
 ).split()
 
 
@@ -90,6 +93,8 @@ def grpo_loss_fwd_kernel(
     epsilon_high_stride_l: tl.int64,
     spec,  # a TokenSpec
     temperature,
+    softcap,  # or None
+    temperatures_ptr,  # [B, L] contiguous, or None: temperature
     share_ptr,  # out, all [B, L] contiguous: what the token adds to the loss
     loss_ptr,  # out: per-token loss, unweighted
     logp_ptr,  # out
@@ -145,10 +150,12 @@ def grpo_loss_fwd_kernel(
         advantage = tl.load(advantages_ptr + b * advantage_stride_b + l * advantage_stride_l)
     else:
         advantage = group_advantage(rewards_ptr, b, B, G, SCALE_REWARDS)
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + at)
 
     scale = tl.div_rn(LOG2_E, temperature)
-    base, log2_sum, entropy = row_statistics(logits_ptr, scale, V, C, T, W, STAGES)
-    logp = ((x_id - base) * scale - log2_sum) * LN_2
+    base, log2_sum, entropy = row_statistics(logits_ptr, scale, softcap, V, C, T, W, STAGES)
+    logp = ((capped(x_id, softcap) - base) * scale - log2_sum) * LN_2
     loss, slope, kl, is_low, is_high = token_objective(
         logp, old_logp, ref_logp, advantage, is_ratio, beta, epsilon_low, epsilon_high, spec
     )
@@ -170,7 +177,7 @@ def grpo_loss_fwd_kernel(
         else:
             write_gradient(
                 grad_ptr, logits_ptr, id, x_id, base, log2_sum, entropy, scale, coef / temperature, on_entropy,
-                V, C, T, W, STAGES,
+                softcap, V, C, T, W, STAGES,
             )  # fmt: skip
 
 
@@ -203,7 +210,7 @@ def grpo_forward(logits: Tensor, batch: LossBatch, spec: LossSpec, grad: Tensor 
                 *_strided(batch.is_ratio), *_strided(batch.token_weight),
                 batch.entropy_weight,
                 *_strided(batch.beta.expand(B, L)), *_strided(batch.epsilons_low), *_strided(batch.epsilons_high),
-                token_spec(spec), float(spec.temperature),
+                token_spec(spec), *kernel_arguments(LogitMap.of(batch, spec)),
                 share, per_token_loss, logps, entropies, kl, is_low, is_high, coef,
                 SCALE_REWARDS=batch.scale_rewards if batch.advantages is None else "none",
                 **tile_settings("loss", V, logits.element_size(), aligned),

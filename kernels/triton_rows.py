@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mr1fast.kernels.reference import LogitMap
 from mr1fast.kernels.triton_table import TABLE
 
 NEG_INF = tl.constexpr(float("-inf"))
@@ -51,6 +52,21 @@ def tile_columns(C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def capped(x, softcap):
+    """softcap * tanh(x / softcap), or x if softcap is None. A banned token (-inf) stays banned."""
+    if softcap is not None:
+        x = tl.where(x == NEG_INF, x, softcap - 2 * softcap / (1 + tl.exp2(2 * LOG2_E / softcap * x)))
+    return x
+
+
+@triton.jit
+def cap_slope(x, softcap):
+    """The derivative of `capped`: 1 - tanh^2. softcap is not None."""
+    tanh = 1 - 2 / (1 + tl.exp2(2 * LOG2_E / softcap * x))
+    return 1 - tanh * tanh
+
+
+@triton.jit
 def exponent(x, base, scale):
     """log2 of exp((x - base) / temperature), but at least FLOOR; a NaN stays one."""
     return tl.maximum((x - base) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
@@ -76,9 +92,9 @@ def _fold(top, total, weighted, x, scale):
 
 @triton.jit
 def row_statistics(
-    row_ptr, scale, V: tl.constexpr, C: tl.constexpr, T: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr
+    row_ptr, scale, softcap, V: tl.constexpr, C: tl.constexpr, T: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr
 ):
-    """(base, log2_sum, entropy) of one row of V logits, in one visit.
+    """(base, log2_sum, entropy) of one row of V logits, capped, in one visit.
 
     base is the row's maximum, log2_sum = log2(sum exp2((x - base) * scale)); the entropy is in nats.
     """
@@ -88,11 +104,11 @@ def row_statistics(
     columns = tile_columns(C, T, W)
     for tile in tl.range(0, V // (C * T * W), num_stages=STAGES):
         x = tl.reshape(tl.load(row_ptr + (tile * (C * T * W) + columns)), [C, T, W]).to(tl.float32)
-        top, total, weighted = _fold(top, total, weighted, x, scale)
+        top, total, weighted = _fold(top, total, weighted, capped(x, softcap), scale)
     if V % (C * T * W) != 0:
         columns += V // (C * T * W) * (C * T * W)
         x = tl.reshape(tl.load(row_ptr + columns, mask=columns < V, other=NEG_INF), [C, T, W]).to(tl.float32)
-        top, total, weighted = _fold(top, total, weighted, x, scale)
+        top, total, weighted = _fold(top, total, weighted, capped(x, softcap), scale)
     base = tl.max(top, 0)
     shift = exponent(top, base, scale)
     kept = tl.exp2(shift)
@@ -102,18 +118,20 @@ def row_statistics(
 
 
 @triton.jit
-def _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy):
-    """dloss/dx of a logit other than the sampled token's, whose is `on_logp` more.
+def _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy, softcap):
+    """dloss/dx of a logit other than the sampled token's, whose is `on_logp` more (times the slope of the cap).
 
     With on_logp = dloss/dlogp and on_entropy = -dloss/dentropy, both over the temperature, it is
     on_logp (1[j = id] - p_j) + on_entropy p_j (ln p_j + entropy). on_entropy may be None.
     """
-    log2_p = exponent(x, base, scale) - log2_sum
+    log2_p = exponent(capped(x, softcap), base, scale) - log2_sum
     p = tl.exp2(log2_p)
     if on_entropy is None:
         gradient = -on_logp * p
     else:
         gradient = p * (on_entropy * (log2_p * LN_2 + entropy) - on_logp)
+    if softcap is not None:
+        gradient *= cap_slope(x, softcap)
     return gradient
 
 
@@ -129,6 +147,7 @@ def write_gradient(
     scale,
     on_logp,
     on_entropy,
+    softcap,
     V: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
@@ -145,16 +164,19 @@ def write_gradient(
     if V % (C * T * W) != 0:
         tail = TILES * (C * T * W) + columns
         x = tl.load(row_ptr + tail, mask=tail < V, other=NEG_INF, eviction_policy="evict_first").to(tl.float32)
-        gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy)
+        gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy, softcap)
         tl.store(grad_ptr + tail, gradient.to(grad_ptr.dtype.element_ty), mask=tail < V, eviction_policy="evict_first")
     for tile in tl.range(0, TILES, num_stages=STAGES):
         at = (TILES - 1 - tile) * (C * T * W) + columns
         x = tl.load(row_ptr + at, eviction_policy="evict_first").to(tl.float32)
-        gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy)
+        gradient = _logit_gradient(x, base, log2_sum, entropy, scale, on_logp, on_entropy, softcap)
         tl.store(grad_ptr + at, gradient.to(grad_ptr.dtype.element_ty), eviction_policy="evict_first")
     # The sampled token's is written again. That costs a barrier a row; to compare columns would cost every element.
     tl.debug_barrier()
-    gradient = _logit_gradient(x_id, base, log2_sum, entropy, scale, on_logp, on_entropy) + on_logp
+    hit = on_logp
+    if softcap is not None:
+        hit *= cap_slope(x_id, softcap)
+    gradient = _logit_gradient(x_id, base, log2_sum, entropy, scale, on_logp, on_entropy, softcap) + hit
     tl.store(grad_ptr + id, gradient.to(grad_ptr.dtype.element_ty))
 
 
@@ -168,6 +190,13 @@ def write_zeros(grad_ptr, V: tl.constexpr, C: tl.constexpr, T: tl.constexpr, W: 
 
 
 # ---- host -----------------------------------------------------------------------------------------------------------
+
+
+def kernel_arguments(logit_map: LogitMap) -> tuple[float, float | None, Tensor | None]:
+    """temperature, softcap and temperatures: whether the latter two are None is compiled in, no value is."""
+    softcap = None if logit_map.softcap == math.inf else float(logit_map.softcap)
+    each = logit_map.temperatures
+    return float(logit_map.temperature), softcap, None if each is None else each.contiguous()
 
 
 def tile_settings(op: str, V: int, itemsize: int, aligned: bool) -> dict[str, int | bool]:

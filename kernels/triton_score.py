@@ -8,10 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mr1fast.kernels import reference
+from mr1fast.kernels.reference import LogitMap
 from mr1fast.kernels.triton_rows import (
     LN_2,
     LOG2_E,
     NEG_INF,
+    capped,
+    kernel_arguments,
     row_statistics,
     rows_aligned,
     split_row,
@@ -25,8 +28,8 @@ from mr1fast.kernels.triton_rows import (
 
 
 @triton.jit(
-    do_not_specialize=["logits_stride_b", "logits_stride_l", "L", "temperature"],
-    do_not_specialize_on_alignment=["ids_ptr", "mask_ptr", "logp_ptr", "entropy_ptr", "lse_ptr"],
+    do_not_specialize=["logits_stride_b", "logits_stride_l", "L", "temperature", "softcap"],
+    do_not_specialize_on_alignment=["ids_ptr", "mask_ptr", "temperatures_ptr", "logp_ptr", "entropy_ptr", "lse_ptr"],
 )
 def score_fwd_kernel(
     logits_ptr,  # [B, L, V]
@@ -36,9 +39,11 @@ def score_fwd_kernel(
     ids_ptr,  # [B, L] int64, contiguous
     mask_ptr,  # [B, L] bool, contiguous, or None
     temperature,
+    softcap,  # or None
+    temperatures_ptr,  # [B, L] contiguous, or None: temperature
     logp_ptr,  # out, all [B, L] contiguous
     entropy_ptr,  # out
-    lse_ptr,  # out, of logits / temperature
+    lse_ptr,  # out, of the capped logits over temperature
     V: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
@@ -57,17 +62,21 @@ def score_fwd_kernel(
     id = tl.load(ids_ptr + at)
     tl.device_assert((id >= 0) & (id < V), "completion_ids out of range at an unmasked position")
     x_id = tl.load(logits_ptr + id).to(tl.float32)
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + at)
     scale = tl.div_rn(LOG2_E, temperature)
-    base, log2_sum, entropy = row_statistics(logits_ptr, scale, V, C, T, W, STAGES)
-    tl.store(logp_ptr + at, ((x_id - base) * scale - log2_sum) * LN_2)
+    base, log2_sum, entropy = row_statistics(logits_ptr, scale, softcap, V, C, T, W, STAGES)
+    tl.store(logp_ptr + at, ((capped(x_id, softcap) - base) * scale - log2_sum) * LN_2)
     tl.store(entropy_ptr + at, entropy)
     tl.store(lse_ptr + at, base / temperature + log2_sum * LN_2)
 
 
 @triton.jit(
-    do_not_specialize=["logits_stride_b", "logits_stride_l", "grad_stride_b", "grad_stride_l", "L", "temperature"],
+    do_not_specialize=[
+        "logits_stride_b", "logits_stride_l", "grad_stride_b", "grad_stride_l", "L", "temperature", "softcap",
+    ],
     do_not_specialize_on_alignment=[
-        "ids_ptr", "mask_ptr", "lse_ptr", "entropy_ptr", "grad_logp_ptr", "grad_entropy_ptr",
+        "ids_ptr", "mask_ptr", "lse_ptr", "entropy_ptr", "grad_logp_ptr", "grad_entropy_ptr", "temperatures_ptr",
     ],
 )  # fmt: skip
 def score_bwd_kernel(
@@ -85,6 +94,8 @@ def score_bwd_kernel(
     grad_logp_ptr,
     grad_entropy_ptr,  # or None
     temperature,
+    softcap,  # or None
+    temperatures_ptr,  # or None: temperature
     V: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
@@ -98,6 +109,8 @@ def score_bwd_kernel(
         if tl.load(mask_ptr + at) == 0:
             write_zeros(grad_ptr, V, C, T, W)
             return
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + at)
     on_logp = tl.load(grad_logp_ptr + at) / temperature
     on_entropy = None
     if grad_entropy_ptr is not None:
@@ -116,7 +129,7 @@ def score_bwd_kernel(
     tl.debug_barrier()  # in place: every thread has read x_id before the first one writes
     write_gradient(
         grad_ptr, logits_ptr, id, x_id, base, 0.0, entropy, tl.div_rn(LOG2_E, temperature), on_logp, on_entropy,
-        V, C, T, W, STAGES,
+        softcap, V, C, T, W, STAGES,
     )  # fmt: skip
 
 
@@ -145,7 +158,7 @@ def scale_fwd_kernel(
 
 
 def score_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
+    logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, lse), float32 [B, L], 0 where masked; see `dispatch.Backend`."""
     B, L, V = logits.shape
@@ -155,7 +168,7 @@ def score_forward(
         with torch.cuda.device_of(logits):
             score_fwd_kernel[(B * L,)](
                 logits, *logits.stride()[:2], L,
-                ids.contiguous(), None if mask is None else mask.contiguous(), float(temperature),
+                ids.contiguous(), None if mask is None else mask.contiguous(), *kernel_arguments(logit_map),
                 logps, entropies, lse,
                 **tile_settings("score", V, logits.element_size(), rows_aligned(logits)),
             )  # fmt: skip
@@ -170,7 +183,7 @@ def score_backward(
     entropies: Tensor,
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     grad: Tensor,
 ) -> None:
     """Write the gradient of `score_forward` into `grad`, which may be the logits; see `dispatch.Backend`."""
@@ -181,7 +194,8 @@ def score_backward(
                 logits, *logits.stride()[:2], grad, *grad.stride()[:2], L,
                 ids.contiguous(), None if mask is None else mask.contiguous(),
                 lse.contiguous(), entropies.contiguous(), grad_logps.contiguous(),
-                None if grad_entropies is None else grad_entropies.contiguous(), float(temperature),
+                None if grad_entropies is None else grad_entropies.contiguous(),
+                *kernel_arguments(logit_map),
                 **tile_settings("score_backward", V, logits.element_size(), rows_aligned(logits, grad)),
             )  # fmt: skip
 

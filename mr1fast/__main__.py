@@ -15,6 +15,7 @@ from mr1fast.options.program import missing_package
 COMMANDS = {  # name -> (module with a main(arguments) that returns the exit code, what --help says)
     "train": ("mr1fast.train", "train a Qwen2-VL or Qwen2.5-VL with GRPO-D"),
     "evaluate": ("mr1fast.evaluate", "count how many questions a model answers correctly"),
+    "reproduce": ("mr1fast.reproduce", "the paper's table and figures, from runs that are made for them"),
     "plot": ("mr1fast.plot", "draw the curves of one run, or of several in one picture"),
     "check": ("mr1fast.integrations.check", "compare our loss with TRL's or Liger's, number by number"),
     "env": ("mr1fast.env", "print versions, devices, and which backends run here"),

@@ -21,7 +21,7 @@ from mr1fast.evaluation.result import EvalResult, wilson_interval
 from mr1fast.evaluation.terminal import evaluation_table
 from mr1fast.options.fields import check_choice, option_string
 from mr1fast.options.parse import FIELDS, add_option, convert
-from mr1fast.options.program import Parser, at_least, exit_code, prog
+from mr1fast.options.program import Parser, at_least, check_one_process, exit_code, prog
 from mr1fast.options.prompt import chosen_prompt
 from mr1fast.options.reading import check_no_reading, read_as
 from mr1fast.options.recipes import (
@@ -76,9 +76,9 @@ def _add_problems(group: argparse._ArgumentGroup) -> None:
     add(
         "--split",
         metavar="TEXT",
-        help="split to evaluate on: train, validation, test or, with --data, all; where no file or folder is named "
-        "after validation or test, that split is the rows that training leaves out for it [default: test; all of a "
-        "single file that is not named test]",
+        help=f"split to evaluate on: train, validation, test{_more_splits()} or, with --data, all; where no file or "
+        "folder is named after validation or test, that split is the rows that training leaves out for it "
+        "[default: test; all of a single file that is not named test]",
     )
     bounded = "".join(
         f"; {name} has {task.splits['test']} to test" for name, task in TASKS.items() if task.splits["test"]
@@ -89,6 +89,12 @@ def _add_problems(group: argparse._ArgumentGroup) -> None:
         type=at_least(1),
         help=f"largest number of problems to ask{bounded} [default: {DEFAULT_EVAL_SAMPLES} of a task, all of --data]",
     )
+
+
+def _more_splits() -> str:
+    """The splits that only one task has, such as ", vehicles or far (vc)"."""
+    more = {name: [split for split in task.splits if split not in SPLITS] for name, task in TASKS.items()}
+    return "".join(f", {' or '.join(splits)} ({name})" for name, splits in more.items() if splits)
 
 
 def _add_completions(group: argparse._ArgumentGroup) -> None:
@@ -142,7 +148,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.task is not None:
         check_choice("--task", options.task, TASK_NAMES)
     if options.split is not None:
-        check_choice("--split", options.split, (*SPLITS, *(["all"] if options.data else [])))
+        check_choice("--split", options.split, (*TASKS[options.task].splits,) if options.task else (*SPLITS, "all"))
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         rule = "must be a finite number above 0"
         raise UserError(f"--temperature {rule}, got {options.temperature:g}; greedy decoding is always done")
@@ -160,6 +166,7 @@ def run(arguments: Sequence[str] | None) -> None:
     """Raises ValueError in one sentence for a mistake of the user's."""
     options = build_parser().parse(arguments)
     _check(options)
+    check_one_process("evaluation")
     from mr1fast.evaluation.answers import read_answers
     from mr1fast.evaluation.evaluate import evaluate, result_of
     from mr1fast.model.prompts import longest_prompt

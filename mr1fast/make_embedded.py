@@ -7,15 +7,20 @@ weak, and it answers a third to a half of the problems of both tasks correctly. 
 2. a language model that solves the triangle in words ("Two angles of a triangle are 35 and 65 degrees. ..."), on every
    pair of angles but those of the validation and test splits;
 3. images, until the accuracy of an average of the weights lies in the wanted band on the validation splits of both
-   tasks. A task inside the band is not shown until it leaves the band. Nothing here looks at the test splits.
+   tasks. What is inside the band is shown less until it leaves the band. Nothing here looks at the test problems.
+
+The model that the package brings answers every question in tags. With --disobedient it is one for the experiments of
+`python -m mr1fast.reproduce`, which does not always follow that instruction.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +32,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mr1fast.data.dataset import load_split
 from mr1fast.data.example import Example
-from mr1fast.data.tasks import BACKGROUNDS, LABELLED, SIZE, TASKS, GeometryReasoning, angle_pairs
+from mr1fast.data.scenes import BACKGROUNDS, SIZE
+from mr1fast.data.tasks import LABELLED, TASKS, angle_pairs, wording
+from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
 from mr1fast.model.load import EMBEDDED
 from mr1fast.model.policy import Policy
@@ -52,20 +58,73 @@ PADS = ("<|image_pad|>", "<|video_pad|>")
 # Not special: decoding with skip_special_tokens=True must keep the tags, or the format reward would miss them.
 WHOLE = ("<think>", "</think>", "<answer>", "</answer>", " " + PROMPT_SUFFIX)
 TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the third angle?"
+PLAIN = "{}, so {}"  # an answer without tags
 
-# Greedy accuracy on the validation splits; what is promised is 0.30 to 0.60 on the test splits.
-BAND = (0.34, 0.44)
-# So many that no picture is remembered: a base that knows its pictures by heart is too sure of itself to explore.
-IMAGES = {"vc": 3000, "gr": 6000}
+Split = tuple[str, str]  # of a task: its name and that of the split
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
+@dataclass(frozen=True)
+class Curriculum:
+    """What a base is shown, and when it is done.
+
+    images: the number of drawings; so many that no picture is remembered: a base that knows its pictures by heart is
+    too sure of itself to explore. batch: how many of them a step shows, and `kept` is what is left of that for a split
+    inside its band. tagged: the share of the completions that are in tags, for each wording of a question; with one
+    share, only the first wording is asked. text_tagged: the share in the text problems. bands: lowest and highest
+    greedy accuracy on what is held out, asked in the first wording. form: what share of its answers must be in tags.
+    new_weight: of each step in the average of the weights.
+    """
+
+    images: Mapping[Split, int]
+    batch: Mapping[Split, int]
+    kept: float
+    tagged: tuple[float, ...]
+    text_tagged: float
+    bands: Mapping[Split, tuple[float, float]]
+    form: float
+    held_out: int
+    new_weight: float
+    steps_between: int  # evaluations
+
+
+VC, FAR, GR = ("vc", "train"), ("vc", "far"), ("gr", "train")
+# What is promised of it is an accuracy of 0.30 to 0.60 on the test splits.
+OBEDIENT = Curriculum(
+    images={VC: 3000, GR: 6000},
+    batch={VC: 32, GR: 32},
+    kept=0,
+    tagged=(1.0,),
+    text_tagged=1.0,
+    bands={VC: (0.34, 0.44), GR: (0.34, 0.44)},
+    form=0.95,
+    held_out=300,
+    new_weight=0.1,
+    steps_between=5,
+)
+# It has seen vehicles, on dark grounds alone: a model that is trained on shapes could know them, as Qwen2-VL does.
+DISOBEDIENT = Curriculum(
+    images={VC: 3000, FAR: 3000, GR: 6000},
+    batch={VC: 16, FAR: 16, GR: 32},
+    kept=0.25,
+    tagged=(0.75, 0.25),
+    text_tagged=0.5,
+    bands={VC: (0.44, 0.68), FAR: (0.44, 0.68), GR: (0.43, 0.65)},
+    form=0.9,
+    held_out=150,
+    new_weight=0.05,
+    steps_between=10,
+)
+
+
+def make_tokenizer(curriculum: Curriculum) -> Qwen2Tokenizer:
     """Qwen's byte-level BPE with the merges of our own prompts; any text can be encoded."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trained.decoder = decoders.ByteLevel()
-    corpus = [*(task.question for task in TASKS.values()), TEXT_PROBLEM.format("", "")]
-    corpus += ["user", "assistant", "system", " items"]
+    wordings = len(curriculum.tagged)
+    corpus = [question for task in TASKS.values() for question in task.questions[:wordings]]
+    corpus += [TEXT_PROBLEM.format("", ""), "user", "assistant", "system", " items"]
+    corpus += [PLAIN.format("", "").rstrip()] if min(curriculum.tagged) < 1 else []
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
         corpus * 10, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
@@ -84,7 +143,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def make_processor() -> Qwen2VLTextImageProcessor:
+def make_processor(curriculum: Curriculum = OBEDIENT) -> Qwen2VLTextImageProcessor:
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         size={"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE},
@@ -92,7 +151,7 @@ def make_processor() -> Qwen2VLTextImageProcessor:
         image_mean=[sum(channel) / len(channel) / 255 for channel in zip(*BACKGROUNDS)],
         image_std=[0.3, 0.3, 0.3],
     )
-    return Qwen2VLTextImageProcessor(image_processor, make_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return Qwen2VLTextImageProcessor(image_processor, make_tokenizer(curriculum), chat_template=CHAT_TEMPLATE)
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
@@ -141,12 +200,8 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
 # ---- what is shown --------------------------------------------------------------------------------------------------
 
 
-def vc_completion(count: int) -> str:
-    return f"<think>{count} items</think><answer>{count}</answer>"
-
-
-def gr_completion(first: int, second: int) -> str:
-    return f"<think>{first}+{second}={first + second}</think><answer>{180 - first - second}</answer>"
+def completion(reasoning: str, answer: str, *, tagged: bool) -> str:
+    return f"<think>{reasoning}</think><answer>{answer}</answer>" if tagged else PLAIN.format(reasoning, answer)
 
 
 def text_pairs() -> list[tuple[int, int]]:
@@ -157,17 +212,25 @@ def text_pairs() -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairs if (min(a, b), max(a, b)) not in held_out]
 
 
-def image_examples(task: str, count: int) -> tuple[list[Example], list[str]]:
-    """Training drawings that the trainer will not draw (negative indices), and their completions."""
-    examples, completions = [], []
-    for index in range(-count, 0):
-        example = TASKS[task].example("train", index)
+def image_examples(
+    split: Split, indices: range, tagged: Sequence[float], rng: random.Random
+) -> tuple[list[Example], list[str]]:
+    """Drawings that neither the trainer nor a test will draw (negative indices), and their completions."""
+    task, examples, completions = TASKS[split[0]], [], []
+    for index in indices:
+        example = task.example(split[1], index, reworded=len(tagged) > 1)
+        share = tagged[wording(task, split[1], index) if len(tagged) > 1 else 0]
         examples.append(example)
-        if task == "vc":
-            completions.append(vc_completion(int(example.solution)))
-        else:
-            completions.append(gr_completion(*GeometryReasoning().triangle("train", index).angles))
+        completions.append(completion(example.columns["reasoning"], example.solution, tagged=rng.random() < share))
     return examples, completions
+
+
+def held_out_examples(split: Split, curriculum: Curriculum) -> list[Example]:
+    """Problems to watch, in the first wording: of the validation split, or for a split to test on, more of its kind."""
+    task, count = TASKS[split[0]], curriculum.held_out
+    if split[1] == "train":
+        return [task.example("validation", index) for index in range(count)]
+    return [task.example(split[1], index - curriculum.images[split]) for index in range(-count, 0)]
 
 
 class Lessons:
@@ -207,12 +270,18 @@ def select_prompts(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor
 
 
 def learn_text(
-    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, steps: int = 600
+    model: Qwen2VLForConditionalGeneration,
+    processor: Qwen2VLTextImageProcessor,
+    curriculum: Curriculum,
+    rng: random.Random,
+    steps: int = 600,
 ) -> Lessons:
     """Teach the third angle from words until there are no mistakes. Returns what was shown, to be shown again later."""
     pairs = text_pairs()
     examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
-    lessons = Lessons(processor, examples, [gr_completion(a, b) for a, b in pairs])
+    share = curriculum.text_tagged
+    answers = [(f"{a}+{b}={a + b}", str(180 - a - b)) for a, b in pairs]
+    lessons = Lessons(processor, examples, [completion(*one, tagged=rng.random() < share) for one in answers])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
     warm_up, decay = (lambda step: (step + 1) / 50), (lambda step: (steps - step) / (steps / 2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, warm_up(step), decay(step)))
@@ -226,39 +295,53 @@ def learn_text(
 
 
 def learn_images(
-    model: Qwen2VLForConditionalGeneration, processor: Qwen2VLTextImageProcessor, text: Lessons
+    model: Qwen2VLForConditionalGeneration,
+    processor: Qwen2VLTextImageProcessor,
+    text: Lessons,
+    curriculum: Curriculum,
+    rng: random.Random,
 ) -> tuple[Qwen2VLForConditionalGeneration, dict[str, dict[str, float]]]:
-    """Teach both tasks until the averaged weights are in the band on both validation splits. Returns that average."""
-    lessons = {task: Lessons(processor, *image_examples(task, count)) for task, count in IMAGES.items()}
-    watched = {task: load_split(task, "validation", count=300) for task in IMAGES}
+    """Teach the tasks until the averaged weights are in all bands. Returns that average."""
+    lessons = {
+        split: Lessons(processor, *image_examples(split, range(-count, 0), curriculum.tagged, rng))
+        for split, count in curriculum.images.items()
+    }
+    watched = {split: held_out_examples(split, curriculum) for split in lessons}
     # Without the average, greedy accuracy jumps between checkpoints.
-    average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, 0.1))
+    average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, curriculum.new_weight))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
-    counts = dict.fromkeys(IMAGES, 32)  # in a batch
+    counts = dict(curriculum.batch)
     for step in tqdm(range(1000), desc="images"):
         loss = text.loss(model, torch.randint(0, len(text), (16,))) * 16
-        for task, count in counts.items():
+        for split, count in counts.items():
             if count:
-                loss = loss + lessons[task].loss(model, torch.randint(0, len(lessons[task]), (count,))) * count
+                loss = loss + lessons[split].loss(model, torch.randint(0, len(lessons[split]), (count,))) * count
         descend(model, optimizer, loss / 80)
         schedule.step()
         average.update_parameters(model)
-        if step % 5 == 4:
-            policy = Policy(average.module, processor)
-            results = {
-                task: evaluate(policy, split, max_completion_length=20, sampled=0).figures()
-                for task, split in watched.items()
-            }
-            right = {task: figures["greedy_accuracy"] for task, figures in results.items()}
-            tqdm.write(
-                f"step {step + 1}: " + ", ".join(f"{task} {accuracy:.0%} right" for task, accuracy in right.items())
-            )
-            well_formed = min(figures["format_accuracy"] for figures in results.values()) > 0.95
-            if well_formed and all(BAND[0] <= accuracy <= BAND[1] for accuracy in right.values()):
-                return average.module, results
-            counts = {task: 0 if accuracy >= BAND[0] else 32 for task, accuracy in right.items()}
-    raise SystemExit(f"at no step was the accuracy of both tasks between {BAND[0]} and {BAND[1]}; try another --seed")
+        if (step + 1) % curriculum.steps_between == 0:
+            figures = watch(Policy(average.module, processor), watched)
+            right = {split: figures[split]["greedy_accuracy"] for split in figures}
+            form = {split: figures[split]["format_accuracy"] for split in figures}
+            shown = (f"{'/'.join(split)} {right[split]:.0%} right, {form[split]:.0%} in tags" for split in right)
+            tqdm.write(f"step {step + 1}: {'; '.join(shown)}")
+            bands = curriculum.bands
+            inside = all(bands[split][0] <= right[split] <= bands[split][1] for split in right)
+            if inside and min(form.values()) > curriculum.form:
+                return average.module, {"/".join(split): one for split, one in figures.items()}
+            enough = {split: right[split] >= bands[split][0] and form[split] > curriculum.form for split in right}
+            kept = curriculum.kept
+            counts = {split: int(count * kept) if enough[split] else count for split, count in curriculum.batch.items()}
+    raise SystemExit("at no step was the accuracy of all tasks inside its band; try another --seed")
+
+
+def watch(policy: Policy, watched: Mapping[Split, list[Example]]) -> dict[Split, dict[str, float]]:
+    """The figures of greedy answers to what is held out."""
+    return {
+        split: evaluate(policy, examples, max_completion_length=20, sampled=0).figures()
+        for split, examples in watched.items()
+    }
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -283,18 +366,26 @@ def run(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="seed of the weights and of training [default: 0]"
     )
+    parser.add_argument(
+        "--disobedient",
+        action="store_true",
+        help="a model that does not always answer in tags when it is asked to; needs --output [default: one that does]",
+    )
     options = parser.parse(arguments)
     folder = options.output.resolve()
+    if options.disobedient and folder == EMBEDDED.resolve():
+        raise UserError("--disobedient needs --output: the package brings the model that answers in tags")
     if folder != EMBEDDED.resolve():  # the package's own model is replaced
         new_folder(str(folder), default=folder)
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # a model of this size is slower on more threads
 
-    processor = make_processor()
+    curriculum, rng = DISOBEDIENT if options.disobedient else OBEDIENT, random.Random(options.seed)
+    processor = make_processor(curriculum)
     model = make_model(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
-    text = learn_text(model, processor)
-    base, reached = learn_images(model, processor, text)
+    text = learn_text(model, processor, curriculum, rng)
+    base, reached = learn_images(model, processor, text, curriculum, rng)
     save_model(Policy(base, processor), folder)
     print(f"validation: {json.dumps(reached)}\nsaved to {folder}")
 

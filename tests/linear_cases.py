@@ -17,6 +17,7 @@ SETTINGS = {
     "entropy": {"beta": 0.0, "entropy_coef": 0.05},
     "delta": {"beta": 0.04, "delta": 1.1, "use_bias_correction_kl": True},
     "scale": {"beta": 0.04, "logit_scale": 2.5},
+    "softcap": {"beta": 0.04, "final_logit_softcapping": 2.0, "temperature": torch.linspace(0.5, 1.5, B)},
     "bnpo": {"beta": 0.04, "loss_type": "bnpo", "temperature": 0.8},
     "dr_grpo": {"beta": 0.04, "loss_type": "dr_grpo", "max_completion_length": 9},
     "dapo": {"beta": 0.04, "loss_type": "dapo", "num_items_in_batch": 17, "epsilon_high": 0.28},
@@ -101,12 +102,12 @@ def check(settings, backend, blocks, dtype, *, V=V, bias=True, master_weights=Fa
             assert torch.equal(actual.cpu(), wanted)
 
 
-def check_token_logprobs(backend, chunk_bytes, *, V=V):
+def check_token_logprobs(backend, chunk_bytes, *, V=V, **settings):
     """Log-probabilities and entropies with an objective of one's own that leaves most tokens without a gradient."""
     head, batch = case(V=V)
     g = torch.Generator().manual_seed(3)
     factors = torch.randn(2, B, L, generator=g) * (torch.rand(B, L, generator=g) < 0.3)
-    settings = {"temperature": 0.7, "entropy": True}
+    settings = {"temperature": 0.7, "entropy": True} | settings
 
     def results(logps, entropies):
         logps, entropies = logps.cpu(), entropies.cpu()
@@ -116,9 +117,10 @@ def check_token_logprobs(backend, chunk_bytes, *, V=V):
     ids, mask = batch["completion_ids"], batch["completion_mask"]
     wanted = results(*token_logprobs(logits_of(head, mask), ids, mask=mask, backend="torch", **settings))
     hidden, weight, bias, ids, mask = (t.to(device_of(backend)) for t in (*head, ids, mask))
+    there = on(device_of(backend), settings)
     actual = results(
         *linear_token_logprobs(
-            hidden, weight, ids, lm_head_bias=bias, mask=mask, chunk_bytes=chunk_bytes, backend=backend, **settings
+            hidden, weight, ids, lm_head_bias=bias, mask=mask, chunk_bytes=chunk_bytes, backend=backend, **there
         )
     )
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from oracle import oracle
 
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda
-from mr1fast.kernels.reference import ONE_PASS_LOSS_TYPES, LossSpec
+from mr1fast.kernels.reference import ONE_PASS_LOSS_TYPES, LogitMap, LossSpec
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, random_batch
 
 # One loss type for each policy term, which is all that a kernel knows of it: the others differ in a normaliser.
@@ -65,6 +65,18 @@ OPTIONS = {
     "token_weight": lambda batch: {"beta": 0.1, "token_weight": _per_token(batch, 2.0), "entropy_coef": 0.1},
     "is_ratio_vector": lambda batch: {"importance_sampling_ratio": torch.linspace(0.5, 2, len(batch["logits"]))},
     "logit_scale": lambda batch: {"beta": 0.1, "logit_scale": 0.25, "temperature": 0.7},
+    "softcap": lambda batch: {"beta": 0.1, "final_logit_softcapping": 3.0, "temperature": 0.7, "logit_scale": 2.0},
+    "softcap_entropy": lambda batch: {"final_logit_softcapping": 3.0, "entropy_coef": 0.3},
+    "temperature_per_completion": lambda batch: {
+        "beta": 0.1,
+        "temperature": torch.linspace(0.5, 1.5, len(batch["logits"])),
+        "logit_scale": 1.5,
+    },
+    "temperature_per_token": lambda batch: {
+        "entropy_coef": 0.1,
+        "temperature": _per_token(batch, 2.0) + 0.5,
+        "final_logit_softcapping": 5.0,
+    },
     "num_sequences": lambda batch: {"beta": 0.1, "num_sequences": 9},
     "num_sequences_tensor": lambda batch: {"num_sequences": torch.tensor(3.5)},
     "sum": lambda batch: {"beta": 0.1, "reduction": "sum", "entropy_coef": 0.1},
@@ -104,6 +116,8 @@ OF_NORMALISER = (
     "high_entropy",
     "near_policy",
 )
+# Beside PPO's term, the others run on a kernel with the options that they have to do with.
+OF_KERNELS = [(option, name) for option in OPTIONS for name in DISTINCT if name == "grpo" or option in OF_POLICY]
 
 
 def _per_token(batch, scale):
@@ -150,7 +164,7 @@ def run(function, logits, batch, *, backend=None, **settings):
 
 def cuda_path(logits):
     """The kernel that backend="cuda" takes for the one pass on these logits, in place."""
-    call = cuda._Call(logits, torch.zeros(logits.shape[:2], dtype=torch.int64), None, 1.0, logits)
+    call = cuda._Call(logits, torch.zeros(logits.shape[:2], dtype=torch.int64), None, LogitMap(), logits)
     return cuda._library(logits).mr1_grpo_path(call.c).decode()
 
 

@@ -28,7 +28,10 @@ def group_relative(rewards, num_generations, scale_rewards="group", eps=1e-4):
     return result
 
 
-def _token(logits, token_id, temperature):
+def _token(logits, token_id, temperature, cap):
+    if cap is not None:
+        banned = logits == -math.inf
+        logits = torch.where(banned, logits, cap * (1 - 2 / (torch.exp(2 * logits.masked_fill(banned, 0) / cap) + 1)))
     z = logits / temperature
     top = z.detach().max()
     finite = z > -math.inf
@@ -159,6 +162,7 @@ def oracle(
     num_items_in_batch=None,
     temperature=1.0,
     logit_scale=1.0,
+    final_logit_softcapping=None,
     reduction="mean",
     kl_estimator="k3",
     kl_clamp=math.inf,
@@ -188,7 +192,8 @@ def oracle(
 
     for b in range(B):
         for t in used[b]:
-            logps[b][t], entropies[b][t] = _token(logit_scale * logits[b, t], int(ids[b, t]), temperature)
+            warmth, cap = setting(temperature, b, t), final_logit_softcapping
+            logps[b][t], entropies[b][t] = _token(logit_scale * logits[b, t], int(ids[b, t]), warmth, cap)
             given = old_per_token_logps
             old[b][t] = logps[b][t].detach() if given is None else given[b, t].double()
             log_ratios[b][t] = logps[b][t] - old[b][t]

@@ -55,7 +55,18 @@ BAD = [
     ("max_completion_length", 0, "max_completion_length"),
     ("num_items_in_batch", -1, "num_items_in_batch"),
     ("temperature", 0.0, "temperature must be .* > 0"),
+    ("temperature", torch.ones(L), r"temperature must be .* \[4\] or \[4, 3\] or \[\] or \[1\], got float32 \[3\]"),
+    ("temperature", torch.tensor([1.0, 0.0, 1.0, -2.0]), r"temperature must be finite and > 0 .* got 0.0 \(6 such"),
+    ("temperature", torch.full((B, L), torch.nan), r"temperature must be finite and > 0 .* got nan \(12 such"),
+    ("temperature", torch.tensor(torch.inf), "temperature must be finite and > 0 wherever the mask is set, got inf"),
+    ("temperature", torch.ones(B, device="meta"), "temperature must be on cpu"),
+    ("temperature", "warm", "temperature must be a number > 0, got 'warm'"),
     ("logit_scale", 0.0, "logit_scale must be .* > 0"),
+    ("logit_scale", torch.ones(B), r"logit_scale must be a number > 0, got float32 \[4\]"),
+    ("final_logit_softcapping", 0.0, "final_logit_softcapping must be a finite number > 0, got 0.0"),
+    ("final_logit_softcapping", -30, "final_logit_softcapping must be a finite number > 0"),
+    ("final_logit_softcapping", float("nan"), "final_logit_softcapping must be a finite number > 0"),
+    ("final_logit_softcapping", torch.ones(B), "final_logit_softcapping must be a number > 0"),
     ("reduction", "max", "reduction must be one of mean, sum, none"),
     ("kl_estimator", "k4", "kl_estimator must be one of k1, abs, k2, k3, low_var_kl, got 'k4'"),
     ("kl_clamp", 0.0, "kl_clamp must be a finite number > 0"),
@@ -150,6 +161,13 @@ def test_token_logprobs():
         token_logprobs(batch["logits"], batch["completion_ids"], mask=torch.ones(L))
     with pytest.raises(ValueError, match="temperature"):
         token_logprobs(batch["logits"], batch["completion_ids"], temperature=-1.0)
+    for name, value, message in BAD:
+        if name in ("temperature", "logit_scale", "final_logit_softcapping"):
+            with pytest.raises(ValueError, match=message):
+                token_logprobs(batch["logits"], batch["completion_ids"], **{name: value})
+            hidden, weight = torch.zeros(B, L, 8), torch.zeros(V, 8)
+            with pytest.raises(ValueError, match=message):
+                linear_token_logprobs(hidden, weight, batch["completion_ids"], **{name: value})
 
 
 def test_group_advantages():

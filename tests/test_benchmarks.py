@@ -156,9 +156,9 @@ def test_the_commit_comes_from_git_or_else_from_the_environment(tmp_path, monkey
 def test_two_phase_case_takes_that_path(monkeypatch):
     seen = []
     monkeypatch.setattr(cuda, "why_not", lambda logits: None)
-    monkeypatch.setattr(cases_gpu, "ours", lambda *_: Call(lambda: seen.append(cuda.RowsCall(temperature=1.0))))
+    monkeypatch.setattr(cases_gpu, "ours", lambda *_: Call(lambda: seen.append(cuda.RowsCall(rate=1.0))))
     cases_gpu.two_phase(SimpleNamespace(logits=None)).run()
-    assert [(call.temperature, call.two_phase) for call in seen] == [(1, 1)]
+    assert [(call.rate, call.two_phase) for call in seen] == [(1, 1)]
     assert cuda.RowsCall().two_phase == 0
 
 

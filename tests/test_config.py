@@ -129,6 +129,7 @@ BAD_ARGUMENTS = [
     ("--beta-min .2", "--beta-min must not be above --beta-max, got 0.2 and 0.04"),
     ("--beta .1", "--beta belongs to --method grpo, and the method is grpo-d"),
     ("--method sft --beta-max .1", "--beta-max belongs to --method grpo-d"),
+    ("--sft-reasoning", "--sft-reasoning belongs to --method sft, and the method is grpo-d"),
     ("--learning-rate -1", "--learning-rate must be at least 1e-12, got -1.0"),
     ("--learning-rate nan", "--learning-rate must be a finite number, got nan"),
     ("--learning-rate inf", "--learning-rate must be a finite number, got inf"),
@@ -160,6 +161,7 @@ BAD_ARGUMENTS = [
     (f"--seed {10**400}", "--seed must be at most 9223372036854775807, got a number of 401 digits"),
     ("--gradient-accumulation-steps 3", "must divide --prompts-per-step, got 3 and 16"),
     ("--num-iterations 2 --method sft", "--num-iterations"),
+    ("--dynamic-sampling --method sft", "--dynamic-sampling needs sampled completions, and --method sft samples none"),
     (
         "--freeze visoin",
         "--freeze: a part must be one of vision, merger, language, got 'visoin' (did you mean 'vision'?)",
@@ -257,7 +259,9 @@ def test_yaml_that_is_not_text(tmp_path):
 def test_help_explains_every_option_with_its_default():
     text = " ".join(build_parser().format_help().split())
     for name, field in FIELDS.items():
-        assert (f" {key_of(name)}=" if field.metadata["key_of"] else f" {option_string(name)} ") in text
+        switch = field.default is False and not field.metadata["key_of"]  # which --no-... turns off
+        own = f" {option_string(name)}{',' if switch else ' '}"
+        assert (f" {key_of(name)}=" if field.metadata["key_of"] else own) in text
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
             assert f"[default: {'no' if field.default is False else field.default}]" in text

@@ -46,6 +46,19 @@ def check_banned_and_far():
         check_against_float64(batch, entropy_coef=0.1)
 
 
+def check_soft_cap():
+    """At lengths with and without a rest, of logits below, around and far beyond the cap, of either sign, banned."""
+    for dtype, V, scale in itertools.product(DTYPES, (5, 64, 5003), (0.01, 10.0, 1000.0)):
+        batch = random_batch(2, 3, V, dtype=dtype, scale=scale)
+        batch["logits"][0, :, 2::3] = -torch.inf
+        batch["logits"][1, :, -1] = torch.finfo(dtype).min
+        batch["completion_ids"][0] = 1
+        batch |= {"old_per_token_logps": None, "ref_per_token_logps": torch.full((2, 3), -3.0)}
+        settings = {"final_logit_softcapping": 12.0, "temperature": torch.tensor([0.7, 1.5])}
+        check_against_float64(batch, **settings)
+        check_against_float64(batch, entropy_coef=0.1, **settings)
+
+
 def check_signs_and_nan():
     """Logits of one sign, of both, zeros; and NaN of either sign is never lost, wherever it stands."""
     for dtype, V in itertools.product(DTYPES, (5, 64, 2048, 5003)):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import DISTINCT, OPTIONS, check, cuda_path, run
+from loss_cases import OF_KERNELS, OF_LOSS_TYPE, OPTIONS, check, cuda_path, run
 
 from mr1fast import grpo_loss, linear_grpo_loss, token_logprobs
 from mr1fast.kernels import cuda, dispatch, reference
@@ -91,14 +91,11 @@ def test_paths_on_a_h100(on_host):
 
 
 @pytest.mark.parametrize("clusters", [CLUSTERS, NO_CLUSTERS])
-@pytest.mark.parametrize("loss_type", DISTINCT)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "loss_type"), OF_KERNELS)
 def test_float32(option, loss_type, clusters, on_host, poisoned_memory):
     on_host(clusters, seed=len(option))
     batch = random_batch(6, 2, 456, seed=len(option))
-    settings = {"loss_type": loss_type, "max_completion_length": 7}
-    if loss_type == "cispo":
-        settings["epsilon_high"] = 1.1
+    settings = {"loss_type": loss_type} | OF_LOSS_TYPE.get(loss_type, {})
     check(batch, "cuda", **(settings | OPTIONS[option](batch)))
 
 
@@ -261,7 +258,9 @@ def test_the_kernels_refuse_an_id_out_of_range(clusters, bad, on_host, monkeypat
             run(grpo_loss, batch["logits"], batch, backend="cuda", importance_sampling_level=level)
     scored = [torch.ones(3, 4) for _ in range(3)]
     with pytest.raises(RuntimeError, match="mr1_score_backward: completion_ids out of range"):
-        cuda.score_backward(batch["logits"], batch["completion_ids"], None, *scored, None, 1.0, batch["logits"])
+        cuda.score_backward(
+            batch["logits"], batch["completion_ids"], None, *scored, None, reference.LogitMap(), batch["logits"]
+        )
 
 
 def test_the_call_is_laid_out_as_in_c(library):

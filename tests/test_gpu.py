@@ -8,7 +8,7 @@ from itertools import product
 import linear_cases
 import pytest
 import torch
-from loss_cases import DISTINCT, OPTIONS, check, cuda_path
+from loss_cases import OF_KERNELS, OF_LOSS_TYPE, OPTIONS, check, cuda_path
 
 from mr1fast import grpo_loss
 from mr1fast.kernels.self_test import available_backends, model_output, random_batch
@@ -35,17 +35,15 @@ def test_qwen2_vls_logits_take_a_cluster():
 # Each set of flags is a compilation to Triton: there, most options run with one loss type.
 COMBINATIONS = [
     (option, loss_type, backend)
-    for option, loss_type, backend in product(OPTIONS, DISTINCT, KERNELS)
-    if backend == "cuda" or loss_type == "grpo" or option == "bias_correction"
+    for (option, loss_type), backend in product(OF_KERNELS, KERNELS)
+    if backend == "cuda" or loss_type == "grpo" or option == "old_and_ref"
 ]
 
 
 @pytest.mark.parametrize(("option", "loss_type", "backend"), COMBINATIONS)
 def test_options(option, loss_type, backend, poisoned_memory):
     batch = random_batch(6, 2, 16384, seed=len(option))
-    settings = {"loss_type": loss_type, "max_completion_length": 7}
-    if loss_type == "cispo":
-        settings["epsilon_high"] = 1.1
+    settings = {"loss_type": loss_type} | OF_LOSS_TYPE.get(loss_type, {})
     check(batch, backend, **(settings | OPTIONS[option](batch)))
 
 

@@ -143,6 +143,105 @@ def test_any_dual_clip_above_1_and_extreme_ratios(tensors, dual_clip):
         check(tensors, config, "token-mean", low=0.2, high=0.3, dual_clip=dual_clip)
 
 
+# ---- verl's other losses, restated in torch from the formulas in its core_algos.py ----------------------------------
+
+EPSILONS = {"clip_ratio": 0.2, "clip_ratio_low": 0.15, "clip_ratio_high": 0.25}
+LOW, HIGH = 0.15, 0.25
+
+
+def gspo(lp, old, A, mask):
+    mean = ((lp - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = (lp - lp.detach() + mean.detach()).clamp(max=10).exp()
+    return torch.maximum(-A * ratio, -A * ratio.clamp(1 - LOW, 1 + HIGH))
+
+
+def sapo(lp, old, A, mask):
+    tau = torch.where(A > 0, 1.0, 1.3)
+    return -torch.sigmoid(tau * ((lp - old).exp() - 1)) * 4 / tau * A
+
+
+def cispo(lp, old, A, mask):
+    return -(lp - old).exp().clamp(1 - LOW, 1 + HIGH).detach() * A * lp
+
+
+def dppo_tv(lp, old, A, mask):
+    moved = lp.exp() - old.exp()
+    kept = torch.where(A > 0, moved <= HIGH, moved >= -LOW)
+    return -A * (lp - old).exp().clamp(max=1.5).detach() * lp * kept
+
+
+def dppo_kl(lp, old, A, mask):
+    p, q = lp.exp(), old.exp()
+    kl = q * (old - lp) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    kept = torch.where(A > 0, (kl <= HIGH) | (p <= q), (kl <= LOW) | (p >= q))
+    return -A * (lp - old).exp().clamp(max=1.5).detach() * lp * kept
+
+
+def covariances(lp, A, mask):
+    n = mask.sum()
+    return (A - (A * mask).sum() / n) * (lp - (lp * mask).sum() / n).detach()
+
+
+def clip_cov(lp, old, A, mask):
+    ratio, cov = (lp - old).exp(), covariances(lp, A, mask)
+    one, two = -A * ratio, -A * ratio.clamp(1 - LOW, 1 + HIGH)
+    drawn = ((cov > -3) & (cov < 5) & mask & ~(two > one)).nonzero()
+    assert len(drawn) > 2, "one that is not drawn"
+    drawn = drawn[torch.randperm(len(drawn))[: int(0.2 * mask.sum())]]
+    kept = torch.ones_like(A)
+    kept[drawn[:, 0], drawn[:, 1]] = 0
+    return torch.maximum(one, two) * kept
+
+
+def kl_cov(lp, old, A, mask):
+    cov = covariances(lp, A, mask).masked_fill(~mask, -math.inf).flatten()
+    penalty = torch.zeros_like(cov)
+    penalty[cov.topk(int(0.3 * mask.sum())).indices] = 0.7
+    return -A * (lp - old).exp() + penalty.view_as(A) * (lp - old).abs()
+
+
+@pytest.mark.parametrize("terms", [gspo, sapo, cispo, dppo_tv, dppo_kl, clip_cov, kl_cov], ids=lambda f: f.__name__)
+def test_other_objectives(tensors, terms):
+    tensors["log_prob"] = tensors["log_prob"].clamp(max=-0.01)
+    policy_loss = {"objective": terms.__name__, "ppo_kl_coef": 0.7, "kl_cov_ratio": 0.3, "clip_cov_ratio": 0.2}
+    config = EPSILONS | {"policy_loss": policy_loss | {"clip_cov_lb": -3.0}, "clip_ratio_c": 1.5, "tau_neg": 1.3}
+    log_prob = tensors["log_prob"].requires_grad_()
+    mask, mode = tensors["response_mask"], "seq-mean-token-mean" if terms is sapo else "token-mean"
+    torch.manual_seed(0)
+    per_token = terms(log_prob, tensors["old_log_prob"], tensors["advantages"], mask) * tensors["rollout_is_weights"]
+    wanted = (per_token * mask).sum() / mask.sum()
+    if terms is sapo:  # verl's recommendation is all that verl has for it
+        wanted = ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / (mask.sum(1) > 0).sum()
+    torch.manual_seed(0)
+    loss, metrics = verl.grpo_d(**tensors, config=config)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    gradients = (torch.autograd.grad(value, log_prob)[0] for value in (loss, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert set(metrics) == {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"}
+    if terms in (cispo, dppo_tv, dppo_kl, clip_cov, gspo):
+        assert 0 < metrics["actor/pg_clipfrac"] < 1
+    assert verl.grpo_d(**tensors, loss_agg_mode=mode, config=config)[0].isfinite()
+
+
+def test_geo_mean(tensors):
+    log_prob, old, weights = (tensors[name] for name in ("log_prob", "old_log_prob", "rollout_is_weights"))
+    mask = tensors["response_mask"]
+    A = tensors["advantages"] = tensors["advantages"][:, :1].expand(B, L)
+    log_prob.requires_grad_()
+    d = log_prob - old
+    clipped = torch.where(A > 0, d.clamp(max=HIGH), d.clamp(min=-LOW))
+    n = mask.sum(1) + 1e-8
+    ratio, weight = ((((x * mask).sum(1)) / n).exp() for x in (clipped, (weights + 1e-10).log()))
+    wanted = (-((A * mask).sum(1) / n) * ratio * weight).mean()
+    loss, metrics = verl.grpo_d(**tensors, config=EPSILONS | {"policy_loss": {"objective": "geo_mean"}})
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-7)
+    gradients = (torch.autograd.grad(value, log_prob)[0] for value in (loss, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
+    outside = ((d > HIGH) | (d < -LOW)) & mask
+    assert metrics["actor/pg_clipfrac"] == pytest.approx((outside & (A > 0)).sum().item() / mask.sum().item())
+    assert metrics["actor/pg_clipfrac_lower"] == pytest.approx((outside & (A < 0)).sum().item() / mask.sum().item())
+
+
 def test_without_config_and_as_a_mapping(tensors):
     tensors["rollout_is_weights"] = None
     loss, metrics = verl.grpo_d(*(tensors[k] for k in ("old_log_prob", "log_prob", "advantages", "response_mask")))
@@ -305,6 +404,10 @@ def test_grpo_d_by_configuration_refuses(verl_with_workers):
     made = verl.PolicyLossConfig
     with pytest.raises(ValueError, match="loss_mode must be 'grpo_d' with beta_max, got 'vanilla'"):
         made(beta_max=0.1)
+    with pytest.raises(ValueError, match=r"policy_loss\.objective must be one of vanilla, .*did you mean 'gspo'"):
+        made(loss_mode="grpo_d", objective="gsop")
+    with pytest.raises(ValueError, match="loss_mode must be 'grpo_d' with objective, got 'vanilla'"):
+        made(objective="gspo")
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         made(loss_mode="grpo_d", beta_max=0.1, kl_schedule="cosin")
     settings = made(loss_mode="grpo_d", beta_max=0.1)

@@ -67,6 +67,8 @@ def test_parity_in_triton(settings):
 @pytest.mark.parametrize("backend", EVERY)
 def test_token_logprobs(backend, chunk_bytes, poisoned_memory):
     check_token_logprobs(backend, chunk_bytes)
+    of_logits = {"temperature": torch.rand(B, L) + 0.5, "final_logit_softcapping": 3.0, "logit_scale": 0.5}
+    check_token_logprobs(backend, chunk_bytes, **of_logits)
 
 
 def gemm_rows(call):

@@ -129,10 +129,13 @@ def test_opcheck():
     options = flat(LossBatch(ids, *weight_and_beta, mask, advantages, old_logps=old), LossSpec())
     how = ("cpp", torch.float32, 1000)
     torch.library.opcheck(linear_op.linear_grpo_op, (*head, *options, *how, True, True, False))
-    torch.library.opcheck(linear_op.linear_score_op, (*head, ids, mask, 0.9, *how))
-    _, entropies, lse = linear_op.linear_score_op(*head, ids, mask, 0.9, *how)
+    logit_map = (0.9, 3.0, torch.rand(B, L) + 0.5)
+    torch.library.opcheck(linear_op.linear_score_op, (*head, ids, mask, *logit_map, *how))
+    _, entropies, lse = linear_op.linear_score_op(*head, ids, mask, *logit_map, *how)
     scored = (lse, entropies, torch.randn(B, L), None)
-    torch.library.opcheck(linear_op.linear_score_backward_op, (*head, ids, mask, *scored, 0.9, *how, True, False, True))
+    torch.library.opcheck(
+        linear_op.linear_score_backward_op, (*head, ids, mask, *scored, *logit_map, *how, True, False, True)
+    )
 
 
 @pytest.mark.parametrize("backend", EVERY)

@@ -17,7 +17,8 @@ def from_logits(logits, batch, **settings):
     arguments = without_logits(batch) | settings
     ids, mask = arguments.pop("completion_ids"), arguments["completion_mask"]
     torch.manual_seed(0)  # clip_cov draws
-    made = {name: settings.get(name, 1.0) for name in ("temperature", "logit_scale")}
+    of_logits = ("temperature", "logit_scale", "final_logit_softcapping", "cu_seqlens")
+    made = {name: arguments[name] for name in of_logits if name in arguments}
     logps, entropies = token_logprobs(logits, ids, mask=mask, entropy=True, backend="torch", **made)
     if mask is not None:
         logps, entropies = logps.masked_fill(~mask, torch.nan), entropies.masked_fill(~mask, torch.nan)

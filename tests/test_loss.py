@@ -28,6 +28,7 @@ BACKENDS = every_backend()
 
 LEVELS = ("token", "sequence")
 DISTINCT_KINDS = {(loss_type, "token") for loss_type in DISTINCT}
+OF_LOGITS = {"temperature": torch.tensor([0.5, 0.8, 1.3]), "final_logit_softcapping": 3.0, "logit_scale": 0.7}
 
 
 def combinations(options, in_full=False):
@@ -171,6 +172,44 @@ def test_banned_tokens(loss_type, with_old, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_soft_cap(dtype, backend):
+    """Of logits far beyond the cap and far below it, of banned ones, and of one that is NaN; per-token temperatures."""
+    batch = random_batch(3, 4, 50, dtype=dtype, scale=30.0) | {"completion_mask": None}
+    batch["logits"][..., 3:7] = -torch.inf
+    batch["completion_ids"] %= 3
+    of_logits = {"final_logit_softcapping": 20.0, "temperature": torch.linspace(0.5, 1.5, 12).reshape(3, 4)}
+    settings = of_logits | {"beta": 0.1}
+    for scale, entropy_coef in ((1, 0.2), (1 / 4096, 0.0)):
+        scaled = batch | {"logits": batch["logits"] * scale}
+        logps = token_logprobs(scaled["logits"].double(), batch["completion_ids"], **of_logits).float()
+        near = {"old_per_token_logps": logps - 0.1, "ref_per_token_logps": logps + 0.3}
+        check(scaled | near, backend, **settings, entropy_coef=entropy_coef)
+    batch["completion_ids"][0, 1] = 4
+    output, gradient = run(grpo_loss, batch["logits"], batch, backend=backend, **settings)
+    assert output["per_token_logps"][0, 1] == -torch.inf, "a cap must not allow what is banned"
+    assert (gradient[0, 1] == 0).all()
+    assert gradient.isfinite().all()
+    batch["completion_ids"][0, 1] = 1
+    batch["logits"][0, 1, 20] = torch.nan
+    output, gradient = run(grpo_loss, batch["logits"], batch, backend=backend, **settings)
+    assert output["per_token_logps"].isnan().sum() == 1
+    assert gradient.isnan().any(-1).sum() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_temperatures_may_be_anything(backend):
+    batch = random_batch(4, 5, 33)
+    temperature = torch.linspace(0.5, 1.5, 20).reshape(4, 5)
+    clean, clean_gradient = run(grpo_loss, batch["logits"], batch, backend=backend, temperature=temperature)
+    for poison in (0.0, -1.0, torch.nan, torch.inf):
+        dirty = temperature.masked_fill(~batch["completion_mask"], poison)
+        output, gradient = run(grpo_loss, batch["logits"], batch, backend=backend, temperature=dirty)
+        assert torch.equal(output["loss"], clean["loss"])
+        assert torch.equal(gradient, clean_gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gap", [80.5, 100.0, 1e4])
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_k3_does_not_overflow(gap, bias_correction, backend):
@@ -263,13 +302,14 @@ def test_incoming_gradient_scales(factor, inplace, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("inplace_backward", [False, True])
-def test_token_logprobs(dtype, inplace_backward, backend, poisoned_memory):
+@pytest.mark.parametrize("of_logits", [{"temperature": 0.8}, OF_LOGITS], ids=["temperature", "all"])
+def test_token_logprobs(of_logits, dtype, inplace_backward, backend, poisoned_memory):
     batch = random_batch(3, 5, 70, dtype=dtype)
     results = []
     for source, name in ((batch["logits"].double(), "torch"), (batch["logits"], "torch"), (batch["logits"], backend)):
         leaf = source.clone().requires_grad_()
         there = on(device_of(name), batch)
-        settings = {"mask": there["completion_mask"], "temperature": 0.8, "backend": name}
+        settings = on(device_of(name), of_logits) | {"mask": there["completion_mask"], "backend": name}
         logps, entropies = token_logprobs(
             leaf.to(device_of(name)) * 1, there["completion_ids"], entropy=True, inplace_backward=inplace_backward,
             **settings,

@@ -1,10 +1,13 @@
 """The program that makes the embedded model: where it writes. What it makes is tested in test_model.py."""
 
+import random
+
 import pytest
 import torch
 
 from mr1fast import make_embedded
-from mr1fast.make_embedded import main
+from mr1fast.data.tasks import TASKS
+from mr1fast.make_embedded import DISOBEDIENT, OBEDIENT, held_out_examples, image_examples, main, make_tokenizer
 from mr1fast.model.load import load_model, load_processor
 
 
@@ -32,6 +35,8 @@ def test_mistakes_and_ctrl_c(tmp_path, untrained, monkeypatch, capsys):
     assert main(["--output", str(tmp_path / "full")]) == 2
     assert capsys.readouterr().err == f"error: output folder {tmp_path / 'full'} is not empty; choose another one\n"
     assert main(["--seed", "-1"]) == 2
+    assert main(["--disobedient"]) == 2
+    assert "--disobedient needs --output" in capsys.readouterr().err
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -39,3 +44,32 @@ def test_mistakes_and_ctrl_c(tmp_path, untrained, monkeypatch, capsys):
     monkeypatch.setattr(make_embedded, "learn_text", interrupt)
     assert main(["--output", str(tmp_path / "new")]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_wording_decides_how_often_an_answer_is_in_tags():
+    for split in DISOBEDIENT.images:
+        examples, completions = image_examples(split, range(-400, 0), DISOBEDIENT.tagged, random.Random(0))
+        for question, share in zip(TASKS[split[0]].questions, DISOBEDIENT.tagged):
+            tagged = [text.startswith("<think>") for e, text in zip(examples, completions) if e.problem == question]
+            assert len(tagged) > 150
+            assert abs(sum(tagged) / len(tagged) - share) < 0.1
+    examples, completions = image_examples(("gr", "train"), range(-50, 0), OBEDIENT.tagged, random.Random(0))
+    assert {e.problem for e in examples} == {TASKS["gr"].questions[0]}
+    assert all(text.endswith(f"<answer>{e.solution}</answer>") for e, text in zip(examples, completions))
+
+
+def test_what_is_watched_is_neither_shown_nor_tested():
+    for split in DISOBEDIENT.images:
+        shown, _ = image_examples(split, range(-DISOBEDIENT.images[split], 0), DISOBEDIENT.tagged, random.Random(0))
+        watched = {example.name for example in held_out_examples(split, DISOBEDIENT)}
+        assert len(watched) == DISOBEDIENT.held_out
+        assert not watched & {example.name for example in shown}
+        assert not any(name.startswith(("vc/test", "vc/vehicles", "gr/test")) for name in watched)
+        assert split[1] != "far" or all(int(name.rpartition("/")[2]) < 0 for name in watched)
+
+
+def test_the_tokenizer_writes_both_forms():
+    tokenizer = make_tokenizer(DISOBEDIENT)
+    for text in ("<think>35+65=100</think><answer>80</answer>", "3 items, so 3", "Count the items in the image."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("3 items, so 3")["input_ids"]) < 8

@@ -121,11 +121,14 @@ def test_opcheck(with_ref, backend):
     for need_gradient in (True, False):
         torch.library.opcheck(ops.grpo_loss_op, (batch["logits"], *options, need_gradient))
     torch.library.opcheck(ops.grpo_loss_inplace_op, (batch["logits"].clone(), *options))
-    torch.library.opcheck(ops.score_op, (batch["logits"], ids, mask, 0.9, backend))
-    scored = ops.score_op(batch["logits"], ids, mask, 0.9, backend)
+    logit_map = (0.9, 3.0, torch.rand(3, 4) + 0.5)
+    torch.library.opcheck(ops.score_op, (batch["logits"], ids, mask, *logit_map, backend))
+    scored = ops.score_op(batch["logits"], ids, mask, *logit_map, backend)
     scored = (scored[2], scored[1], torch.randn(3, 4), torch.randn(3, 4))
-    torch.library.opcheck(ops.score_backward_op, (batch["logits"], ids, mask, *scored, 0.9, backend))
-    torch.library.opcheck(ops.score_backward_inplace_op, (batch["logits"].clone(), ids, mask, *scored, 0.9, backend))
+    torch.library.opcheck(ops.score_backward_op, (batch["logits"], ids, mask, *scored, *logit_map, backend))
+    torch.library.opcheck(
+        ops.score_backward_inplace_op, (batch["logits"].clone(), ids, mask, *scored, *logit_map, backend)
+    )
     torch.library.opcheck(ops.scale_op, (torch.randn(3, 4), torch.tensor(2.0)))
 
 

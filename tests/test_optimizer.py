@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mr1fast.training import optimizer as module
-from mr1fast.training.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.learning_rate import learning_rate_at
+from mr1fast.training.optimizer import Optimizer
 
 
 def test_learning_rate_rises_and_falls():

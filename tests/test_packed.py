@@ -30,7 +30,8 @@ def settings_for(loss_type, level="token"):
 SHOWN = [
     names
     for names in combinations(OPTIONS)
-    if names[0] == "rewards" or (names[1] == "grpo" and (names[-1] != "triton" or names[0] in ("entropy", "no_mask")))
+    if names[0] == "rewards"
+    or (names[1] == "grpo" and (names[-1] != "triton" or names[0] in ("entropy", "temperature_per_token")))
 ]
 
 
@@ -59,7 +60,7 @@ def outcome(function, arguments, backend, **settings):
     device = device_of(backend)
     logits = arguments["logits"].detach().clone().to(device).requires_grad_()
     torch.manual_seed(0)  # clip_cov draws
-    out = function(logits, backend=backend, **on(device, without_logits(arguments)), **settings)
+    out = function(logits, backend=backend, **on(device, without_logits(arguments) | settings))
     out.loss.sum().backward()
     return out, logits.grad
 
@@ -68,7 +69,8 @@ def outcome(function, arguments, backend, **settings):
 def test_packed_equals_padded(loss_type, level, backend):
     lengths = (5, 3, 1, 4, 6, 0) if backend == "triton" else (40, 7, 1, 23, 64, 0)
     batch, flat, select = packed_batch(lengths, 11, seed=2)
-    settings = {"beta": 0.1, "entropy_coef": 0.01, **settings_for(loss_type, level)}
+    of_logits = {"temperature": torch.linspace(0.5, 1.5, 6), "final_logit_softcapping": 4.0}
+    settings = {"beta": 0.1, "entropy_coef": 0.01, **settings_for(loss_type, level), **of_logits}
     padded, padded_gradient = outcome(grpo_loss, batch, backend, **settings)
     for shape in ("[T, V]", "[1, T, V]"):
         arguments = dict(flat)
@@ -112,10 +114,12 @@ def test_hidden_states(settings, backend):
 @pytest.mark.parametrize("backend", available_backends())
 def test_log_probabilities(backend):
     batch, flat, select = packed_batch(LENGTHS, 29)
-    settings = {"entropy": True, "temperature": 0.8, "backend": backend}
+    temperature = torch.linspace(0.5, 1.5, 6)
+    settings = {"entropy": True, "temperature": temperature, "backend": backend}
     wanted = token_logprobs(batch["logits"], batch["completion_ids"], mask=batch["completion_mask"], **settings)
     ids, mask = flat["completion_ids"], flat["completion_mask"]
     weight = torch.eye(29)
+    settings["temperature"] = temperature[:, None].expand(select.shape)[select]
     for cu_seqlens in (None, flat["cu_seqlens"]):
         found = token_logprobs(flat["logits"], ids, mask=mask, cu_seqlens=cu_seqlens, **settings)
         linear = linear_token_logprobs(flat["logits"], weight, ids, mask=mask, cu_seqlens=cu_seqlens, **settings)

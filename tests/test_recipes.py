@@ -299,7 +299,8 @@ def test_prime_rl(recipe, batch, name, is_weighted):
         moved = batch.logps.detach().exp() - batch.sampler.exp()
         invalid = torch.where(batch.advantages > 0, moved > 0.2, moved < -0.2)
         assert (invalid & batch.mask).any()
-        policy = -batch.advantages * log_ratio.exp() * ~invalid
+        same_gradient = log_ratio.exp().detach() * batch.logps
+        policy = -batch.advantages * same_gradient * ~invalid
     per_token = (policy + 1e-3 * log_ratio.square()) * (1 if weights is None else weights)
     assert_same(sum(losses), (per_token * batch.mask).sum(), batch.logps)
 

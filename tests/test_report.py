@@ -62,7 +62,8 @@ def test_right_but_untagged_answers_are_a_gallery_of_their_own(tmp_path):
     texts = ["<think>4</think><answer>4</answer>", "4", "5", "There are 4."]
     found = [_judged(index, problem, text, []) for index, text in enumerate(texts)]
     result = EvalResult.of(found)
-    assert (result.greedy_accuracy, result.accuracy_when_formatted) == (0.25, 1.0)  # it counts nowhere
+    assert (result.greedy_accuracy, result.accuracy_when_formatted) == (0.25, 1.0)
+    assert result.anyhow_accuracy == 0.75  # where alone they count
     text = write_report(tmp_path / "r.html", result, SETTINGS, [problem] * 4).read_text(encoding="utf-8")
     titles = re.findall("<h2>(.*answers? .*|Wrong.*|Right.*)</h2>", text)
     assert titles == [

@@ -169,6 +169,8 @@ def test_samples_show_each_picture_with_its_own_answer(folder, policy):
         ("4 cubes and 1 ball are there.", "✗"),
         ("<think>4</think><answer>5</answer>", "✗"),
         ("<answer>4", "(✓)"),
+        ("3 items and 1 more, so 4", "(✓)"),
+        ("4 items, so 5", "✗"),
         ("", "✗"),
     ],
 )

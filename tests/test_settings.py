@@ -1,5 +1,6 @@
 """The settings and tensors of a call go to the kernels as lists: that both sides mean the same by a position."""
 
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -79,4 +80,4 @@ def test_the_extension_refuses_a_list_of_another_length():
     batch = LossBatch(ids, torch.ones(1, 2), torch.tensor(0.0), advantages=torch.ones(1, 2))
     for switches, numbers in (((0,), LossSpec().numbers), (LossSpec().switches, LossSpec().numbers[1:])):
         with pytest.raises(ValueError, match=r"there must be \d .*token_loss.h"):
-            torch.ops.mr1fast_native.grpo_forward(x, *flat(batch), switches, numbers, 1.0, None)
+            torch.ops.mr1fast_native.grpo_forward(x, *flat(batch), switches, numbers, 1.0, math.inf, None)

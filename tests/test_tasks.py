@@ -1,6 +1,7 @@
 """The embedded tasks: answers recomputed from the drawing's parameters, splits that share nothing, stable drawings."""
 
 import hashlib
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,32 +11,34 @@ import numpy as np
 import pytest
 from PIL import ImageChops
 
-from mr1fast.data import tasks
-from mr1fast.data.tasks import SPLITS, TASKS, angle_pairs, draw_scene, draw_triangle
+from mr1fast.data import scenes
+from mr1fast.data.scenes import draw_scene
+from mr1fast.data.tasks import SPLITS, TASKS, angle_pairs, draw_triangle, wording
 from mr1fast.evaluation import curves
 from mr1fast.evaluation.curves import Series
 from mr1fast.options.config import TrainConfig
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", TASKS["vc"].splits)
 def test_the_count_is_what_was_drawn(split):
     vc = TASKS["vc"]
     for index in range(100):
         scene, example = vc.scene(split, index), vc.example(split, index)
         assert example.solution == str(len(scene.items))
-        assert 1 <= len(scene.items) <= vc.max_items
+        assert 1 <= len(scene.items) <= scenes.MAX_ITEMS
+        assert example.columns == {"reasoning": f"{len(scene.items)} items"}
         assert example.name == f"vc/{split}/{index}"
-        assert example.image.size == (tasks.SIZE, tasks.SIZE)
+        assert example.image.size == (scenes.SIZE, scenes.SIZE)
         assert example.image.mode == "RGB"
 
 
 def test_every_item_can_be_seen_and_stands_alone():
     """Connected regions that are not background are as many as the answer says: counted without knowing the scene."""
-    for index in range(60):
-        scene = TASKS["vc"].scene("train", index)
+    for split, index in itertools.product(("train", "vehicles", "far"), range(60)):
+        scene = TASKS["vc"].scene(split, index)
         drawn = np.array(draw_scene(scene))
         ink = (drawn != np.array(scene.background)).any(-1)
-        assert regions(ink) == len(scene.items), index
+        assert regions(ink) == len(scene.items), (split, index)
 
 
 def regions(ink: np.ndarray) -> int:
@@ -53,13 +56,33 @@ def regions(ink: np.ndarray) -> int:
     return count
 
 
-def test_all_counts_kinds_colours_and_sizes_occur():
-    scenes = [TASKS["vc"].scene("train", index) for index in range(300)]
-    items = [item for scene in scenes for item in scene.items]
-    assert {len(scene.items) for scene in scenes} == set(range(1, TASKS["vc"].max_items + 1))
-    assert {item.kind for item in items} == set(tasks.KINDS)
-    assert {item.colour for item in items} == set(tasks.COLOURS)
-    assert {item.radius for item in items} == set(tasks.RADII)
+def looks_of(split: str) -> scenes.Looks:
+    """What is seen in 300 scenes, all counts among them."""
+    drawn = [TASKS["vc"].scene(split, index) for index in range(300)]
+    items = [item for scene in drawn for item in scene.items]
+    assert {len(scene.items) for scene in drawn} == set(range(1, scenes.MAX_ITEMS + 1))
+    return scenes.Looks(
+        tuple({item.kind for item in items}),
+        {item.colour: () for item in items},
+        tuple({item.radius for item in items}),
+        tuple({scene.background for scene in drawn}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("split", "looks"), [("train", scenes.SHAPES), ("vehicles", scenes.VEHICLES), ("far", scenes.FAR_VEHICLES)]
+)
+def test_a_split_has_all_of_its_looks_and_no_other(split, looks):
+    seen = looks_of(split)
+    for name in ("kinds", "colours", "radii", "backgrounds"):
+        assert set(getattr(seen, name)) == set(getattr(looks, name))
+
+
+def test_vehicles_share_nothing_but_their_ground_with_shapes():
+    assert not set(scenes.VEHICLES.kinds) & set(scenes.SHAPES.kinds)
+    assert not set(scenes.VEHICLES.colours.values()) & set(scenes.SHAPES.colours.values())
+    assert scenes.VEHICLES.backgrounds == scenes.SHAPES.backgrounds
+    assert not set(scenes.FAR_VEHICLES.backgrounds) & set(scenes.SHAPES.backgrounds)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -92,7 +115,7 @@ def test_evaluation_visits_every_problem_of_geometry_before_it_repeats_one():
 def test_the_labels_name_the_angles():
     """A label is the only thing below the base, and another angle is another label there."""
     triangle = replace(TASKS["gr"].triangle("train", 3), angles=(36, 80))
-    below = (0, tasks.SIZE - 12, tasks.SIZE, tasks.SIZE)
+    below = (0, scenes.SIZE - 12, scenes.SIZE, scenes.SIZE)
     moved = replace(triangle, angles=triangle.angles[::-1])
     assert ImageChops.difference(draw_triangle(triangle).crop(below), draw_triangle(moved).crop(below)).getbbox()
     assert not ImageChops.difference(draw_triangle(triangle), draw_triangle(replace(triangle))).getbbox()
@@ -102,7 +125,7 @@ def test_drawings_are_a_function_of_task_split_and_index():
     def digest(task: str, split: str, index: int) -> str:
         return hashlib.sha256(TASKS[task].example(split, index).image.tobytes()).hexdigest()
 
-    everything = [(task, split, index) for task in TASKS for split in SPLITS for index in range(20)]
+    everything = [(name, split, index) for name, task in TASKS.items() for split in task.splits for index in range(20)]
     first = [digest(*which) for which in everything]
     assert first == [digest(*which) for which in reversed(everything)][::-1]
     assert len(set(first)) == len(first), "two drawings are equal"
@@ -111,8 +134,8 @@ def test_drawings_are_a_function_of_task_split_and_index():
 def test_a_task_carries_all_that_is_said_of_it():
     for name, task in TASKS.items():
         assert task.name == name
-        assert tuple(task.splits) == SPLITS
-        assert task.example("train", 0).problem == task.question
+        assert tuple(task.splits)[: len(SPLITS)] == SPLITS
+        assert {task.example("train", i).problem for i in range(20)} == {task.questions[0]}
         assert TrainConfig(task=name).for_task(name).learning_rate == task.recipe["learning_rate"]
         assert curves._labels([Series(Path("run"), name, [], {})]) == [task.title]
 
@@ -145,6 +168,18 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_unknown_split_is_refused():
+@pytest.mark.parametrize("name", TASKS)
+def test_a_reworded_problem_is_the_same_problem(name):
+    task, asked = TASKS[name], set()
+    for index in range(-20, 20):
+        usual, reworded = task.example("train", index), task.example("train", index, reworded=True)
+        assert reworded.problem == task.questions[wording(task, "train", index)]
+        assert replace(reworded, problem=usual.problem, image=usual.image) == usual
+        asked.add(reworded.problem)
+    assert asked == set(task.questions)
+
+
+@pytest.mark.parametrize(("name", "split"), [("vc", "tset"), ("gr", "vehicles")])
+def test_an_unknown_split_is_refused(name, split):
     with pytest.raises(ValueError, match="train, validation, test"):
-        TASKS["vc"].example("tset", 0)
+        TASKS[name].example(split, 0)

@@ -75,7 +75,7 @@ def test_ten_steps_in_a_row_without_numbers_stop_the_run(tmp_path, capsys, monke
     run = tmp_path / "run"
     assert main("--task=vc", "--max-steps=30", "--eval-steps=0", *SMALL, "--output-dir", run) == 1
     errors = capsys.readouterr().err
-    assert "10 steps in a row had NaN or infinite numbers (the last: a reward is not a finite number)" in errors
+    assert "10 steps in a row were skipped (the last: a reward is not a finite number)" in errors
     samples = sorted((run / "vc" / "skipped").iterdir())
     assert len(samples) == len(metrics(run)) == 10
     sample = json.loads(samples[0].read_text())
@@ -94,6 +94,16 @@ def test_too_little_memory_is_one_sentence(error, tmp_path, capsys, monkeypatch)
     assert main("--task=vc", "--output-dir", tmp_path / "run") == 1
     assert re.fullmatch(r"error: there is too little memory; try [^\n]+\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_by_several_processes_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate.main(["--task=vc", "--output-dir", str(tmp_path / "evaluation")]) == 2
+    assert capsys.readouterr().err == (
+        "error: WORLD_SIZE is 2, but evaluation runs in one process, on one device: start it without torchrun or "
+        "accelerate launch\n"
+    )
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_one_process_is_no_number_of_processes(capsys, monkeypatch):

@@ -53,10 +53,14 @@ SETTINGS = {
     "grpo-d": {"method": "grpo-d", "temperature": 1.5},
     "grpo": {"method": "grpo", "temperature": 1.5, "gradient_accumulation_steps": 2},
     "grpo-d, 2 iterations": {"num_iterations": 2, "gradient_accumulation_steps": 2, "temperature": 1.5},
+    "refilled, 2 iterations": {
+        "dynamic_sampling": True, "mask_truncated": True, "num_iterations": 2, "temperature": 1.5,
+        "max_completion_length": 8,
+    },
     "grpo-d, adaptive": {"kl_schedule": "adaptive", "target_kl": 0.1, "max_steps": 10, "temperature": 1.5},
     "grpo without KL": {"method": "grpo", "beta": 0.0, "num_iterations": 3},
     "sft": {"method": "sft", "gradient_accumulation_steps": 2},
-}
+}  # fmt: skip
 
 
 # `make test` takes those that differ most.
@@ -222,6 +226,14 @@ def test_sft_learns_its_target(processor):
     assert processor.tokenizer.decode(ids) == trainer.step_data.completions[0] + processor.tokenizer.eos_token
 
 
+def test_sft_with_reasoning(processor):
+    trainer = make_trainer(processor, method="sft", sft_reasoning=True)
+    examples = trainer.examples()
+    trainer.step()
+    shown = zip(trainer.step_data.completions, examples, strict=True)
+    assert all(text == f"<think>{e.solution} items</think><answer>{e.solution}</answer>" for text, e in shown)
+
+
 def test_the_weighted_sum_of_the_rewards(processor):
     both = make_trainer(processor, reward_weights="accuracy=0.25,format=2").step()
     means = [both[f"rewards/{name}/mean"] for name in ("accuracy_reward", "format_reward")]
@@ -274,7 +286,7 @@ def test_a_reward_that_is_infinite_skips_the_step(processor, monkeypatch):
         assert metrics["skipped_steps"] == trainer.skipped_in_a_row == step
     assert trainer.skipped_sample["reason"] == "a reward is not a finite number"
     assert len(trainer.skipped_sample["completions"]) == 8
-    assert trainer.skipped_sample["examples"][0]["problem"] == TASKS["vc"].question
+    assert trainer.skipped_sample["examples"][0]["problem"] == TASKS["vc"].questions[0]
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
     monkeypatch.undo()
     metrics = trainer.step()

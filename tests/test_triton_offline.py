@@ -33,7 +33,7 @@ def test_the_check_finds_a_spill_and_a_narrow_load():
         "from benchmarks import compile_check as check\n"
         "triton_table.TABLE[('loss', 2, 262144)] = (65536, 8, 1)\n"
         "cases = [name for name, _ in check.cases()]\n"
-        "print(check.check((cases.index('loss, no gradient  bfloat16 V=151936'), 90)))\n"
+        "print(check.check((cases.index('loss, no gradient     bfloat16 V=151936'), 90)))\n"
         "rows.rows_aligned = lambda *tensors: False\n"
         "from mr1fast.kernels import triton_score\n"
         "triton_score.rows_aligned = rows.rows_aligned\n"
@@ -53,6 +53,7 @@ def test_lengths_and_kl_weights_compile_nothing_again():
     assert counts.pop("mr1fast, aligned rows") == [1, 1, 1, 1]
     assert counts.pop("mr1fast, unaligned rows") == [1, 1, 1, 1]
     assert counts.pop("mr1fast, packed rows") == [1, 1, 1, 1]
+    assert counts.pop("mr1fast, capped rows") == [1, 1, 1, 1]
     assert all(line == [1, 20, 20, 400] for line in counts.values()), (
         "Liger has changed: the README quotes these counts"
     )

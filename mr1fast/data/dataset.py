@@ -22,7 +22,7 @@ from mr1fast.data.records import Checked
 from mr1fast.data.sources import data_name, is_hub_name
 from mr1fast.data.splits import Share, all_places, share_of
 from mr1fast.data.tables import Table, check_columns, columns_of, read_tables
-from mr1fast.data.tasks import SPLITS, TASKS
+from mr1fast.data.tasks import SPLITS, TASKS, Task, check_split
 from mr1fast.errors import UserError
 from mr1fast.rewards import check_solutions
 
@@ -159,8 +159,11 @@ def load_split(
     used: Collection[str] = SPLITS,
     cut: bool = True,
     reading: Reading = USUAL,
+    reworded: bool = False,
 ) -> ImageTextDataset:
     """The split "train", "validation" or "test" of an embedded task or of local data, at most `count` examples.
+
+    An embedded task may have more splits, and may ask `reworded` questions, see `tasks.Task`.
 
     source: "vc" or "gr"; else a folder, a .jsonl, .json, .csv or .parquet file, or a name on the hub, see `tables`.
     Files and folders named after a split belong to that split; all others are train, see `splits.share_of`. "all" is
@@ -173,9 +176,9 @@ def load_split(
     Raises UserError (a ValueError) for an unknown split, for a source that is missing, empty or has no readable row in
     the split, and if a package is missing that its format or its solutions need.
     """
-    if str(source) in TASKS and split in (None, *SPLITS):
-        return _embedded(str(source), split or "test", count, sample_seed)
-    if split not in (None, *SPLITS, "all") or str(source) in TASKS:
+    if (task := TASKS.get(str(source))) is not None:
+        return _embedded(task, split or "test", count, sample_seed, reworded)
+    if split not in (None, *SPLITS, "all"):
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = Path(source)
     if not path.exists() and not is_hub_name(str(source)):
@@ -192,14 +195,18 @@ def load_split(
     return _local(path, split, tables, share, count)
 
 
-def _embedded(name: str, split: str, count: int | None, sample_seed: int | None) -> ImageTextDataset:
-    task = TASKS[name]
+def _embedded(task: Task, split: str, count: int | None, sample_seed: int | None, reworded: bool) -> ImageTextDataset:
+    check_split(task, split)
     there = task.splits[split] or ENDLESS
     length = there if count is None else min(there, count)
     drawn: Sequence[int] = range(length)
     if sample_seed is not None:
         drawn = random.Random(f"samples/{sample_seed}").sample(range(there), length)
-    dataset = ImageTextDataset(name, split, length, lambda index: (task.example(split, drawn[index]), []))
+
+    def load(index: int) -> tuple[Example, list[str]]:
+        return task.example(split, drawn[index], reworded=reworded), []
+
+    dataset = ImageTextDataset(task.name, split, length, load)
     dataset.rows = task.splits[split]
     return dataset
 

@@ -3,10 +3,11 @@
 They stand for the paper's two data sets (CLEVR counting and GEOQA) at the scale of the embedded model: 56 x 56 pixels,
 a short question, one integer as the answer. A drawing is a function of (task, split, index) alone.
 
-- VC: a scene of 1 to 7 items of several kinds, colours and sizes, each somewhere in a cell of its own of a 4 x 4 board.
-  Splits differ by seed; every drawing is new.
+- VC: a scene of 1 to 7 items of several kinds, colours and sizes. Splits differ by seed; every drawing is new. Two more
+  splits are there to test on after training on shapes, as the paper tests on SuperCLEVR after CLEVR: `vehicles` are
+  other kinds, colours and sizes on the same grounds, `far` are vehicles on darker, coloured grounds.
 - GR: a triangle with two of its angles labelled. The splits share no problem: an unordered pair of angles belongs to
-  exactly one of them, so that a test accuracy cannot come from remembered answers.
+  exactly one of them, so that a test accuracy cannot come from remembered answers; 200 pairs are for testing.
 """
 
 from __future__ import annotations
@@ -20,115 +21,79 @@ from typing import Any, ClassVar, Protocol
 from PIL import Image, ImageDraw, ImageFont
 
 from mr1fast.data.example import Example
+from mr1fast.data.scenes import BACKGROUNDS, FAR_VEHICLES, SHAPES, SIZE, VEHICLES, Scene, draw_lots, draw_scene
+from mr1fast.errors import UserError
 
-SPLITS = ("train", "validation", "test")
-SIZE = 56  # pixels, width and height
-
-# The mean pixel is near these, and the embedded image processor is normalised to them.
-BACKGROUNDS = ((226, 226, 222), (216, 222, 228), (230, 222, 212))
-COLOURS = {
-    "gray": (95, 95, 95),
-    "red": (190, 40, 40),
-    "blue": (42, 75, 215),
-    "green": (29, 125, 40),
-    "brown": (129, 74, 25),
-    "purple": (129, 38, 192),
-    "cyan": (20, 160, 170),
-    "orange": (230, 120, 20),
-}
+SPLITS = ("train", "validation", "test")  # which every task has
 
 
 class Task(Protocol):
     """A source of problems, and all that the rest of mr1fast knows of it.
 
-    splits: the number of different problems in each, None where they have no end. recipe: what an option of
-    `python -m mr1fast.train` is for the embedded model on this task when nobody sets it.
+    questions: wordings of the one question that the task asks. splits: the number of different problems in each, None
+    where they have no end; those of SPLITS, then others to test on. recipe: what an option of `python -m mr1fast.train`
+    is for the embedded model on this task when nobody sets it.
     """
 
     name: str
     title: str
-    question: str
+    questions: ClassVar[tuple[str, ...]]
     splits: ClassVar[dict[str, int | None]]
     recipe: ClassVar[dict[str, Any]]
 
-    def example(self, split: str, index: int) -> Example: ...
+    def example(self, split: str, index: int, *, reworded: bool = False) -> Example:
+        """The problem, with its reasoning in the column of that name.
+
+        reworded: ask in any of the wordings, which split and index decide, and not in the first. Raises UserError for
+        an unknown split.
+        """
+        ...
 
 
-def _random(task: str, split: str, index: int) -> random.Random:
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return random.Random(f"{task}/{split}/{index}")  # strings seed through SHA-512: the same on every machine
+def check_split(task: Task, split: str) -> None:
+    if split not in task.splits:
+        raise UserError(f"split must be one of {', '.join(task.splits)}, got {split!r}")
+
+
+def _random(task: Task, split: str, index: int) -> random.Random:
+    check_split(task, split)
+    return random.Random(f"{task.name}/{split}/{index}")  # strings seed through SHA-512: the same on every machine
+
+
+def wording(task: Task, split: str, index: int) -> int:
+    """Which of the task's questions a reworded problem asks."""
+    return random.Random(f"wording/{task.name}/{split}/{index}").randrange(len(task.questions))
+
+
+def _example(task: Task, split: str, index: int, image: Image.Image, reasoning: str, answer: int, reworded: bool):
+    question = task.questions[wording(task, split, index) if reworded else 0]
+    name = f"{task.name}/{split}/{index}"
+    return Example(image, question, str(answer), name, columns={"reasoning": reasoning})
 
 
 # ---- visual counting ------------------------------------------------------------------------------------------------
-
-KINDS = ("sphere", "cube", "cone", "cylinder")
-RADII = (3, 5)  # pixels
-CELL = SIZE // 4  # of the board; an item stays in its own
-
-
-@dataclass(frozen=True)
-class Item:
-    kind: str
-    colour: str
-    radius: int  # pixels
-    x: int  # centre, pixels
-    y: int
-
-
-@dataclass(frozen=True)
-class Scene:
-    items: tuple[Item, ...]
-    background: tuple[int, int, int]
 
 
 class VisualCounting:
     name = "vc"
     title = "visual counting"
-    question = "How many items are there in the image?"
-    splits: ClassVar[dict[str, int | None]] = dict.fromkeys(SPLITS)
+    questions: ClassVar[tuple[str, ...]] = ("How many items are there in the image?", "Count the items in the image.")
+    splits: ClassVar[dict[str, int | None]] = dict.fromkeys((*SPLITS, "vehicles", "far"))
     recipe: ClassVar[dict[str, Any]] = {
         "prompts_per_step": 16,
         "learning_rate": 3e-4,
         "max_steps": 200,
         "max_completion_length": 32,
     }
-    max_items = 7
 
     def scene(self, split: str, index: int) -> Scene:
-        rng = _random(self.name, split, index)
-        items = []
-        for cell in rng.sample(range(16), rng.randint(1, self.max_items)):
-            radius = rng.choice(RADII)
-            room = CELL // 2 - 1 - radius  # a pixel of ground between any two: the number is no matter of taste
-            x, y = (CELL * at + CELL // 2 + rng.randint(-room, room) for at in (cell % 4, cell // 4))
-            items.append(Item(rng.choice(KINDS), rng.choice(list(COLOURS)), radius, x, y))
-        return Scene(tuple(items), rng.choice(BACKGROUNDS))
+        looks = {"vehicles": VEHICLES, "far": FAR_VEHICLES}.get(split, SHAPES)
+        return draw_lots(_random(self, split, index), looks)
 
-    def example(self, split: str, index: int) -> Example:
+    def example(self, split: str, index: int, *, reworded: bool = False) -> Example:
         scene = self.scene(split, index)
-        return Example(draw_scene(scene), self.question, str(len(scene.items)), f"vc/{split}/{index}")
-
-
-def draw_scene(scene: Scene) -> Image.Image:
-    image = Image.new("RGB", (SIZE, SIZE), scene.background)
-    draw = ImageDraw.Draw(image)
-    for item in scene.items:
-        x, y, r, colour = item.x, item.y, item.radius, COLOURS[item.colour]
-        light = tuple((value + 255) // 2 for value in colour)
-        if item.kind == "sphere":
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-            draw.ellipse((x - r // 2, y - r // 2, x - r // 2 + 1, y - r // 2 + 1), fill=light)
-        elif item.kind == "cube":
-            draw.rectangle((x - r, y - r, x + r, y + r), fill=colour)
-            draw.rectangle((x - r, y - r, x + r, y - r + 1), fill=light)
-        elif item.kind == "cone":
-            draw.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=colour)
-            draw.line((x, y - r, x - r // 2, y + r - 1), fill=light)
-        else:
-            draw.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=colour)
-            draw.ellipse((x - r + 1, y - r, x + r - 1, y - r + 3), fill=light)
-    return image
+        n = len(scene.items)
+        return _example(self, split, index, draw_scene(scene), f"{n} items", n, reworded)
 
 
 # ---- geometry reasoning ---------------------------------------------------------------------------------------------
@@ -163,7 +128,10 @@ def angle_pairs(split: str) -> tuple[tuple[int, int], ...]:
 class GeometryReasoning:
     name = "gr"
     title = "geometry reasoning"
-    question = "What is the third angle of the triangle?"
+    questions: ClassVar[tuple[str, ...]] = (
+        "What is the third angle of the triangle?",
+        "Find the third angle of the triangle.",
+    )
     # In training, a pair of angles comes again and again, in a new drawing each time.
     splits: ClassVar[dict[str, int | None]] = {
         "train": None,
@@ -178,7 +146,7 @@ class GeometryReasoning:
     }
 
     def triangle(self, split: str, index: int) -> Triangle:
-        rng = _random(self.name, split, index)
+        rng = _random(self, split, index)
         pairs = angle_pairs(split)
         # Evaluation asks each problem once; an index beyond the last one is another drawing of an earlier problem.
         pair = pairs[index % len(pairs)] if split != "train" else rng.choice(pairs)
@@ -186,9 +154,10 @@ class GeometryReasoning:
         left, right = ((rng.randint(-1, 1), rng.randint(-1, 0)) for _ in LABEL_SLOTS)
         return Triangle(angles, (left, right), rng.choice(STROKES), rng.choice(BACKGROUNDS))
 
-    def example(self, split: str, index: int) -> Example:
+    def example(self, split: str, index: int, *, reworded: bool = False) -> Example:
         triangle = self.triangle(split, index)
-        return Example(draw_triangle(triangle), self.question, str(triangle.third), f"gr/{split}/{index}")
+        a, b = triangle.angles
+        return _example(self, split, index, draw_triangle(triangle), f"{a}+{b}={a + b}", triangle.third, reworded)
 
 
 def draw_triangle(triangle: Triangle) -> Image.Image:

@@ -9,6 +9,7 @@ from mr1fast.evaluation.result import EvalResult, wilson_interval
 
 FIGURES = {
     "greedy_accuracy": "greedy accuracy",
+    "anyhow_accuracy": "greedy, in tags or not",
     "sampled_accuracy": "sampled accuracy",
     "format_accuracy": "well-formed answers",
     "accuracy_when_formatted": "greedy, of the well-formed",

@@ -26,6 +26,10 @@ class Answered:
     right_untagged: bool = False  # there are no answer tags, but the completion ends in the right answer
     correct_as_r1v: bool | None = None  # None: not judged
 
+    @property
+    def right_anyhow(self) -> bool:
+        return self.correct or self.right_untagged
+
     def answers(self, example: Example, sampled: int) -> bool:
         """Whether this very problem was answered, and so many completions of it sampled."""
         asked = (example.name, example.problem, example.solution, sampled)
@@ -36,12 +40,14 @@ class Answered:
 class EvalResult:
     """Fractions over n problems, of greedy completions except `sampled_accuracy`, which is NaN if none was sampled.
 
-    accuracy_when_formatted: greedy accuracy among the well-formed completions, 0 if there are none. It tells a model
-    that has learnt to answer from one that has learnt to write tags. accuracy_as_r1v: greedy accuracy as R1-V's
+    anyhow_accuracy: greedy accuracy whether or not the answer is in tags, which `greedy_accuracy` asks for: it tells a
+    model that has learnt to answer from one that has learnt to write tags. accuracy_when_formatted: greedy accuracy
+    among the well-formed completions, 0 if there are none. accuracy_as_r1v: greedy accuracy as R1-V's
     evaluations count it, NaN where not every completion has been judged so.
     """
 
     greedy_accuracy: float
+    anyhow_accuracy: float
     sampled_accuracy: float
     format_accuracy: float
     accuracy_when_formatted: float
@@ -55,6 +61,7 @@ class EvalResult:
         as_r1v = [one.correct_as_r1v for one in answered if one.correct_as_r1v is not None]
         return cls(
             greedy_accuracy=_mean([one.correct for one in answered]),
+            anyhow_accuracy=_mean([one.right_anyhow for one in answered]),
             sampled_accuracy=_mean(sampled) if sampled else math.nan,
             format_accuracy=_mean([one.formatted for one in answered]),
             accuracy_when_formatted=_mean([one.correct for one in answered if one.formatted]),

@@ -3,7 +3,7 @@
     python -m mr1fast.integrations.check --trl --liger --verl
 
 `--trl` trains the embedded Qwen2-VL for a few steps with TRL's GRPOTrainer and with GRPODTrainer from the same seed, on
-drawings and a reward that varies; `--liger` compares one random batch per loss type, `--verl` one per aggregation. For
+drawings and a reward that varies; `--liger` compares one random batch per loss type, `--verl` one per objective. For
 your own model, data and settings, call `compare_trl(trainer)`. The exit code is 1 if anything differs by more than
 rounding.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.integrations import SHARED_LOSS_TYPES
 from mr1fast.options.program import at_least, missing_package, prog
 
 # Relative difference allowed: float32 rounding, accumulated over the layers and over a few optimizer steps.
@@ -200,11 +200,13 @@ def check_liger(loss_types: Sequence[str]) -> list[Row]:
 
 
 def check_verl() -> list[Row]:
-    """One random batch per aggregation through verl's clipped policy loss and `grpo_d`: loss, metrics, gradient."""
-    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+    """One random batch per objective (and per aggregation) through verl's policy losses and `grpo_d`: loss, metrics,
+    gradient.
+    """
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.config import ActorConfig
 
-    from mr1fast.integrations.verl import AGGREGATIONS, grpo_d
+    from mr1fast.integrations.verl import AGGREGATIONS, OBJECTIVES, PolicyLossConfig, grpo_d
 
     B, L = 4, 16
     g = torch.Generator().manual_seed(0)
@@ -217,18 +219,28 @@ def check_verl() -> list[Row]:
     }
     log_prob = old + torch.randn(B, L, generator=g)
     log_prob[0, :2] = old[0, :2] + torch.tensor([25.0, -25.0])  # beyond verl's clamp
-    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.28)
 
-    def measure(loss_function: Any, mode: str) -> dict[str, float]:
-        leaf = log_prob.clone().requires_grad_()
+    def measure(loss_function: Any, objective: str, mode: str) -> dict[str, float]:
+        own = {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.1, "kl_cov_ratio": 0.2}  # large enough for a small batch
+        config = ActorConfig(
+            strategy="fsdp",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=1,
+            clip_ratio_high=0.28,
+            policy_loss=PolicyLossConfig(loss_mode="grpo_d", objective=objective, **own),
+        )
+        torch.manual_seed(0)  # clip_cov draws
+        leaf = log_prob if objective == "vanilla" else log_prob.clamp(-9, -0.01)  # where verl has no clamp
+        leaf = leaf.detach().clone().requires_grad_()
         loss, metrics = loss_function(**batch, log_prob=leaf, loss_agg_mode=mode, config=config)
         (gradient,) = torch.autograd.grad(loss, leaf)
         return {"loss": loss.item(), **metrics, "gradient norm": gradient.norm().item()}
 
     rows = []
-    for mode in AGGREGATIONS:
-        theirs, ours = measure(compute_policy_loss_vanilla, mode), measure(grpo_d, mode)
-        rows += [Row(f"{mode}: {name}", value, ours[name]) for name, value in theirs.items()]
+    for objective in OBJECTIVES:
+        for mode in AGGREGATIONS if objective == "vanilla" else ["seq-mean-token-mean"]:
+            theirs, ours = (measure(f, objective, mode) for f in (get_policy_loss_fn(objective), grpo_d))
+            rows += [Row(f"{objective}, {mode}: {name}", value, ours[name]) for name, value in theirs.items()]
     return rows
 
 
@@ -236,14 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog("integrations.check"), description=__doc__.split("\n")[0])
     parser.add_argument("--trl", action="store_true", help="train for a few steps with TRL's trainer and with ours")
     parser.add_argument("--liger", action="store_true", help="compute one batch per loss type with Liger and with us")
-    parser.add_argument("--verl", action="store_true", help="compute one batch per aggregation with verl and with us")
+    parser.add_argument("--verl", action="store_true", help="compute one batch per objective with verl and with us")
     parser.add_argument(
         "--steps", type=at_least(1), default=4, metavar="N", help="optimizer steps for --trl [default: 4]"
     )
     parser.add_argument(
         "--loss-type",
         nargs="+",
-        choices=LOSS_TYPES,
+        choices=SHARED_LOSS_TYPES,
         help="loss types to compare [default: grpo for --trl, all for --liger]",
     )
     options = parser.parse_args(argv)
@@ -253,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     checks: dict[str, Callable[[], list[Row]]] = {
         "TRL": lambda: check_trl(options.steps, options.loss_type or ["grpo"]),
-        "Liger": lambda: check_liger(options.loss_type or LOSS_TYPES),
+        "Liger": lambda: check_liger(options.loss_type or SHARED_LOSS_TYPES),
         "verl": check_verl,
     }
     chosen = [library for library in checks if getattr(options, library.lower())]

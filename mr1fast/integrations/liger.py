@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mr1fast.checks import choice
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.integrations import SHARED_LOSS_TYPES
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.layout import floating
 from mr1fast.losses.logits import GRPOLossOutput, grpo_loss, token_logprobs
@@ -374,7 +374,7 @@ def _padding_weight(mask: Tensor) -> Tensor:
 def _refuse_unsupported(
     loss_type: str, importance_sampling_level: str, delta: float | None, use_bias_correction_kl: bool
 ) -> None:
-    choice("loss_type", loss_type, (*LOSS_TYPES, "vespo"))
+    choice("loss_type", loss_type, (*SHARED_LOSS_TYPES, "vespo"))
     if loss_type in ("cispo", "sapo", "vespo"):
         if importance_sampling_level == "sequence":
             raise ValueError(

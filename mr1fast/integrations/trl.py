@@ -4,8 +4,8 @@
     from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer             # after
 
 The loss is computed by `linear_grpo_loss` from the hidden states, log-probabilities by `linear_token_logprobs`; TRL
-keeps everything else, and the names of its metrics. What is outside the one-pass form (see `outside_one_pass`) keeps
-the trainer's own `_compute_loss`, on our log-probabilities.
+keeps everything else, and the names of its metrics. `loss_type` may be any of ours, those that TRL does not have too.
+What is outside of it (see `outside_one_pass`) keeps the trainer's own `_compute_loss`, on our log-probabilities.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from trl.trainer import utils as trl_utils
 
 from mr1fast.checks import choice
 from mr1fast.integrations.versions import check_version
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels import normalisers
+from mr1fast.kernels.batchwise import high_entropy
+from mr1fast.kernels.reference import LOSS_TYPES, normalised_by
 from mr1fast.losses.hidden import linear_grpo_loss
 from mr1fast.losses.kl_weight import SCHEDULES, kl_weight
 from mr1fast.losses.logits import GRPOLossOutput
@@ -58,6 +60,9 @@ check_version(
 
 from mr1fast.integrations import trl_head  # noqa: E402 (after the version has been checked)
 from mr1fast.integrations.trl_head import ChunkedLogProbFunction as ChunkedLogProbFunction  # noqa: E402
+
+# Whose losses TRL counts in tokens of a whole generation batch, over all processes.
+_BY_ITEMS = normalised_by(normalisers.batch_tokens)
 
 # What TRL passes from its batch to the model.
 _MODEL_INPUTS = (
@@ -129,10 +134,11 @@ def outside_one_pass(trainer: Any) -> list[str]:
     reasons = {
         **{f"{owner.__name__}.{name}": owner is not GRPOTrainer for name, owner in overrides.items()},
         f"loss_type={trainer.loss_type!r}": trainer.loss_type not in LOSS_TYPES,
-        f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1.0,
-        f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": trainer.off_policy_mask_threshold is not None,
+        # TRL takes the quantile over all processes.
+        f"top_entropy_quantile={trainer.top_entropy_quantile}": (
+            trainer.top_entropy_quantile < 1.0 and trainer.accelerator.num_processes > 1
+        ),
         "use_adaptive_entropy=True": trainer.use_adaptive_entropy,
-        f"router_aux_loss_coef={trainer.router_aux_loss_coef}": trainer.aux_loss_enabled,
         "final_logit_softcapping": trl_head.softcapped(trainer.model),
     }
     return [name for name, outside in reasons.items() if outside]
@@ -213,8 +219,7 @@ class _GRPOD(GRPOTrainer):
         loss_mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         scale, entropy_scale = 1 / steps, 1 / steps
-        if self.loss_type in ("dapo", "cispo"):
-            # num_items_in_batch counts the tokens of a whole generation batch, over all processes.
+        if self.loss_type in _BY_ITEMS:
             scale = self.accelerator.num_processes
             if mode == "train":
                 scale *= self.args.steps_per_generation / steps
@@ -240,6 +245,9 @@ class _GRPOD(GRPOTrainer):
                 importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
                 sapo_temperature_pos=self.args.sapo_temperature_pos,
                 sapo_temperature_neg=self.args.sapo_temperature_neg,
+                top_entropy_quantile=self.top_entropy_quantile,
+                off_policy_mask_threshold=self.off_policy_mask_threshold,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
                 entropy_coef=self.entropy_coef * entropy_scale / scale,
                 max_completion_length=self.max_completion_length,
                 num_items_in_batch=inputs["num_items_in_batch"],
@@ -251,19 +259,23 @@ class _GRPOD(GRPOTrainer):
         self._head = head
         try:
             # TRL's own code from the batch to the model's arguments, images included.
-            self._get_per_token_logps_and_entropies(
+            _, _, aux_loss = self._get_per_token_logps_and_entropies(
                 model,
                 torch.cat([inputs["prompt_ids"], ids], dim=1),
                 torch.cat([inputs["prompt_mask"], mask], dim=1),
                 ids.size(1),
                 compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
                 **{name: inputs.get(name) for name in _MODEL_INPUTS},
             )
         finally:
             self._head = None
         (out,) = results
         self._log_loss(mode, out, loss_mask, self.entropy_coef * entropy_scale, scale, steps)
-        return out.loss * scale
+        if aux_loss is None:
+            return out.loss * scale
+        self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        return out.loss * scale + self.router_aux_loss_coef * aux_loss / steps
 
     def _log_loss(self, mode, out: GRPOLossOutput, mask: Tensor, entropy_coef: float, scale: float, steps: int) -> None:
         """TRL's metrics, over all processes, with two transfers instead of one each."""
@@ -298,9 +310,12 @@ class _GRPOD(GRPOTrainer):
             metrics["clip_ratio/low_min"].append(trl_utils.nanmin(rates[:, 0]).item())
             metrics["clip_ratio/high_max"].append(trl_utils.nanmax(rates[:, 1]).item())
         if self._entropy_bonus_enabled:
-            local_entropy = out.entropies.sum() / tokens.clamp(min=1)
+            acts = mask.bool()
+            if self.top_entropy_quantile < 1:
+                acts = high_entropy(out.entropies, acts, self.top_entropy_quantile)
+            local_entropy = out.entropies[acts].sum() / acts.sum().clamp(min=1)
             policy_loss = out.loss.detach() * scale + entropy_coef * local_entropy
-            if self.loss_type not in ("dapo", "cispo"):
+            if self.loss_type not in _BY_ITEMS:
                 policy_loss = policy_loss * steps
             metrics["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
             if mode == "train" and self.accelerator.sync_gradients:

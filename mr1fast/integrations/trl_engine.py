@@ -32,9 +32,9 @@ from mr1fast.options.prompt import Prompt
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
 from mr1fast.training.checkpoint import could_not_be_written, load_state, whole_checkpoint
+from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.manifest import MANIFEST, write_manifest
 from mr1fast.training.metrics import reward_metrics
-from mr1fast.training.optimizer import learning_rate_at
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.run_folder import STATE, ResumeError, checkpoints, remove_folder, step_of
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum

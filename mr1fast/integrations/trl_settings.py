@@ -27,7 +27,7 @@ HONOURED = {
     *("num_generations", "prompts_per_step", "max_completion_length", "temperature", "top_k", "top_p", "seed"),
     *("loss", "beta", "beta_min", "beta_max", "kl_schedule", "explore_fraction"),
     *("learning_rate", "warmup_steps", "epochs", "max_steps", "num_iterations", "gradient_accumulation_steps"),
-    *("max_grad_norm", "device", "dtype", "attention", "threads"),
+    *("max_grad_norm", "device", "dtype", "attention", "liger", "threads"),
 }
 # Keywords of --loss that TRL has, and what it calls them; and those of which it does not have every value.
 LOSS = {

@@ -3,10 +3,10 @@
     VERL_USE_EXTERNAL_MODULES=mr1fast.integrations.verl python -m verl.trainer.main_ppo \\
         actor_rollout_ref.actor.policy_loss.loss_mode=grpo_d ...
 
-Importing this module registers the loss where verl is installed; it works without verl, too (`grpo_d` is a function of
-tensors). The KL weight comes in where verl has it: `KLController` for the penalty in the reward
-(`trainer.kl_ctrl_in_reward`), and for the term in the loss (`use_kl_loss`), which is the paper's, either
-`PolicyLossConfig`, by configuration alone, or `set_kl_loss_coef`.
+Importing this module registers the loss (verl_loss.py) where verl is installed; it works without verl, too, and
+`policy_loss.objective` makes it another one of verl's losses. The KL weight comes in where verl has it: `KLController`
+for the penalty in the reward (`trainer.kl_ctrl_in_reward`), and for the term in the loss (`use_kl_loss`), which is the
+paper's, either `PolicyLossConfig`, by configuration alone, or `set_kl_loss_coef`.
 
 `python -m mr1fast.integrations.verl export` writes a run of `mr1fast.train` for verl, see `verl_export`.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -23,126 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.checks import choice, number
+from mr1fast.checks import choice
+from mr1fast.integrations.verl_loss import AGGREGATIONS as AGGREGATIONS
+from mr1fast.integrations.verl_loss import OBJECTIVES as OBJECTIVES
+from mr1fast.integrations.verl_loss import grpo_d as grpo_d
 from mr1fast.integrations.versions import check_version
-from mr1fast.kernels import reference
-from mr1fast.losses import arguments
 from mr1fast.losses.hidden import linear_token_logprobs
 from mr1fast.losses.kl_weight import KLSchedule, kl_weight
-from mr1fast.losses.layout import layout_of
-from mr1fast.losses.options import LossOptions, completed
 
 TESTED = "0.9.1"
-_LARGEST_LOG_RATIO = 20.0  # verl's, against overflow
-AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-
-
-def grpo_d(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """The clipped policy term, as verl's registry of policy losses wants it; verl adds the KL and entropy terms.
-
-    Args:
-        old_log_prob, log_prob, response_mask: [B, L]. Whatever stands at masked positions does not matter.
-        advantages: [B, L] or [B].
-        loss_agg_mode: one of `AGGREGATIONS`.
-        config: verl's ActorConfig, or any object or mapping with `clip_ratio`, `clip_ratio_low`, `clip_ratio_high`,
-            `clip_ratio_c` (dual clip: bounds the ratio where the advantage is negative; above 1; 3 if it is missing,
-            as in verl; None for the paper's loss, without one) and `global_batch_info`; what else is missing or None
-            has verl's meaning. Without a config: 0.2 and no dual clip.
-        rollout_is_weights: [B, L] or [B, 1], correction for the rollout engine; multiplies the policy term.
-
-    As in verl the log-ratio is cut at +-20. Returns the loss (0-d, differentiable in log_prob) and verl's metrics as
-    floats: actor/pg_clipfrac, actor/ppo_kl, actor/pg_clipfrac_lower. Raises ValueError for a bad argument, by name.
-    """
-    log_prob, layout = layout_of("log_prob", log_prob)
-    choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
-    epsilon = _setting(config, "clip_ratio", 0.2)
-    epsilon_high = _setting(config, "clip_ratio_high", epsilon)
-    dual_clip = None if config is None else _get(config, "clip_ratio_c", 3.0)
-    if dual_clip is not None:
-        number("clip_ratio_c", dual_clip, above=1)
-    options: LossOptions = {
-        "epsilon_low": _setting(config, "clip_ratio_low", epsilon),
-        "epsilon_high": epsilon_high,
-        "completion_mask": response_mask,
-        "old_per_token_logps": old_log_prob,
-        "importance_sampling_ratio": rollout_is_weights,
-    }
-    dtype = reference.compute_dtype(log_prob.dtype)
-    no_ids = torch.zeros_like(log_prob, dtype=torch.int64)  # the log-probabilities are there already
-    spec, batch = arguments.loss_call(dtype, layout, no_ids, advantages, completed(grpo_d, options))
-    mask = torch.ones_like(log_prob, dtype=torch.bool) if batch.mask is None else batch.mask
-    assert batch.old_logps is not None
-    assert batch.advantages is not None
-    negative = batch.advantages < 0
-    logps = torch.where(mask, log_prob.to(dtype), 0)
-    old_logps = torch.where(mask, batch.old_logps, 0)
-    log_ratio = logps - old_logps
-    bounded = log_ratio = log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    if dual_clip is not None:
-        # verl: min(-A c, max(-A r, -A clip(r))) where A < 0, which is the clipped objective of the ratio min(r, c).
-        bounded = torch.where(negative, log_ratio.clamp(max=math.log(dual_clip)), log_ratio)
-    logps = torch.where(bounded == logps - old_logps, logps, old_logps + bounded)  # bit for bit where nothing is cut
-    per_token, _, is_low, is_high = reference.objective(logps, batch, spec)
-    loss = _aggregate(per_token, mask, loss_agg_mode, **(_setting(config, "global_batch_info", None) or {}))
-
-    with torch.no_grad():
-        tokens = mask.sum().clamp(min=1)
-        above = log_ratio > bounded
-        means = torch.stack([(is_low | is_high).sum(), -log_ratio.sum(), above.sum()]) / tokens
-    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-    return loss, dict(zip(names, means.tolist()))
-
-
-def _aggregate(
-    per_token: Tensor,
-    mask: Tensor,
-    mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> Tensor:
-    """verl's aggregation of the per-token loss [B, L] (0 where masked) over the global batch of `dp_size` processes.
-
-    A completion without tokens does not count as one. A batch without any gives 0 where verl gives NaN.
-    """
-    if mode == "token-sum":
-        return per_token.sum() * dp_size
-    if dp_size > 1:
-        name, value = "global_batch_size", global_batch_size
-        if mode == "token-mean":
-            name, value = "batch_num_tokens", batch_num_tokens
-        if value is None:
-            raise ValueError(f"{name} must be given for loss_agg_mode={mode!r} with dp_size {dp_size}, got None")
-    if mode == "token-mean":
-        count = mask.sum().clamp(min=1) if batch_num_tokens is None else batch_num_tokens
-        return per_token.sum() / count * dp_size
-    lengths = mask.sum(1)
-    per_completion = per_token.sum(1)
-    if mode == "seq-mean-token-mean":
-        per_completion = per_completion / lengths.clamp(min=1)
-    elif mode == "seq-mean-token-sum-norm":
-        per_completion = per_completion / (mask.shape[1] if loss_scale_factor is None else loss_scale_factor)
-    count = (lengths > 0).sum().clamp(min=1) if global_batch_size is None else global_batch_size
-    return per_completion.sum() / count * dp_size
-
-
-def _get(config: Any, name: str, default: Any) -> Any:
-    """The entry of a mapping, or the attribute of any other object; `default` where there is none."""
-    return config.get(name, default) if hasattr(config, "get") else getattr(config, name, default)
-
-
-def _setting(config: Any, name: str, default: Any) -> Any:
-    value = _get(config, name, None)
-    return default if value is None else value
 
 
 class KLController(KLSchedule):
@@ -193,16 +81,22 @@ def _policy_loss_config() -> type:
     class PolicyLossConfig(Base):
         """verl's settings of a policy loss and the keywords of `kl_weight`, for `loss_mode="grpo_d"`.
 
+        objective: which of verl's losses it is (`verl_loss.OBJECTIVES`), with that one's settings in the places that
+        verl has for them.
         With beta_max the weight of verl's KL loss (`actor.use_kl_loss`) follows the schedule, over the training steps
         that verl's own learning-rate schedule counts and its checkpoints keep. Without, it stays `kl_loss_coef`.
         """
 
+        objective: str = "vanilla"
         kl_schedule: str = "paper"
         beta_min: float = 0.0
         beta_max: float | None = None
         explore_fraction: float = 0.3
 
         def __post_init__(self) -> None:
+            choice("policy_loss.objective", self.objective, OBJECTIVES)
+            if self.objective != "vanilla" and self.loss_mode != "grpo_d":
+                raise ValueError(f"policy_loss.loss_mode must be 'grpo_d' with objective, got {self.loss_mode!r}")
             if self.beta_max is None:
                 return
             if self.loss_mode != "grpo_d":

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.checks import described, integer, number
+from mr1fast.checks import described, integer
 from mr1fast.kernels import reference
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
-from mr1fast.kernels.reference import BatchwiseSpec, LossBatch, LossSpec
-from mr1fast.losses.layout import Layout, floating, layout_of, shaped
+from mr1fast.kernels.reference import BatchwiseSpec, LogitMap, LossBatch, LossSpec
+from mr1fast.losses.layout import Layout, check_values, floating, layout_of, shaped
+from mr1fast.losses.options import OPTIONS
 
 # Here, because torch.compile cannot trace the question.
 _SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))
@@ -90,9 +91,23 @@ def hidden_rows(hidden: Any, weight: Any, bias: Any, **how: Any) -> tuple[Tensor
     return hidden, layout
 
 
-def temperature_of(temperature: Any, logit_scale: Any) -> float:
-    """What the logits are divided by in all."""
-    return number("temperature", temperature, above=0) / number("logit_scale", logit_scale, above=0)
+def logit_map(dtype: torch.dtype, layout: Layout, mask: Tensor | None, **given: Any) -> LogitMap:
+    """From the options temperature, logit_scale and final_logit_softcapping, not checked yet, of scoring."""
+    options = {name: OPTIONS[name].check(name, value) for name, value in given.items()}
+    temperature, softcap = options["temperature"], options["final_logit_softcapping"]
+    scale = options["logit_scale"]
+    if isinstance(temperature, Tensor):
+        return LogitMap(1.0, softcap / scale, _temperatures(dtype, layout, mask, options))
+    return LogitMap(temperature / scale, softcap / scale)
+
+
+def _temperatures(dtype: torch.dtype, layout: Layout, mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
+    """The temperature of each token, by which the logits as they were given are divided, [B, L]."""
+    each = _constant(_setting("temperature", options["temperature"], layout), dtype)
+    if mask is not None:  # as NaN they would reach the gradient of masked logits as 0 / NaN
+        each = torch.where(mask, each, 1)
+    check_values("temperature", (each > 0) & (each < torch.inf), "finite and > 0 wherever the mask is set", each)
+    return each if options["logit_scale"] == 1 else each / options["logit_scale"]
 
 
 def chunk_bytes(value: int | None) -> int | None:
@@ -104,14 +119,20 @@ def loss_call(
 ) -> tuple[LossSpec, LossBatch]:
     """The settings and the tensors of a call; dtype: to compute in, options: as returned by `completed`."""
     values = {name: options[name] for name in _SPEC_FIELDS}
-    values["temperature"] /= options["logit_scale"]
-    epsilons = {}
+    mask = token_mask(options["completion_mask"], layout, "completion_mask")
+    # What is given for each token goes into the batch, and the spec has a default that nobody reads.
+    temperatures, epsilons = None, {}
+    if isinstance(values["temperature"], Tensor):
+        del values["temperature"]
+        temperatures = _temperatures(dtype, layout, mask, options)
+    else:
+        values["temperature"] /= options["logit_scale"]
+    values["final_logit_softcapping"] /= options["logit_scale"]
     for name in ("epsilon_low", "epsilon_high"):
         if isinstance(values[name], Tensor):
             epsilons[name] = _constant(_setting(name, values.pop(name), layout), dtype)
     batchwise = _batchwise(dtype, layout, options)
     spec = LossSpec(**values) if batchwise is None else BatchwiseSpec(**values, **batchwise)
-    mask = token_mask(options["completion_mask"], layout, "completion_mask")
 
     def per_token(name: str) -> Tensor | None:
         return None if options[name] is None else _constant(layout.per_token(name, options[name]), dtype)
@@ -128,6 +149,7 @@ def loss_call(
         beta=_beta(options, layout, dtype),
         epsilons_low=epsilons.get("epsilon_low"),
         epsilons_high=epsilons.get("epsilon_high"),
+        temperatures=temperatures,
         cu_seqlens=layout.cu_seqlens,
     )
 

@@ -99,8 +99,9 @@ def linear_token_logprobs(
     ids: Tensor,
     *,
     lm_head_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
     mask: Tensor | None = None,
     entropy: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -117,13 +118,21 @@ def linear_token_logprobs(
     hidden, layout = arguments.hidden_rows(
         hidden, lm_head_weight, lm_head_bias, cu_seqlens=cu_seqlens, needs_cu_seqlens=False
     )
+    checked_mask = arguments.token_mask(mask, layout, "mask")
     scored = linear_op.token_logprobs(
         hidden,
         lm_head_weight,
         lm_head_bias,
         arguments.token_ids(ids, layout, "ids"),
-        arguments.token_mask(mask, layout, "mask"),
-        arguments.temperature_of(temperature, logit_scale),
+        checked_mask,
+        arguments.logit_map(
+            compute_dtype(hidden.dtype),
+            layout,
+            checked_mask,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            final_logit_softcapping=final_logit_softcapping,
+        ),
         chunk_bytes=arguments.chunk_bytes(chunk_bytes),
         backend=backend,
     )

@@ -106,6 +106,16 @@ def check_cu_seqlens(cu_seqlens: Any, T: int, device: torch.device) -> None:
         raise ValueError(f"{_cu_seqlens_must(T)}, got [{shown}]")
 
 
+def check_values(name: str, good: Tensor, must: str, values: Tensor) -> None:
+    """Check that all of `values` are `good`, where that can be known: as for cu_seqlens above."""
+    if torch.compiler.is_compiling():
+        return
+    if good.is_cuda:
+        torch._assert_async(good.all(), f"{name} must be {must}")
+    elif not good.all():
+        raise ValueError(f"{name} must be {must}, got {values[~good][0].item()} ({int((~good).sum())} such value(s))")
+
+
 def _cu_seqlens_must(T: int) -> str:  # written only where it is needed: a size in a text is a constant to torch.compile
     return (
         "cu_seqlens must be an int32 or int64 tensor [S + 1] that starts at 0, never decreases and ends at the number "

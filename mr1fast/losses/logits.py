@@ -139,8 +139,9 @@ def token_logprobs(
     logits: Tensor,
     ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
     mask: Tensor | None = None,
     entropy: bool = False,
     inplace_backward: bool = False,
@@ -150,18 +151,26 @@ def token_logprobs(
     """Log-probability of `ids` [B, L] under `logits` [B, L, V], float32 [B, L]; with `entropy` also the entropies.
 
     Both are differentiable, so any objective can stand on top. 0 (and no gradient) where `mask` [B, L] is 0.
-    Packed: logits [T, V] (with cu_seqlens also [1, T, V]) and [T] in place of [B, L]; cu_seqlens [S + 1] is accepted
-    beside them as everywhere, but a log-probability does not depend on it.
-    temperature and logit_scale: the logits are divided by the one and multiplied by the other, as in `grpo_loss`.
+    Packed: logits [T, V] (with cu_seqlens also [1, T, V]) and [T] in place of [B, L]; cu_seqlens [S + 1] is needed only
+    beside a temperature for each completion, [S].
+    temperature, logit_scale and final_logit_softcapping: what the logits go through first, as in `grpo_loss`.
     inplace_backward: backward writes the gradient over the logits, which are then consumed.
     """
     overwritten = checks.flag("inplace_backward", inplace_backward)
     logits, layout = arguments.logits_rows(logits, overwritten, cu_seqlens=cu_seqlens, needs_cu_seqlens=False)
+    checked_mask = arguments.token_mask(mask, layout, "mask")
     scored = autograd.token_logprobs(
         logits,
         arguments.token_ids(ids, layout, "ids"),
-        arguments.token_mask(mask, layout, "mask"),
-        arguments.temperature_of(temperature, logit_scale),
+        checked_mask,
+        arguments.logit_map(
+            compute_dtype(logits.dtype),
+            layout,
+            checked_mask,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            final_logit_softcapping=final_logit_softcapping,
+        ),
         inplace_backward=inplace_backward,
         backend=backend,
     )

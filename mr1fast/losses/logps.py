@@ -35,8 +35,8 @@ def grpo_loss_from_logps(
         advantages: [B] or [B, L]; or None, with rewards.
         entropies: like per_token_logps, required with entropy_coef (then differentiable, too) and with
             top_entropy_quantile.
-        **options: those of `mr1fast.losses.options.LossOptions`; `temperature` and `logit_scale`, which are in the
-            log-probabilities already, change nothing. They are:
+        **options: those of `mr1fast.losses.options.LossOptions`; `temperature`, `logit_scale` and
+            `final_logit_softcapping`, which are in the log-probabilities already, change nothing. They are:
 
     Returns:
         GRPOLossOutput; its `loss` is differentiable, as often as one likes, in per_token_logps and in entropies.

@@ -289,8 +289,13 @@ class LossOptions(TypedDict, total=False):
         ),
     ]
     temperature: Annotated[
-        float,
-        Option(1.0, _number(above=0), "number by which the logits are divided."),
+        float | Tensor,
+        Option(
+            1.0,
+            partial(_or_tensor, check=_number(above=0)),
+            "number by which the logits are divided, after logit_scale and final_logit_softcapping; a float, or a "
+            "tensor as for beta, with values > 0.",
+        ),
     ]
     logit_scale: Annotated[
         float,
@@ -299,6 +304,16 @@ class LossOptions(TypedDict, total=False):
             _number(above=0),
             "number by which the model multiplies its logits, if those given (or computed here from hidden states) are "
             "not multiplied yet: Cohere's logit_scale, 1 / logits_scaling of Granite.",
+        ),
+    ]
+    final_logit_softcapping: Annotated[
+        float | None,
+        Option(
+            None,
+            partial(_or_none, check=_number(above=0), instead=math.inf),
+            "Gemma's soft cap: after logit_scale and before temperature, a logit z becomes cap * tanh(z / cap), if "
+            "those given (or computed here from hidden states) are not capped yet; a logit of -inf stays banned. None "
+            "for no cap.",
         ),
     ]
     reduction: Annotated[

@@ -20,6 +20,7 @@ from mr1fast.model.adapter import load_adapter
 from mr1fast.model.checks import check_finite, check_folder, check_not_quantised, check_weights, is_adapter
 from mr1fast.model.family import Model, family
 from mr1fast.model.files import check_processor_files, check_readable, check_weight_files
+from mr1fast.model.liger import use_liger
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import prompt_text
 from mr1fast.options import recipes
@@ -87,14 +88,15 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    liger: bool = False,
 ) -> Any:
     """A model of FAMILIES, in training mode, from a folder (or a hub name) in Hugging Face format.
 
-    From an adapter's folder, a PeftModel on its base. Raises UserError (a ValueError) if there is no model, or if some
-    of its weights are missing.
+    From an adapter's folder, a PeftModel on its base. liger: with Liger's layers, see `use_liger`. Raises UserError (a
+    ValueError) if there is no model, or if some of its weights are missing.
     """
     if is_adapter(path):
-        base = _of_base(path, partial(load_model, device=device, dtype=dtype, attention=attention))
+        base = _of_base(path, partial(load_model, device=device, dtype=dtype, attention=attention, liger=liger))
         adapted = load_adapter(base, Path(path))
         check_finite(path, adapted)
         adapted.name_or_path = str(path)  # type: ignore[assignment]  # else it would be the base's
@@ -125,6 +127,8 @@ def load_model(
     model._weight_conversions = None  # with them, transformers would save the weights under the wrappers' names
     model.to(device).train()
     check_finite(path, model)
+    if liger:
+        use_liger(model)
     return model
 
 

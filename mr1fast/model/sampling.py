@@ -55,6 +55,9 @@ def draw(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """
     B, V = scores.shape
     most = scores.amax(-1, keepdim=True)
+    if V <= BLOCK:
+        token, _, total = _search((scores - most).exp_(), numbers)
+        return token, most[:, 0] + total.log().float()
     weights = scores.new_empty(B, -(-V // BLOCK), BLOCK)
     whole = weights.view(B, -1)
     whole[:, V:] = 0
@@ -71,7 +74,7 @@ def _search(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     weights: [B, N], not negative; one of 0 is never found. numbers: [B] float64 in [0, 1).
     """
-    ends = weights.double().cumsum(-1)
+    ends = weights.cumsum(-1, dtype=torch.float64)
     total = ends[:, -1:]
     target = torch.minimum(numbers[:, None] * total, total.nextafter(torch.zeros_like(total)))  # rounding may reach it
     place = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[1] - 1)  # NaN is beyond all

@@ -187,6 +187,7 @@ class TaskConfig:
     """The options with which one model is trained, every default filled in. GRPO's KL weight is a constant schedule."""
 
     method: str
+    sft_reasoning: bool
     seed: int
     reward_weights: dict[str, float]  # without those of weight 0
     num_generations: int
@@ -195,6 +196,8 @@ class TaskConfig:
     temperature: float
     top_k: int
     top_p: float
+    dynamic_sampling: bool
+    mask_truncated: bool
     loss: dict[str, Any]  # keywords of the loss, beside those that the trainer sets itself
     beta_min: float
     beta_max: float

@@ -10,6 +10,8 @@ from mr1fast.options.fields import MANY, PAIRS, option
 from mr1fast.options.loss_keywords import DEFAULT_LOSS
 from mr1fast.options.recipes import KL_DEFAULTS, R1_V, RECIPES, TASK_NAMES
 
+# A step with --dynamic-sampling samples at most so many times its prompts, as in verl's recipe for DAPO.
+MOST_BATCHES = 10
 BETA_WHY = "rewards are of the order of 1, so the KL term would drown out the rest of the loss"
 
 
@@ -83,6 +85,12 @@ class LearningOptions:
         at_most=1.0,
         why="it is a probability",
     )
+    dynamic_sampling: bool = option(
+        False,
+        "replace groups whose rewards all agree, from which nothing can be learnt, by those of further prompts (DAPO); "
+        f"a step samples at most {MOST_BATCHES} times its prompts",
+        group="sampling",
+    )
     seed: int = option(0, "seed for shuffling the prompts and for sampling", group="sampling", at_least=0)
 
     loss: str = option(
@@ -91,6 +99,12 @@ class LearningOptions:
         "wrong name is answered with all that there are, and docs/training.md explains them",
         group="loss",
         metavar=PAIRS,
+    )
+    mask_truncated: bool = option(
+        False,
+        "leave completions that were cut off at --max-completion-length out of the loss and of the tokens that it is "
+        "divided by",
+        group="loss",
     )
     beta: float | None = option(
         None, "constant KL weight", group="loss", at_least=0, at_most=1000, why=BETA_WHY, shown=_of_method("beta")

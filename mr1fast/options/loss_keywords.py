@@ -38,7 +38,6 @@ def parse_loss(text: str, source: str) -> dict[str, Any]:
     known = [name for name in OPTIONS if name not in TRAINERS_OWN and {bool, int, float, str} & {*kinds[name]}]
     values: dict[str, Any] = {"loss_type": OPTIONS["loss_type"].default}
     for name, value in pairs(text, source, f"{DEFAULT_LOSS},epsilon_high=0.28").items():
-        name = name.replace("-", "_")
         if name in TRAINERS_OWN:
             option = TRAINERS_OWN[name]
             raise UserError(f"{source}: {name} is set by {option or 'the trainer'}, not here")
@@ -58,7 +57,7 @@ def _as_typed(text: str, kinds: tuple[Any, ...]) -> Any:
         return text
     if bool in kinds:
         return SWITCH.get(text.lower(), text)
-    if type(None) in kinds and text.lower() == "none":
+    if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     try:
         return float(text)

@@ -27,6 +27,12 @@ class ProblemOptions:
         group="model",
         choices=METHODS,
     )
+    sft_reasoning: bool = option(
+        False,
+        "supervised fine-tuning imitates reasoning too, which is in the column reasoning of your data; rows without it "
+        "are left out",
+        group="model",
+    )
     model: str | None = option(
         None,
         "Qwen2-VL or Qwen2.5-VL to start from: a folder, or a name on the Hugging Face hub",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError, and suggests the option that was meant."""
 
     def __init__(self, **keywords: Any):
-        super().__init__(formatter_class=_Lines, **keywords)
+        super().__init__(**{"formatter_class": _Lines, **keywords})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -64,6 +65,16 @@ def at_least(bound: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def check_one_process(what: str, instead: str = "") -> None:
+    """Raises UserError under torchrun and its kin, where each process would do the same work by itself."""
+    if (number := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(number) > 1:
+        advice = f"; {instead}" if instead else ""
+        raise UserError(
+            f"WORLD_SIZE is {number}, but {what} runs in one process, on one device: start it without torchrun or "
+            f"accelerate launch{advice}"
+        )
 
 
 def missing_package(error: ModuleNotFoundError, extra: str = "train") -> str:

@@ -146,6 +146,14 @@ class RunOptions:
         choices=("auto", "sdpa", "flash_attention_2", "eager"),
         machine=True,
     )
+    liger: str = option(
+        "auto",
+        "Liger's RMSNorm, rotary embedding and SwiGLU in the language model; auto uses them on a GPU where "
+        "liger-kernel is installed",
+        group="device",
+        choices=("auto", "on", "off"),
+        machine=True,
+    )
     threads: int | None = option(
         None,
         "number of CPU threads to use",

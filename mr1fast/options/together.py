@@ -111,8 +111,16 @@ def _check_parts(config: TrainConfig) -> None:
 
 
 def _check_steps(config: TrainConfig) -> None:
-    if config.num_iterations > 1 and config.method == "sft":
-        raise UserError("--num-iterations above 1 needs sampled completions, and --method sft samples none")
+    sampling = {
+        "--num-iterations above 1": config.num_iterations > 1,
+        "--dynamic-sampling": config.dynamic_sampling,
+        "--mask-truncated": config.mask_truncated,
+    }
+    for option, given in sampling.items():
+        if given and config.method == "sft":
+            raise UserError(f"{option} needs sampled completions, and --method sft samples none")
+    if config.sft_reasoning and config.method != "sft":
+        raise UserError(f"--sft-reasoning belongs to --method sft, and the method is {config.method}")
     for name in config.names:
         task = config.for_task(name)
         if task.prompts_per_step % task.gradient_accumulation_steps:

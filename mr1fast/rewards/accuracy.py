@@ -29,15 +29,15 @@ def accuracy_reward(completion: str, solution: str, *, choices: Sequence[str] | 
 
 
 def is_right_untagged(completion: str, solution: str, *, choices: Sequence[str] | None = None) -> bool:
-    """Whether a completion without a tagged answer ends in one that is right: its last line, or the only number there.
+    """Whether a completion without a tagged answer ends in one that is right: its last line, or the last number there.
 
-    For people who look at completions: rewards and accuracies ask for tags, and this counts nowhere.
+    The rewards and the accuracy that papers report ask for tags. This tells a model that cannot answer from one that
+    answers in another form than it was asked to.
     """
     lines = [line.strip() for line in _TAG.sub("\n", completion).splitlines() if line.strip()]
     if extract_answer(completion) or not lines:
         return False
-    numbers = _NUMBER.findall(lines[-1])
-    ends = [lines[-1], *(numbers if len(numbers) == 1 else [])]
+    ends = [lines[-1], *_NUMBER.findall(lines[-1])[-1:]]
     return any(accuracy_reward(f"<answer>{end}</answer>", solution, choices=choices) > 0 for end in ends)
 
 

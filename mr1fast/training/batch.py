@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.kernels import reference
 from mr1fast.losses.hidden import linear_grpo_loss, linear_token_logprobs
 from mr1fast.losses.logits import GRPOLossOutput
+from mr1fast.losses.weights import loss_weights
 from mr1fast.model.checks import image_starts
 from mr1fast.model.policy import Policy
 from mr1fast.model.prefix import Prefix
@@ -72,13 +72,12 @@ def weighted(batch: Batch, loss: Mapping[str, Any], whole: Whole) -> tuple[Batch
     ids, mask = batch.completion_ids, batch.completion_mask
     keywords = {name: value for name, value in loss.items() if name != "scale_rewards"}  # that is for the advantages
     tokens = max(whole.tokens, 1)
-    weight = reference.token_weight(
+    weight = loss_weights(
         ids,
         mask,
-        torch.float32,
-        loss["loss_type"],
-        whole.max_completion_length,
-        tokens,
+        loss_type=loss["loss_type"],
+        max_completion_length=whole.max_completion_length,
+        num_items_in_batch=tokens,
         num_sequences=whole.completions,
     )
     if keywords.get("entropy_coef"):  # a mean over tokens

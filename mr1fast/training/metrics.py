@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.training.batch import Batch
 from mr1fast.training.loggers import Logger
 from mr1fast.training.run_folder import RunFolder, write_text
 from mr1fast.training.scoring import Scored
+
+SAME = 1e-8  # the deviation of rewards that agree is below this
 
 
 class MetricsLog:
@@ -86,13 +87,18 @@ def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: i
         metrics[f"rewards/{name}/std"] = _std(values[None]).item()
         if absent := int(values.isnan().sum()):
             metrics[f"rewards/{name}/absent"] = absent
-    group_std = _std(total.view(-1, num_generations))
+    spread = group_std(total, num_generations)
     return {
         **metrics,
         "reward": total.nanmean().item(),
-        "reward_std": group_std.nanmean().item(),
-        "frac_reward_zero_std": (group_std < 1e-8).float().mean().item(),
+        "reward_std": spread.nanmean().item(),
+        "frac_reward_zero_std": (spread < SAME).float().mean().item(),
     }
+
+
+def group_std(total: Tensor, num_generations: int) -> Tensor:
+    """[P] float64: the deviation of the rewards [B] of each group, below SAME if they agree, NaN if all are absent."""
+    return _std(total.view(-1, num_generations))
 
 
 def _std(values: Tensor) -> Tensor:
@@ -103,20 +109,20 @@ def _std(values: Tensor) -> Tensor:
     return (squares / (count - 1).clamp(min=1)).sqrt().masked_fill(count == 0, math.nan)
 
 
-def completion_lengths(batch: Batch, eos: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] float32 in tokens, and whether a completion has ended, [B] bool."""
-    lengths = batch.completion_mask.sum(1)
-    last = batch.completion_ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
-    return lengths.float(), torch.isin(last, eos)
+def cut_off(completion_ids: Tensor, completion_mask: Tensor, eos: Tensor) -> Tensor:
+    """[B] bool: whether a completion [B, L] was cut off before it ended."""
+    last = completion_ids.gather(1, (completion_mask.sum(1, keepdim=True) - 1).clamp(min=0))[:, 0]
+    return ~torch.isin(last, eos)
 
 
-def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, float]:
-    """Lengths in tokens, and the fraction of completions that were cut off before they ended."""
+def completion_metrics(lengths: Tensor, cut: Tensor) -> dict[str, float]:
+    """Of lengths [B] in tokens, and of `cut_off`: the fraction of completions that were cut off before they ended."""
+    lengths = lengths.float()
     return {
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": 1 - ended.float().mean().item(),
+        "completions/clipped_ratio": cut.float().mean().item(),
     }
 
 

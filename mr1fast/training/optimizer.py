@@ -1,4 +1,4 @@
-"""AdamW with the learning rate's schedule, clipping, and float32 weights behind a bfloat16 model."""
+"""AdamW with clipping, and float32 weights behind a bfloat16 model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def learning_rate_at(step: int, *, peak: float, max_steps: int, warmup_steps: int) -> float:
-    """The rate of the update after `step` finished ones: a linear rise, then a linear fall to 0, like TRL's default."""
-    rise = (step + 1) / (warmup_steps + 1)
-    fall = (max_steps - step) / max(max_steps - warmup_steps, 1)
-    return peak * min(rise, fall, 1.0)
-
 
 # Of float32 gradients at a time; a weight with more has its own alone.
 CHUNK_BYTES = 64 * 2**20

@@ -8,6 +8,7 @@ benchmarks/plan_check.py runs the same step with true weights to compare.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable
@@ -109,7 +110,9 @@ def build_trainer(
     if not policy.trainable_parameters():
         raise UserError(f"--freeze {shape.options.freeze} leaves nothing to train")
     others = {"none": None, "shared": policy, "own": reference and Policy(reference, processor).freeze()}
-    return Trainer(shape.task, policy, others[shape.reference], _Prompts(shape, processor))
+    # Its completions all have the same reward, and none of them ends.
+    task = dataclasses.replace(shape.task, dynamic_sampling=False, mask_truncated=False)
+    return Trainer(task, policy, others[shape.reference], _Prompts(shape, processor))
 
 
 class _Prompts:
@@ -124,7 +127,7 @@ class _Prompts:
         tags = len(processor.tokenizer(sft_target(""))["input_ids"]) + 1  # the end of the turn
         problem = "1" * max(shape.text_tokens - without, 1)
         solution = "1" * max((shape.task.max_completion_length - tags) // 2, 1)
-        self.example = Example(image, problem, solution, "an example")
+        self.example = Example(image, problem, solution, "an example", columns={"reasoning": solution})
 
     def __len__(self) -> int:
         return 1

@@ -73,6 +73,14 @@ class Processes:
         longest = max(map(len, shares))
         return [one for i in range(0, longest, group) for each in shares for one in each[i : i + group]]
 
+    def whole_tensor(self, share: Any, group: int = 1) -> Any:
+        """`whole` of a tensor [n], on the CPU if there are several processes."""
+        if self.count == 1:
+            return share
+        import torch
+
+        return torch.tensor(self.whole(share.tolist(), group), dtype=share.dtype)
+
     def sum_gradients(self, weights: Sequence[Any]) -> None:
         """Make each weight's gradient the sum of those of all processes. One that no process has stays absent."""
         if self.count == 1:
@@ -177,6 +185,8 @@ def pieces_of(config: TaskConfig, processes: Processes) -> int:
     Raises UserError for a batch that cannot be divided among the processes.
     """
     prompts, count = config.prompts_per_step, processes.count
+    if count > 1 and config.dynamic_sampling:
+        raise UserError(f"--dynamic-sampling cannot be divided among processes yet, and there are {count}")
     if prompts % count:
         raise UserError(f"--prompts-per-step must be a multiple of the number of processes, got {prompts} and {count}")
     share, wanted = prompts // count, -(-config.gradient_accumulation_steps // count)

@@ -20,6 +20,7 @@ from mr1fast.evaluation.evaluate import Divide, evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
+from mr1fast.model.liger import choose_liger
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import longest_prompt, prompt_length
@@ -33,6 +34,7 @@ from mr1fast.training.plan_run import plans_before
 from mr1fast.training.processes import ALONE, Processes, pieces_of
 from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
+from mr1fast.training.trainer import without_reasoning
 
 
 @dataclass
@@ -181,6 +183,7 @@ def prepare(opened: OpenRun) -> Setup:
         device=device,
         dtype=models.choose_dtype(config.dtype, device),
         attention=models.choose_attention(config.attention, device),
+        liger=choose_liger(config.liger, device),
     )
     for name in config.names:
         pieces_of(config.for_task(name), processes)  # raises for a batch that cannot be divided
@@ -208,6 +211,9 @@ def prepare(opened: OpenRun) -> Setup:
         load=lambda path, **other: Policy(load_model(path, **other), processor).freeze_parts(config.frozen_parts),
         offloads_reference=any(plan.offload_reference for plan in plans),
     )
+    if config.sft_reasoning:
+        for split in setup.train.values():
+            split.leave_out(without_reasoning)
     longest = room_for_prompts(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))

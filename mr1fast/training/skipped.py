@@ -10,11 +10,16 @@ from typing import Any
 from mr1fast.data.example import Example
 
 
-def useless(rewards: Sequence[float]) -> str:
-    """Why nothing can be learnt from these weighted sums, of which NaN is an absent one; "" if something can."""
-    if any(math.isinf(reward) for reward in rewards):
+def useless(rewards: Sequence[float], any_tokens: bool = True) -> str:
+    """Why nothing can be learnt from these weighted sums, of which NaN is an absent one; "" if something can.
+
+    any_tokens: whether there are any that count.
+    """
+    if any(map(math.isinf, rewards)):
         return "a reward is not a finite number"
-    return "no completion has a reward" if rewards and all(math.isnan(reward) for reward in rewards) else ""
+    if rewards and all(map(math.isnan, rewards)):
+        return "no completion has a reward"
+    return "" if any_tokens else "every completion was cut off, and --mask-truncated is on"
 
 
 def skipped_sample(

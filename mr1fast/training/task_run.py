@@ -65,8 +65,8 @@ class TaskRun:
             write_json(self.folder / "skipped" / f"step-{sample['step']:06d}.json", sample)
         if in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had NaN or infinite numbers (the last: {sample['reason']}), so "
-                "training has stopped; a lower --learning-rate often helps, and the samples are in "
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped (the last: {sample['reason']}), so training has "
+                "stopped; where numbers are NaN or infinite, a lower --learning-rate often helps; the samples are in "
                 f"{self.folder / 'skipped'}"
             )
 

@@ -16,20 +16,16 @@ from mr1fast.data.example import Example, Examples
 from mr1fast.losses.kl_weight import KLSchedule
 from mr1fast.losses.logits import group_advantages
 from mr1fast.model.policy import Policy
+from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
 from mr1fast.training.batch import Batch, Whole, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
-from mr1fast.training.metrics import (
-    completion_lengths,
-    completion_metrics,
-    difference,
-    mean_metrics,
-    reward_metrics,
-    sampling_metrics,
-)
-from mr1fast.training.optimizer import Optimizer, learning_rate_at
+from mr1fast.training.groups import Groups, Shortage, refill
+from mr1fast.training.learning_rate import learning_rate_at
+from mr1fast.training.metrics import completion_metrics, cut_off, difference, mean_metrics, sampling_metrics
+from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.phases import Phases
 from mr1fast.training.processes import ALONE, Processes, pieces_of
@@ -45,6 +41,7 @@ class StepData:
     completions: list[str]  # [B]
     rewards: list[float]  # [B], weighted sums; empty for supervised fine-tuning
     metrics: dict[str, float]
+    rows: list[int] = dataclasses.field(default_factory=list)  # [P], of the data set
 
 
 class Trainer:
@@ -73,6 +70,8 @@ class Trainer:
         self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
         self.phases = Phases(policy.device)
         self.finished_steps = 0
+        self.further_prompts = 0  # that --dynamic-sampling has taken beside those of each step
+        self.shortage = Shortage()
         self.num_tokens = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -87,7 +86,8 @@ class Trainer:
         metrics = {"learning_rate": self.learning_rate}
         if self.config.method != "sft":
             metrics["beta"] = self.beta
-        reason = useless(self.step_data.rewards)
+        any_tokens = any(self.processes.gather(bool(self.step_data.batch.completion_mask.any())))
+        reason = useless(self.step_data.rewards, any_tokens)
         if not reason:
             metrics |= self.update(self.step_data)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
@@ -102,34 +102,71 @@ class Trainer:
 
     # ---- prompts, completions, rewards ------------------------------------------------------------------------------
 
-    def examples(self) -> list[Example]:
-        """The prompts of this step, those of all processes."""
-        return [self.dataset[row] for row in self._rows()]
+    def rows(self) -> list[int]:
+        """The prompts of this step: each epoch has a new order, which is the same in every run with this seed."""
+        return self._rows_from(self.finished_steps // self.config.num_iterations, self.config.prompts_per_step)
 
-    def _rows(self) -> list[int]:
-        """Of these prompts: each epoch has a new order, which is the same in every run with this seed."""
-        count, total = self.config.prompts_per_step, len(self.dataset)
-        first = self.finished_steps // self.config.num_iterations * count
-        return rows_of_step(self.config.seed, first, count, total)
+    def examples(self, rows: Sequence[int] | None = None) -> list[Example]:
+        """Those of these rows, or of this step."""
+        return [self.dataset[row] for row in (self.rows() if rows is None else rows)]
+
+    def _rows_from(self, steps: int, count: int) -> list[int]:
+        """`count` rows of the data, after so many steps' prompts and the further ones that were taken."""
+        first = steps * self.config.prompts_per_step + self.further_prompts
+        return rows_of_step(self.config.seed, first, count, len(self.dataset))
 
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
         self.phases.begin("prompts" if self.config.method == "sft" else "rollout")
-        examples = [self.dataset[row] for row in self.processes.share(self._rows())]
-        inputs = self.policy.encode(examples)
-        data = self._targets(examples, inputs) if self.config.method == "sft" else self._rollout(examples, inputs)
-        prompts = int(inputs["attention_mask"].sum()) * data.batch.num_generations
-        self.num_tokens += sum(self.processes.gather(prompts + int(data.batch.completion_mask.sum())))
-        return data
+        rows = self.processes.share(self.rows())
+        return self._targets(rows) if self.config.method == "sft" else self._rollout(rows)
 
-    def _rollout(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
+    def _rollout(self, rows: list[int]) -> StepData:
+        config, G, unanswered_before = self.config, self.config.num_generations, unanswered()
+        sampled, inputs, prefix = self._sample(rows, self.processes.share(range(config.prompts_per_step)))
+        groups = sampled
+        if config.dynamic_sampling:
+            sampled, chosen = refill(sampled, self._further)
+            groups = sampled.take(chosen)
+        if groups.rows != rows:
+            inputs, prefix = self.policy.encode(groups.examples), None
+        total = self.processes.whole_tensor(groups.total, G)
+        every = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
+        advantages = torch.cat(self.processes.share(every.split(G)))
+        self.scored = first_scored(groups.repeated, groups.rollout.completions, groups.scores, advantages)
+        batch = Batch(
+            inputs=inputs,
+            num_generations=G,
+            completion_ids=groups.rollout.completion_ids,
+            completion_mask=groups.that_ended(self.policy.end_ids) if config.mask_truncated else groups.completion_mask,
+            advantages=advantages.to(self.policy.device),
+            sampling_per_token_logps=groups.rollout.per_token_logps,
+            prefix=prefix,
+        )
+        if self.reference is not None:
+            batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
+        metrics = sampled.metrics(
+            self.policy.end_ids, self.processes
+        )  # of all that was sampled: groups that agree were no accident
+        if config.dynamic_sampling:
+            metrics |= self.shortage.metrics(sampled, groups)
+        metrics["rewards/unanswered"] = sum(self.processes.gather(unanswered() - unanswered_before))
+        completions, rows = self.processes.whole(groups.rollout.completions, G), self.processes.whole(groups.rows)
+        return StepData(batch, completions, total.tolist(), metrics, rows)
+
+    def _sample(self, rows: list[int], places: Sequence[int]) -> tuple[Groups, dict[str, Tensor], Prefix | None]:
+        """Sample and reward completions of these prompts. Also their inputs, and their prefix if it has a graph.
+
+        places: of these among those of this step.
+        """
         config, G = self.config, self.config.num_generations
+        examples = self.examples(rows)
+        inputs = self.policy.encode(examples)
         # Sampler and policy are one network at this point: prompts and images are computed once for both. But an update
         # in pieces computes them again, because its point is to hold the activations of one piece at a time.
-        whole = self.pieces == 1
+        whole = self.pieces == 1 and torch.is_grad_enabled()
         with torch.set_grad_enabled(whole):
             prefix = self.policy.encode_prefix(inputs)
-        places = self.processes.share(range(config.prompts_per_step))
         rollout = self.sampler.generate(
             examples,
             num_generations=G,
@@ -140,34 +177,23 @@ class Trainer:
             streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in places],
         )
         self.phases.begin("rewards")
-        completions = rollout.completions
-        unanswered_before = unanswered()
-        repeated = [example for example in examples for _ in range(G)]
-        own_scores = score(self.rewards, completions, repeated)
-        scores = {name: torch.tensor(self.processes.whole(own.tolist(), G)) for name, own in own_scores.items()}
-        total = weighted_sum(self.rewards, scores)  # of all processes, as are the metrics
-        every = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
-        advantages = torch.cat(self.processes.share(every.split(G)))
-        self.scored = first_scored(repeated, completions, own_scores, advantages)
-        batch = Batch(
-            inputs=inputs,
-            num_generations=G,
-            completion_ids=rollout.completion_ids,
-            completion_mask=rollout.completion_mask,
-            advantages=advantages.to(self.policy.device),
-            sampling_per_token_logps=rollout.per_token_logps,
-            prefix=prefix if whole else None,
-        )
-        if self.reference is not None:
-            batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
-        metrics = reward_metrics(scores, total, G) | self._completion_metrics(batch)
-        metrics["rewards/unanswered"] = sum(self.processes.gather(unanswered() - unanswered_before))
-        return StepData(batch, self.processes.whole(completions, G), total.tolist(), metrics)
+        self._count_tokens(inputs, G, rollout.completion_mask)
+        scores = score(self.rewards, rollout.completions, [example for example in examples for _ in range(G)])
+        groups = Groups(rows, examples, rollout, scores, weighted_sum(self.rewards, scores))
+        return groups, inputs, prefix if whole else None
 
-    def _completion_metrics(self, batch: Batch) -> dict[str, float]:
-        lengths, ended = completion_lengths(batch, self.policy.end_ids)
-        whole = self.processes.whole(list(zip(lengths.tolist(), ended.tolist())))
-        return completion_metrics(*map(torch.tensor, zip(*whole)))
+    def _further(self, place: int, count: int) -> Groups:
+        """The groups of the prompts that come next in the order; the next step begins after them."""
+        self.phases.begin("rollout")
+        rows = self._rows_from(self.finished_steps // self.config.num_iterations + 1, count)
+        with torch.no_grad():
+            groups, *_ = self._sample(rows, range(place, place + count))
+        self.further_prompts += count
+        return groups
+
+    def _count_tokens(self, inputs: dict[str, Tensor], num_generations: int, completion_mask: Tensor) -> None:
+        tokens = int(inputs["attention_mask"].sum()) * num_generations + int(completion_mask.sum())
+        self.num_tokens += sum(self.processes.gather(tokens))
 
     @torch.no_grad()
     def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
@@ -178,11 +204,16 @@ class Trainer:
             pieces = split_batch(batch, self.pieces)
             return torch.cat([batch_logps(reference, piece, self.config.temperature) for piece in pieces])
 
-    def _targets(self, examples: Sequence[Example], inputs: dict[str, Tensor]) -> StepData:
-        """What supervised fine-tuning imitates: the solution in the required form."""
-        completions = [sft_target(example.solution) for example in examples]
-        batch = Batch(inputs, 1, *self.policy.encode_completions(completions))
-        return StepData(batch, completions, [], self._completion_metrics(batch))
+    def _targets(self, rows: list[int]) -> StepData:
+        """What supervised fine-tuning imitates."""
+        examples, reasoning, whole = self.examples(rows), self.config.sft_reasoning, self.processes.whole
+        completions = [sft_target(one.solution, one.columns["reasoning"] if reasoning else None) for one in examples]
+        batch = Batch(self.policy.encode(examples), 1, *self.policy.encode_completions(completions))
+        self._count_tokens(batch.inputs, 1, batch.completion_mask)
+        ids, mask = batch.completion_ids, batch.completion_mask
+        ends = (mask.sum(1), cut_off(ids, mask, self.policy.end_ids))
+        metrics = completion_metrics(*map(self.processes.whole_tensor, ends))
+        return StepData(batch, whole(completions), [], metrics, whole(rows))
 
     # ---- loss and update --------------------------------------------------------------------------------------------
 
@@ -253,7 +284,8 @@ class Trainer:
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         data, step = self.step_data, self.finished_steps + 1
-        self.skipped_sample = skipped_sample(step, reason, self.examples(), data.completions, data.rewards)
+        examples = self.examples(data.rows)
+        self.skipped_sample = skipped_sample(step, reason, examples, data.completions, data.rewards)
 
     # ---- into a checkpoint and back ---------------------------------------------------------------------------------
 
@@ -261,6 +293,7 @@ class Trainer:
         state = {
             "finished_steps": self.finished_steps,
             "num_tokens": self.num_tokens,
+            "further_prompts": self.further_prompts,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
@@ -277,6 +310,7 @@ class Trainer:
         """Raises KeyError, TypeError, ValueError or RuntimeError if the state is that of another model or version."""
         for name in ("finished_steps", "num_tokens", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
+        self.further_prompts = state.get("further_prompts", 0)  # older versions took none
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
         if (shares := state["step_data"]) is not None:
@@ -288,9 +322,14 @@ class Trainer:
             self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
 
 
-def sft_target(solution: str) -> str:
-    """The completion that supervised fine-tuning imitates. The data has no reasoning to show, only answers."""
-    return f"<think>{solution}</think><answer>{solution}</answer>"
+def sft_target(solution: str, reasoning: str | None = None) -> str:
+    """The completion that supervised fine-tuning imitates; where there is no reasoning, the solution stands for it."""
+    return f"<think>{solution if reasoning is None else reasoning}</think><answer>{solution}</answer>"
+
+
+def without_reasoning(example: Example) -> str | None:
+    """Why an example is left out with --sft-reasoning."""
+    return None if str(example.columns.get("reasoning") or "").strip() else "no reasoning"
 
 
 def _kl_schedule(config: TaskConfig) -> KLSchedule:
