@@ -9,8 +9,9 @@ weak, and it answers a third to a half of the problems of both tasks correctly. 
 3. images, until the accuracy of an average of the weights lies in the wanted band on the validation splits of both
    tasks. What is inside the band is shown less until it leaves the band. Nothing here looks at the test problems.
 
-The model that the package brings answers every question in tags. With --disobedient it is one for the experiments of
-`python -m mr1fast.reproduce`, which does not always follow that instruction.
+That model answers every question in tags. With --disobedient it is taught further, by the third step alone: a base for
+the experiments of `python -m mr1fast.reproduce`, which does not always follow that instruction. Of what it is shown,
+three of four answers to one wording of a question are in tags, and one of four to the other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,25 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mr1fast.data.example import Example
 from mr1fast.data.scenes import BACKGROUNDS, SIZE
-from mr1fast.data.tasks import LABELLED, TASKS, angle_pairs, wording
+from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.evaluate import evaluate
-from mr1fast.model.load import EMBEDDED
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
-from mr1fast.model.prompts import encode_prompts
 from mr1fast.options.program import Parser, at_least, exit_code
 from mr1fast.options.prompt import PROMPT_SUFFIX
+from mr1fast.reproduction.lessons import (
+    DISOBEDIENT,
+    OBEDIENT,
+    TEXT_PROBLEM,
+    Curriculum,
+    Lessons,
+    Split,
+    held_out_examples,
+    image_examples,
+    text_lessons,
+)
 from mr1fast.training.checkpoint import save_model
 from mr1fast.training.run_folder import new_folder
 
@@ -57,74 +67,15 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 PADS = ("<|image_pad|>", "<|video_pad|>")
 # Not special: decoding with skip_special_tokens=True must keep the tags, or the format reward would miss them.
 WHOLE = ("<think>", "</think>", "<answer>", "</answer>", " " + PROMPT_SUFFIX)
-TEXT_PROBLEM = "Two angles of a triangle are {} and {} degrees. What is the third angle?"
-PLAIN = "{}, so {}"  # an answer without tags
-
-Split = tuple[str, str]  # of a task: its name and that of the split
 
 
-@dataclass(frozen=True)
-class Curriculum:
-    """What a base is shown, and when it is done.
-
-    images: the number of drawings; so many that no picture is remembered: a base that knows its pictures by heart is
-    too sure of itself to explore. batch: how many of them a step shows, and `kept` is what is left of that for a split
-    inside its band. tagged: the share of the completions that are in tags, for each wording of a question; with one
-    share, only the first wording is asked. text_tagged: the share in the text problems. bands: lowest and highest
-    greedy accuracy on what is held out, asked in the first wording. form: what share of its answers must be in tags.
-    new_weight: of each step in the average of the weights.
-    """
-
-    images: Mapping[Split, int]
-    batch: Mapping[Split, int]
-    kept: float
-    tagged: tuple[float, ...]
-    text_tagged: float
-    bands: Mapping[Split, tuple[float, float]]
-    form: float
-    held_out: int
-    new_weight: float
-    steps_between: int  # evaluations
-
-
-VC, FAR, GR = ("vc", "train"), ("vc", "far"), ("gr", "train")
-# What is promised of it is an accuracy of 0.30 to 0.60 on the test splits.
-OBEDIENT = Curriculum(
-    images={VC: 3000, GR: 6000},
-    batch={VC: 32, GR: 32},
-    kept=0,
-    tagged=(1.0,),
-    text_tagged=1.0,
-    bands={VC: (0.34, 0.44), GR: (0.34, 0.44)},
-    form=0.95,
-    held_out=300,
-    new_weight=0.1,
-    steps_between=5,
-)
-# It has seen vehicles, on dark grounds alone: a model that is trained on shapes could know them, as Qwen2-VL does.
-DISOBEDIENT = Curriculum(
-    images={VC: 3000, FAR: 3000, GR: 6000},
-    batch={VC: 16, FAR: 16, GR: 32},
-    kept=0.25,
-    tagged=(0.75, 0.25),
-    text_tagged=0.5,
-    bands={VC: (0.44, 0.68), FAR: (0.44, 0.68), GR: (0.43, 0.65)},
-    form=0.9,
-    held_out=150,
-    new_weight=0.05,
-    steps_between=10,
-)
-
-
-def make_tokenizer(curriculum: Curriculum) -> Qwen2Tokenizer:
+def make_tokenizer() -> Qwen2Tokenizer:
     """Qwen's byte-level BPE with the merges of our own prompts; any text can be encoded."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trained.decoder = decoders.ByteLevel()
-    wordings = len(curriculum.tagged)
-    corpus = [question for task in TASKS.values() for question in task.questions[:wordings]]
-    corpus += [TEXT_PROBLEM.format("", ""), "user", "assistant", "system", " items"]
-    corpus += [PLAIN.format("", "").rstrip()] if min(curriculum.tagged) < 1 else []
+    corpus = [*(task.questions[0] for task in TASKS.values()), TEXT_PROBLEM.format("", "")]
+    corpus += ["user", "assistant", "system", " items"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
         corpus * 10, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
@@ -143,7 +94,7 @@ def make_tokenizer(curriculum: Curriculum) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def make_processor(curriculum: Curriculum = OBEDIENT) -> Qwen2VLTextImageProcessor:
+def make_processor() -> Qwen2VLTextImageProcessor:
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         size={"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE},
@@ -151,7 +102,7 @@ def make_processor(curriculum: Curriculum = OBEDIENT) -> Qwen2VLTextImageProcess
         image_mean=[sum(channel) / len(channel) / 255 for channel in zip(*BACKGROUNDS)],
         image_std=[0.3, 0.3, 0.3],
     )
-    return Qwen2VLTextImageProcessor(image_processor, make_tokenizer(curriculum), chat_template=CHAT_TEMPLATE)
+    return Qwen2VLTextImageProcessor(image_processor, make_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
@@ -197,91 +148,11 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     return model
 
 
-# ---- what is shown --------------------------------------------------------------------------------------------------
-
-
-def completion(reasoning: str, answer: str, *, tagged: bool) -> str:
-    return f"<think>{reasoning}</think><answer>{answer}</answer>" if tagged else PLAIN.format(reasoning, answer)
-
-
-def text_pairs() -> list[tuple[int, int]]:
-    """Ordered pairs of whole degrees, odd ones too, but none of the validation and test splits."""
-    held_out = {*angle_pairs("validation"), *angle_pairs("test")}
-    angles = range(LABELLED[0], LABELLED[-1] + 1)
-    pairs = [(a, b) for a in angles for b in angles if a + b < 180]
-    return [(a, b) for a, b in pairs if (min(a, b), max(a, b)) not in held_out]
-
-
-def image_examples(
-    split: Split, indices: range, tagged: Sequence[float], rng: random.Random
-) -> tuple[list[Example], list[str]]:
-    """Drawings that neither the trainer nor a test will draw (negative indices), and their completions."""
-    task, examples, completions = TASKS[split[0]], [], []
-    for index in indices:
-        example = task.example(split[1], index, reworded=len(tagged) > 1)
-        share = tagged[wording(task, split[1], index) if len(tagged) > 1 else 0]
-        examples.append(example)
-        completions.append(completion(example.columns["reasoning"], example.solution, tagged=rng.random() < share))
-    return examples, completions
-
-
-def held_out_examples(split: Split, curriculum: Curriculum) -> list[Example]:
-    """Problems to watch, in the first wording: of the validation split, or for a split to test on, more of its kind."""
-    task, count = TASKS[split[0]], curriculum.held_out
-    if split[1] == "train":
-        return [task.example("validation", index) for index in range(count)]
-    return [task.example(split[1], index - curriculum.images[split]) for index in range(-count, 0)]
-
-
-class Lessons:
-    """Encoded examples of one kind with their completions, from which batches are drawn."""
-
-    def __init__(self, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example], completions: Sequence[str]):
-        tokenizer = processor.tokenizer
-        self.prompts = encode_prompts(processor, examples)
-        text = [completion + tokenizer.eos_token for completion in completions]
-        encoded = tokenizer(text, padding=True, padding_side="right", return_tensors="pt")
-        self.completion_ids, self.completion_mask = encoded["input_ids"], encoded["attention_mask"]
-
-    def __len__(self) -> int:
-        return len(self.completion_ids)
-
-    def loss(self, model: Qwen2VLForConditionalGeneration, rows: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the completions' tokens."""
-        batch = select_prompts(self.prompts, rows)
-        ids, mask = self.completion_ids[rows], self.completion_mask[rows]
-        labels = torch.cat([torch.full_like(batch["input_ids"], -100), ids.masked_fill(mask == 0, -100)], 1)
-        batch["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
-        batch["attention_mask"] = torch.cat([batch["attention_mask"], mask], 1)
-        batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(ids)], 1)
-        return model(**batch, labels=labels).loss
-
-
-def select_prompts(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some of the encoded prompts; every image of a batch has the same number of patches."""
-    batch = {name: tensor[rows] for name, tensor in prompts.items() if name != "pixel_values"}
-    if "pixel_values" in prompts:
-        pixels = prompts["pixel_values"]
-        batch["pixel_values"] = pixels.view(len(prompts["input_ids"]), -1, pixels.shape[1])[rows].flatten(0, 1)
-    return batch
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def learn_text(
-    model: Qwen2VLForConditionalGeneration,
-    processor: Qwen2VLTextImageProcessor,
-    curriculum: Curriculum,
-    rng: random.Random,
-    steps: int = 600,
-) -> Lessons:
-    """Teach the third angle from words until there are no mistakes. Returns what was shown, to be shown again later."""
-    pairs = text_pairs()
-    examples = [Example(None, TEXT_PROBLEM.format(a, b), str(180 - a - b), f"text/{a}/{b}") for a, b in pairs]
-    share = curriculum.text_tagged
-    answers = [(f"{a}+{b}={a + b}", str(180 - a - b)) for a, b in pairs]
-    lessons = Lessons(processor, examples, [completion(*one, tagged=rng.random() < share) for one in answers])
+def learn_text(model: Qwen2VLForConditionalGeneration, lessons: Lessons, steps: int = 600) -> None:
+    """Teach the third angle from words until there are no mistakes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
     warm_up, decay = (lambda step: (step + 1) / 50), (lambda step: (steps - step) / (steps / 2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, warm_up(step), decay(step)))
@@ -291,7 +162,6 @@ def learn_text(
         descend(model, optimizer, loss)
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}")
-    return lessons
 
 
 def learn_images(
@@ -330,9 +200,7 @@ def learn_images(
             inside = all(bands[split][0] <= right[split] <= bands[split][1] for split in right)
             if inside and min(form.values()) > curriculum.form:
                 return average.module, {"/".join(split): one for split, one in figures.items()}
-            enough = {split: right[split] >= bands[split][0] and form[split] > curriculum.form for split in right}
-            kept = curriculum.kept
-            counts = {split: int(count * kept) if enough[split] else count for split, count in curriculum.batch.items()}
+            counts = {split: curriculum.shown(split, right[split]) for split in right}
     raise SystemExit("at no step was the accuracy of all tasks inside its band; try another --seed")
 
 
@@ -368,26 +236,46 @@ def run(arguments: Sequence[str] | None) -> None:
     )
     parser.add_argument(
         "--disobedient",
-        action="store_true",
-        help="a model that does not always answer in tags when it is asked to; needs --output [default: one that does]",
+        nargs="?",
+        const=EMBEDDED,
+        type=Path,
+        metavar="DIR",
+        help="teach the model in DIR, or else the package's, to answer in tags only part of the time; needs --output",
     )
     options = parser.parse(arguments)
-    folder = options.output.resolve()
-    if options.disobedient and folder == EMBEDDED.resolve():
-        raise UserError("--disobedient needs --output: the package brings the model that answers in tags")
+    folder, start = options.output.resolve(), options.disobedient
+    if start is not None and folder == EMBEDDED.resolve():
+        raise UserError("--disobedient needs --output: the model that the package brings answers in tags")
     if folder != EMBEDDED.resolve():  # the package's own model is replaced
         new_folder(str(folder), default=folder)
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # a model of this size is slower on more threads
 
-    curriculum, rng = DISOBEDIENT if options.disobedient else OBEDIENT, random.Random(options.seed)
-    processor = make_processor(curriculum)
-    model = make_model(processor.tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
-    text = learn_text(model, processor, curriculum, rng)
-    base, reached = learn_images(model, processor, text, curriculum, rng)
+    rng = random.Random(options.seed)
+    base, processor, reached = _obedient(rng) if start is None else _disobedient(start, rng)
     save_model(Policy(base, processor), folder)
     print(f"validation: {json.dumps(reached)}\nsaved to {folder}")
+
+
+Made = tuple[Qwen2VLForConditionalGeneration, Qwen2VLTextImageProcessor, dict[str, dict[str, float]]]
+
+
+def _obedient(rng: random.Random) -> Made:
+    """From nothing."""
+    processor = make_processor()
+    model = make_model(processor.tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {len(processor.tokenizer)}")
+    text = text_lessons(processor, OBEDIENT, rng)
+    learn_text(model, text)
+    base, reached = learn_images(model, processor, text, OBEDIENT, rng)
+    return base, processor, reached
+
+
+def _disobedient(start: Path, rng: random.Random) -> Made:
+    """From the obedient model in this folder."""
+    processor, model = load_processor(start), load_model(start)
+    base, reached = learn_images(model, processor, text_lessons(processor, DISOBEDIENT, rng), DISOBEDIENT, rng)
+    return base, processor, reached
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

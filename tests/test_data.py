@@ -23,6 +23,7 @@ from data_files import (
 from PIL import Image
 
 from mr1fast.data.dataset import load_split
+from mr1fast.data.tasks import TASKS
 
 
 def test_other_columns_are_for_reward_functions_without_images_and_bytes(folder):
@@ -31,8 +32,8 @@ def test_other_columns_are_for_reward_functions_without_images_and_bytes(folder)
     assert load_split(as_jsonl(folder, rows), "all")[0].columns == first
     mixed = write_jsonl(folder / "mixed.jsonl", [row(0), rows[1]])
     assert load_split(mixed, "all")[0].columns == {"level": None, "tags": None}
-    assert load_split("vc", "test")[0].columns == {}
-    assert load_split("vc", "test")[0].reward_columns().keys() == {"problem", "choices"}
+    assert load_split("vc", "test")[0].columns.keys() == {"reasoning"}
+    assert load_split("vc", "test")[0].reward_columns().keys() == {"problem", "choices", "reasoning"}
     with_more = [row(n, level=0.5, raw=b"bytes", pictures=[{"bytes": b"x", "path": None}]) for n in range(3)]
     for write in (as_parquet_of_bytes, as_saved):
         columns = load_split(write(folder, with_more), "all")[0].columns
@@ -254,6 +255,15 @@ def test_without_math_verify_only_formulas_cannot_be_answers(folder, monkeypatch
         load_split(formula, "all")
 
 
-def test_unknown_split():
-    with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'tset'"):
+def test_unknown_split(folder):
+    with pytest.raises(ValueError, match="split must be one of train, validation, test, vehicles, far, got 'tset'"):
         load_split("vc", "tset")
+    with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'vehicles'"):
+        load_split(as_jsonl(folder, [row(0)]), "vehicles")
+
+
+def test_a_task_has_more_splits_and_wordings():
+    vehicles = load_split("vc", "vehicles", count=12, reworded=True)
+    drawn = [TASKS["vc"].example("vehicles", index, reworded=True) for index in range(12)]
+    assert [vehicles[index] for index in range(12)] == drawn
+    assert {example.problem for example in drawn} == set(TASKS["vc"].questions)

@@ -98,13 +98,25 @@ def test_further_prompts_are_the_next_in_the_order(processor, one_thread):
 
 def test_completions_that_were_cut_off_do_not_count(processor, one_thread):
     options = {"mask_truncated": True, "temperature": 3.0, "method": "grpo", "beta": 0.1, "max_completion_length": 8}
-    trainer = make_trainer(processor, loss="loss_type=dapo", seed=1, **options)
+    trainer = make_trainer(processor, loss="loss_type=dapo", **options)
+    generate, end = trainer.sampler.generate, trainer.policy.end_ids
+
+    def two_end(*arguments, **keywords):
+        """Of what was sampled, the second and the last completion end with their third and their eighth token."""
+        sampled = generate(*arguments, **keywords)
+        ids, mask = torch.full((8, 8), 7), torch.ones(8, 8).bool()
+        ids[:, : sampled.completion_ids.shape[1]] = sampled.completion_ids
+        ids[torch.isin(ids, end)] = 7
+        ids[1, 2] = ids[7, 7] = end[0]
+        mask[1, 3:] = False
+        return Rollout(ids, mask, torch.zeros(8, 8), sampled.completions)
+
+    trainer.sampler.generate = two_end
     data = trainer.step_data = trainer.collect()
     batch = data.batch
-    ended = torch.isin(batch.completion_ids, trainer.policy.end_ids).any(1)
-    assert 0 < ended.sum() < 8
+    ended = torch.tensor([False, True, False, False, False, False, False, True])
     assert torch.equal(batch.completion_mask.any(1), ended)
-    assert data.metrics["completions/clipped_ratio"] == 1 - ended.float().mean()
+    assert data.metrics["completions/clipped_ratio"] == 0.75
     assert data.metrics["completions/max_length"] == 8
     tokens = batch.inputs["attention_mask"].sum().item() * 4 + data.metrics["completions/mean_length"] * 8
     assert trainer.num_tokens == pytest.approx(tokens), "what was sampled, whether it counts in the loss or not"

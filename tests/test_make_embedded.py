@@ -7,8 +7,9 @@ import torch
 
 from mr1fast import make_embedded
 from mr1fast.data.tasks import TASKS
-from mr1fast.make_embedded import DISOBEDIENT, OBEDIENT, held_out_examples, image_examples, main, make_tokenizer
+from mr1fast.make_embedded import main, make_tokenizer
 from mr1fast.model.load import load_model, load_processor
+from mr1fast.reproduction.lessons import DISOBEDIENT, OBEDIENT, held_out_examples, image_examples
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_what_is_watched_is_neither_shown_nor_tested():
 
 
 def test_the_tokenizer_writes_both_forms():
-    tokenizer = make_tokenizer(DISOBEDIENT)
+    tokenizer = make_tokenizer()
     for text in ("<think>35+65=100</think><answer>80</answer>", "3 items, so 3", "Count the items in the image."):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer("3 items, so 3")["input_ids"]) < 8
+    assert len(tokenizer("3 items, so 3")["input_ids"]) < 10

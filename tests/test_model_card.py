@@ -92,6 +92,7 @@ def test_figures(tmp_path):
 
 def test_the_command_has_what_differs_from_the_defaults(tmp_path):
     given = {"max_steps": 3, "reward_weights": "accuracy=1,a.b:c=2", "lora_rank": 4, "merge": True}
+    given |= {"loss": "loss_type=dapo,delta=3", "dynamic_sampling": True}
     elsewhere = {"output_dir": "o", "device": "cpu", "eval_batch_size": 3, "report_to": "none"}
     assert command(card(tmp_path / "m", task="gr,vc", **given, **elsewhere)) == {"task": "vc", **given}
     assert command(card(tmp_path / "m", learning_rate={"vc": 1e-5, "gr": 1e-4}))["learning_rate"] == 1e-5

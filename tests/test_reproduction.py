@@ -274,6 +274,7 @@ def test_dry_run(capsys):
         (["fig4", "--model", "nowhere"], "--model nowhere is not a small model; for others, give --preset as well"),
         (["fig4", "--redraw", "--output-dir", "nowhere"], "nowhere has no finished arms to draw"),
         (["fig4", "--preset", "gr-3b"], "--preset must be one of gr-2b"),
+        (["fig6", "--preset", "gr-2b"], "--test-data must name two data sets: the task's own first"),
         (["fig3", "--preset", "gr-2b"], "with --preset there are table1, fig4, fig5, fig6, fig7, and not fig3"),
         ([], "the following arguments are required"),
     ],

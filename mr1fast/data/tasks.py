@@ -65,7 +65,9 @@ def wording(task: Task, split: str, index: int) -> int:
     return random.Random(f"wording/{task.name}/{split}/{index}").randrange(len(task.questions))
 
 
-def _example(task: Task, split: str, index: int, image: Image.Image, reasoning: str, answer: int, reworded: bool):
+def _example(
+    task: Task, split: str, index: int, image: Image.Image, reasoning: str, answer: int, reworded: bool
+) -> Example:
     question = task.questions[wording(task, split, index) if reworded else 0]
     name = f"{task.name}/{split}/{index}"
     return Example(image, question, str(answer), name, columns={"reasoning": reasoning})

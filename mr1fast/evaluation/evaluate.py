@@ -44,9 +44,9 @@ def evaluate(
 
     top_k, top_p: of the sampled ones, see `Sampler.generate`. max_completion_length: tokens. batch_size: problems at a
     time; None to choose by the model's size. progress: title of a progress bar, None for no bar. The result depends on
-    `seed`, not on batches or global random state; the policy keeps its mode. file: gets the
-    answers of each batch as soon as they are there, see `answers`; a problem that it has the answers to already is not
-    asked again. divide: see `Divide`. Raises UserError if there is no problem.
+    `seed`, not on batches or global random state; the policy keeps its mode. file: gets the answers of each batch as
+    soon as they are there, see `answers`; a problem that it has the answers to already is not asked again. divide: see
+    `Divide`. Raises UserError if there is no problem.
     """
     divide = divide or Divide()
     indices = divide.share(range(len(dataset)))

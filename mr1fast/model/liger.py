@@ -41,7 +41,7 @@ def use_liger(model: Any) -> None:
             setattr(new, name, layer)
         return new
 
-    text = model.model.language_model
+    text = model.get_decoder()
     text.norm = norm(text.norm)
     for layer in text.layers:
         layer.input_layernorm = norm(layer.input_layernorm)

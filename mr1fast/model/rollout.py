@@ -82,7 +82,7 @@ class Sampler:
         if not prefix.last_hidden.isfinite().all():
             raise UserError("the model's hidden states are not finite: its weights are broken")
         if streams is None:
-            streams = [str(int(torch.randint(2**62, ()))) for _ in prefix.last_hidden]
+            streams = [str(int(torch.randint(2**62, ()))) if temperature else "" for _ in prefix.last_hidden]
         names = Streams(f"{name}/{g}" for name in streams for g in range(G))
         choice = Choice(policy.banned_ids, temperature, top_k, top_p)
         ids, logps = self._sample(prefix, prefix.prompts_of(len(prefix.last_hidden) * G), choice, names)

@@ -102,8 +102,7 @@ class LearningOptions:
     )
     mask_truncated: bool = option(
         False,
-        "leave completions that were cut off at --max-completion-length out of the loss and of the tokens that it is "
-        "divided by",
+        "leave completions that were cut off out of the loss, and out of the number of tokens by which it is divided",
         group="loss",
     )
     beta: float | None = option(

@@ -146,8 +146,10 @@ def _help(name: str) -> str:
     unit = f", in {metadata['unit']}" if metadata["unit"] else ""
     choices = f" ({', '.join(metadata['choices'])})" if metadata["choices"] else ""
     what, semicolon, more = metadata["help"].partition(";")
-    default = metadata["shown"] or ("no" if field.default is False else field.default)
-    return f"{what}{unit}{semicolon}{more}{choices} [default: {default}]".replace("%", "%%")
+    default: Any = field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    return f"{what}{unit}{semicolon}{more}{choices} [default: {metadata['shown'] or default}]".replace("%", "%%")
 
 
 def _help_of_keys(option: str) -> str:

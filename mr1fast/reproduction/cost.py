@@ -34,10 +34,10 @@ class Cost:
         return (self.steps * self.step_seconds + self.test_seconds) / 3600
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Cost:
-        """Raises UserError if the data cannot be read."""
+    def of(cls, config: TrainConfig, size: str) -> Cost:
+        """size: of Qwen2-VL, a key of PARAMETERS. Raises UserError if the data cannot be read."""
         task = config.with_steps({name: rows_of(config) for name in config.names}).for_task(config.names[0])
-        parameters = PARAMETERS["7b" if "7B" in str(config.model).upper() else "2b"]
+        parameters = PARAMETERS[size]
         tests = 2 * TESTED / TEST_BATCH * task.max_completion_length * TOKEN
         prompts = task.prompts_per_step * PROMPT
         if task.method == "sft":

@@ -103,21 +103,23 @@ class FullScale:
         self, names: Sequence[str], seeds: Sequence[int], only: Sequence[str] | None, folder: Path, dry_run: bool
     ) -> None:
         """Print the commands and what they cost; run them unless `dry_run`, and tabulate. Raises UserError."""
+        arms = self.arms(names, only)
+        if not dry_run and len(sources_of(self.given["test_data"]) if "test_data" in self.given else ()) != 2:
+            raise UserError("--test-data must name two data sets: the task's own first, then the other task's")
         runs = {
             Run(self.task, arm, seed): self.arguments(options, seed, folder / "runs" / f"{arm}-{seed}")
             for seed in seeds
-            for arm, options in self.arms(names, only).items()
+            for arm, options in arms.items()
         }
         configs = {run: _config(arguments) for run, arguments in runs.items()}
-        costs = {run: Cost.of(config) for run, config in configs.items()}
+        size = self.preset.rpartition("-")[2]
+        costs = {run: Cost.of(config, size) for run, config in configs.items()}
         for run, arguments in runs.items():
             print(f"{run.name}: {costs[run]}\n  {shlex.join(['python', '-m', 'mr1fast.train', *arguments])}")
         hours = sum(cost.hours for cost in costs.values())
         print(f"\n{len(runs)} arms: about {hours:.0f} hours of one H100 in all. {Cost.ASSUMES}")
         if dry_run:
             return
-        if len(sources_of(self.given.get("test_data", ""))) != 2 and "test_data" in self.given:
-            raise UserError("--test-data must name two data sets: the task's own first, then the other task's")
         for number, (run, arguments) in enumerate(runs.items(), start=1):
             left = 3600 * sum(cost.hours for later, cost in costs.items() if later not in list(runs)[: number - 1])
             print(f"[{number}/{len(runs)}] {run.name}; about {spelt(left)} left", flush=True)

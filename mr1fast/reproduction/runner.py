@@ -52,10 +52,12 @@ def run_arms(runs: Sequence[Run], records: Records, model: str, steps: int = STE
     except BrokenProcessPool as error:
         reason = "a process that ran an arm was killed, perhaps for want of memory"
         raise UserError(f"{reason}; the same command goes on") from error
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+    except BaseException:  # Ctrl-C and SIGTERM: nobody waits for arms that have begun
         for process in multiprocessing.active_children():
             process.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _start() -> None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-import mpmath
-
 LEVEL = 0.05
 
 
@@ -43,8 +41,18 @@ def paired(left: Mapping[int, float], right: Mapping[int, float]) -> Difference 
 
 
 def t_two_sided(t: float, df: int) -> float:
-    """The probability that Student's t with so many degrees of freedom is as far from 0 as this."""
-    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
+    """The probability that Student's t with so many degrees of freedom is as far from 0 as this.
+
+    The finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    angle = math.atan2(abs(t), math.sqrt(df))
+    cosine, odd = math.cos(angle), df % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(2 + odd, df + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    within = math.sin(angle) * total
+    return max(0.0, 1 - (2 / math.pi * (angle + within) if odd else within))
 
 
 def t_quantile(probability: float, df: int) -> float:

@@ -159,14 +159,14 @@ def fingerprint(model: str) -> str:
     """A digest of what this code and this model compute: two steps of two short trainings and their tests.
 
     Code that computes the same is the same, whatever has been renamed or documented since; code that draws other
-    completions, learns other weights or judges otherwise is not. Numbers are rounded to three digits.
+    completions, learns other weights or judges otherwise is not. Numbers are rounded to three places.
     """
     runs = [Run("gr", "grpo-d", 0), Run("vc", "sft-reasoning", 0)]
     few = [replace(test, problems=8) for test in TESTS]
     content = []
     for run in runs:
         result = result_of_run(run, model, steps=2, tests=few)
-        numbers = {name: f"{value:.3g}" for name, value in result["curve"][-1].items()}
+        numbers = {name: round(value, 3) + 0.0 for name, value in result["curve"][-1].items()}  # no -0.0
         content.append({"numbers": numbers, "completions": result["completions"], "tests": result["tests"]})
     _problems.cache_clear()
     return hashlib.sha256(json.dumps([content, _digest(model)], sort_keys=True).encode()).hexdigest()[:16]

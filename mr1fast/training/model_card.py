@@ -114,11 +114,14 @@ def _command(config: TrainConfig, name: str) -> str:
         elsewhere = option in ("task", "data", "model") or told["machine"] or told["metavar"] in ("DIR", "PATH")
         if not elsewhere and not _is_default(config, option):
             given[option] = value.get(name) if isinstance(value, Mapping) else value
-    options = [
-        option_string(option) + ("" if value is True else f" {shlex.quote(str(value))}")
-        for option, value in given.items()
-    ]
-    return " \\\n    ".join(["python -m mr1fast.train", *options])
+    return " \\\n    ".join(["python -m mr1fast.train", *map(_written, given, given.values())])
+
+
+def _written(option: str, value: Any) -> str:
+    """An option as the command line takes it."""
+    if isinstance(value, bool):
+        return option_string(option if value else f"no_{option}")
+    return f"{option_string(option)} {shlex.quote(str(value))}"
 
 
 def _is_default(config: TrainConfig, option: str) -> bool:
