@@ -159,7 +159,7 @@ def flat(*parts: LossBatch | LossSpec) -> tuple[Any, ...]:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float64 for float64, float32 for all others."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 # ---- logits to log-probabilities ------------------------------------------------------------------------------------

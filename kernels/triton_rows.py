@@ -55,14 +55,14 @@ def tile_columns(C: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
 def capped(x, softcap):
     """softcap * tanh(x / softcap), or x if softcap is None. A banned token (-inf) stays banned."""
     if softcap is not None:
-        x = tl.where(x == NEG_INF, x, softcap - 2 * softcap / (1 + tl.exp2(2 * LOG2_E / softcap * x)))
+        x = tl.where(x == NEG_INF, x, softcap - 2 * softcap / (1 + tl.exp2(x * tl.div_rn(2 * LOG2_E, softcap))))
     return x
 
 
 @triton.jit
 def cap_slope(x, softcap):
     """The derivative of `capped`: 1 - tanh^2. softcap is not None."""
-    tanh = 1 - 2 / (1 + tl.exp2(2 * LOG2_E / softcap * x))
+    tanh = 1 - 2 / (1 + tl.exp2(x * tl.div_rn(2 * LOG2_E, softcap)))
     return 1 - tanh * tanh
 
 

@@ -1,6 +1,7 @@
 """The benchmark runner: results are kept with what they depend on, and a picture never invents a figure."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -169,3 +170,15 @@ def test_steps_have_a_gradient(tmp_path, monkeypatch):
     assert steps_2b.main() == 0
     (row,) = csv.DictReader(table.open())
     assert float(row["grad_norm"]) > 0
+
+
+@pytest.mark.slow
+def test_a_step_beside_trl(tmp_path):
+    """The cases see to it themselves that completions have the lengths that they are to have."""
+    table = tmp_path / "out.csv"
+    assert run.main(["step", "--quick", "--filter", "lognormal", "--csv", str(table)]) == 0
+    rows = list(csv.DictReader(table.open()))
+    assert [row["case"] for row in rows] == ["mr1fast trainer", "trl GRPOTrainer", "mr1fast GRPODTrainer"]
+    for row in rows:
+        assert float(row["median_ms"]) > 0, row["note"]
+        assert re.match(r"rollout \d+%, .*reference \d+%, policy \d+%, optimizer \d+%$", row["note"])

@@ -57,8 +57,9 @@ def test_the_shared_prefix_computes_what_a_plain_forward_computes(kind, folder_o
     folder = folder_of(kind)
     policy = Policy(load_model(folder), load_processor(folder))
     raw = encode_prompts(policy.processor, examples())
-    sampler = Sampler(policy, max_completion_length=8, generator=torch.Generator().manual_seed(0))
-    rollout = sampler.generate(examples(), num_generations=2, temperature=0.7)
+    streams = [f"{n}" for n in range(len(examples()))]
+    sampler = Sampler(policy, max_completion_length=8)
+    rollout = sampler.generate(examples(), num_generations=2, temperature=0.7, streams=streams)
     plain = AutoModelForImageTextToText.from_pretrained(folder)
     expected = plain_logps(plain, raw, rollout, 2, 0.7)
     batch = Batch(policy.place(raw), 2, rollout.completion_ids, rollout.completion_mask)

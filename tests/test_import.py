@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+OF_THE_INTEGRATIONS = ("mr1fast/integrations/", "mr1fast/model/liger.py")  # Liger's layers only where it is installed
 OF_THE_LOSS = ("kernels", "mr1fast/losses", "mr1fast/__init__.py", "mr1fast/checks.py", "mr1fast/errors.py")
 # Imported only where the user has it; the loss of that trainer does without.
 UNDECLARED = {"verl", "hydra", "tensordict"}  # the others come with verl
@@ -75,7 +76,7 @@ def extras_of(file):
     """What an installation has when it imports that file of the package."""
     if file.startswith(OF_THE_LOSS):
         return ()
-    return ("train", "integrations") if file.startswith("mr1fast/integrations/") else ("train",)
+    return ("train", "integrations") if file.startswith(OF_THE_INTEGRATIONS) else ("train",)
 
 
 def test_what_is_imported_is_declared():

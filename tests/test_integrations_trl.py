@@ -125,7 +125,7 @@ def test_moe_with_auxiliary_loss(tmp_path):
     assert all(step["aux_loss"] > 0 for step in steps)
 
 
-def test_softcapped_logits_stay_with_trl(tmp_path):
+def test_soft_capped_logits(tmp_path):
     folder = tiny_trl.build(
         tmp_path / "gemma",
         Gemma2Config,
@@ -135,7 +135,7 @@ def test_softcapped_logits_stay_with_trl(tmp_path):
         final_logit_softcapping=3.0,
     )
     _, trainer = both(folder, tmp_path, max_steps=2)
-    assert integration.outside_one_pass(trainer) == ["final_logit_softcapping"]
+    assert integration.outside_one_pass(trainer) == []
 
 
 def test_lora(model, tmp_path):
@@ -359,7 +359,7 @@ def test_every_model_input_of_trl_is_passed_on():
     assert passed == set(integration._MODEL_INPUTS)
 
 
-def test_logit_scale_is_a_temperature(model):
+def test_what_a_model_does_to_its_logits(model):
     class Config:
         model_type = "granite"
         logits_scaling = 4.0
@@ -369,7 +369,7 @@ def test_logit_scale_is_a_temperature(model):
 
     module = torch.nn.Linear(1, 1)
     module.config = Config()
-    assert trl_head.logit_scale(module) == 0.25
+    assert trl_head.of_logits(module) == {"logit_scale": 0.25, "final_logit_softcapping": None}
     Config.model_type = "hyperclovax"
     assert trl_head.logit_scale(module) == 4.0
     Config.logit_scale = 0.5

@@ -26,9 +26,9 @@ from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, devi
 BACKENDS = every_backend()
 
 
+OF_LOGITS = {"temperature": torch.tensor([0.5, 0.8, 1.3]), "final_logit_softcapping": 3.0, "logit_scale": 0.7}
 LEVELS = ("token", "sequence")
 DISTINCT_KINDS = {(loss_type, "token") for loss_type in DISTINCT}
-OF_LOGITS = {"temperature": torch.tensor([0.5, 0.8, 1.3]), "final_logit_softcapping": 3.0, "logit_scale": 0.7}
 
 
 def combinations(options, in_full=False):

@@ -132,8 +132,8 @@ def test_both_end_where_one_does(tmp_path, signals_as_in_a_terminal):
     """Ctrl-C, which only one of them notices; and one that is killed."""
     run = tmp_path / "run"
     long = [one.replace("--max-steps=4", "--max-steps=1000") for one in PROGRAM]
-    both = launch(*long, "--eval-samples=0", "--output-dir", run)
-    wait_for_steps(run)
+    both = launch(*long, "--output-dir", run)
+    wait_for_steps(run, both)
     both[1].send_signal(signal.SIGINT)
     (code, _, errors), (second_code, *_) = outcome(both)
     assert (code, second_code) == (130, 130), errors
@@ -142,7 +142,7 @@ def test_both_end_where_one_does(tmp_path, signals_as_in_a_terminal):
     assert (run / "vc" / f"checkpoint-{done:06d}" / "trainer_state.pt").exists()
 
     both = launch("-m", "mr1fast.train", "--resume", run)
-    wait_for_steps(run, done + 2)
+    wait_for_steps(run, both, done + 2)
     both[1].kill()
     (code, _, errors), _ = outcome(both)
     assert code == 1
@@ -150,12 +150,12 @@ def test_both_end_where_one_does(tmp_path, signals_as_in_a_terminal):
     assert "Traceback" not in errors
 
 
-def wait_for_steps(run, number=2):
-    for _ in range(1200):
+def wait_for_steps(run, both, number=2):
+    while all(process.poll() is None for process in both):
         if (run / "metrics.jsonl").exists() and metrics(run) and metrics(run)[-1]["step"] >= number:
             return
         time.sleep(0.1)
-    raise AssertionError("there are no steps")
+    raise AssertionError(outcome(both))
 
 
 def test_processes_that_nobody_connects_are_one_sentence(tmp_path, capsys, monkeypatch):

@@ -137,7 +137,7 @@ def test_the_metrics_have_trls_names(processor):
 
 
 def test_the_ratio_is_one_at_the_first_iteration_only(processor):
-    trainer = make_trainer(processor, num_iterations=2, temperature=2.0, method="grpo", learning_rate=0.1)
+    trainer = make_trainer(processor, num_iterations=2, temperature=1.5, method="grpo", learning_rate=0.1)
     first = trainer.step()
     assert trainer.step_data.batch.old_per_token_logps is not None
     second = trainer.step()

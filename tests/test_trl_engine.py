@@ -56,8 +56,14 @@ def assert_same(ours, theirs):
             assert his[name] == pytest.approx(mine[name], rel=rel, abs=1e-5), (name, mine["step"])
 
 
-def test_both_engines_take_the_same_steps(tmp_path, same_completions):
+def varied(completions, *_, **columns):
+    """A reward that differs within any group, whatever is sampled."""
+    return [sum(map(ord, text)) % 11 / 10 for text in completions]
+
+
+def test_both_engines_take_the_same_steps(tmp_path, same_completions, monkeypatch):
     """On the same completions: two batches, each used twice, in two pieces; and again after a resume."""
+    monkeypatch.setitem(REWARDS, "format", varied)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     assert main(*STEPS, "--output-dir", ours) == 0
     assert main(*STEPS, "--engine=trl", "--output-dir", theirs) == 0

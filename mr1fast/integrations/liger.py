@@ -78,7 +78,7 @@ def triton_grpo_loss(
         ValueError: a bad argument, by name.
     """
     _refuse_unsupported(loss_type, importance_sampling_level, delta, use_bias_correction_kl)
-    floating("logits", logits, "[B, L+1, V]")
+    floating("logits", logits, "B", "L+1", "V")
     B, L = completion_ids.shape
     if logits.shape[:2] != (B, L + 1):
         raise ValueError(f"logits must be [B, L+1, V] with B = {B} and L = {L}, got {list(logits.shape)}")

@@ -139,7 +139,6 @@ def outside_one_pass(trainer: Any) -> list[str]:
             trainer.top_entropy_quantile < 1.0 and trainer.accelerator.num_processes > 1
         ),
         "use_adaptive_entropy=True": trainer.use_adaptive_entropy,
-        "final_logit_softcapping": trl_head.softcapped(trainer.model),
     }
     return [name for name, outside in reasons.items() if outside]
 
@@ -195,18 +194,13 @@ class _GRPOD(GRPOTrainer):
             self.beta = beta
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        def run() -> tuple[Tensor, Tensor | None, Tensor | None]:
-            return super(_GRPOD, self)._get_per_token_logps_and_entropies(
+        module = self._causal_lm(model)
+        settings = {"temperature": self.temperature, **trl_head.of_logits(module)}
+        head = self._head or (lambda *tensors: trl_head.score(*tensors, **settings))
+        with trl_head.replaced_head(module, head, logits_to_keep, self.args.cast_lm_head_to_fp32):
+            return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-
-        module = self._causal_lm(model)
-        if trl_head.softcapped(module):
-            return run()
-        temperature = self.temperature / trl_head.logit_scale(module)
-        head = self._head or (lambda *tensors: trl_head.score(*tensors, temperature=temperature))
-        with trl_head.replaced_head(module, head, logits_to_keep, self.args.cast_lm_head_to_fp32):
-            return run()
 
     def _compute_loss(self, model, inputs):
         self._move_beta()
@@ -251,7 +245,8 @@ class _GRPOD(GRPOTrainer):
                 entropy_coef=self.entropy_coef * entropy_scale / scale,
                 max_completion_length=self.max_completion_length,
                 num_items_in_batch=inputs["num_items_in_batch"],
-                temperature=self.temperature / trl_head.logit_scale(self._causal_lm(model)),
+                temperature=self.temperature,
+                **trl_head.of_logits(self._causal_lm(model)),
             )
             results.append(out)
             return trl_utils.FusedCausalLMOutput(loss=out.loss, log_probs=out.per_token_logps, entropy=out.entropies)

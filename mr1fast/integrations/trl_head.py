@@ -63,22 +63,21 @@ def replaced_head(module: nn.Module, head: Head, completion_length: int, lm_head
             module.forward = own
 
 
-def score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, temperature: float
-) -> FusedCausalLMOutput:
+def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **of_logits: Any) -> FusedCausalLMOutput:
     logps, entropies = linear_token_logprobs(
-        hidden, weight, labels, lm_head_bias=bias, temperature=temperature, mask=labels != -100, entropy=True
+        hidden, weight, labels, lm_head_bias=bias, mask=labels != -100, entropy=True, **of_logits
     )
     return FusedCausalLMOutput(log_probs=logps, entropy=entropies)
 
 
-def softcapped(model: Any) -> bool:
-    """Gemma 2's tanh between lm_head and softmax, which our loss head does not have: TRL keeps such models."""
-    return bool(getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+def of_logits(model: Any) -> dict[str, Any]:
+    """What the model does to its logits, as keywords of our loss head."""
+    softcapping = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return {"logit_scale": logit_scale(model), "final_logit_softcapping": softcapping}
 
 
 def logit_scale(model: Any) -> float:
-    """What the model multiplies its logits by (a temperature by another name), under each family's name."""
+    """What the model multiplies its logits by, under each family's name."""
     config = model.config.get_text_config()
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
@@ -94,8 +93,8 @@ class ChunkedLogProbFunction:
 
     >>> trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction
 
-    It is no autograd function of its own: `apply` calls ours. What our head does not have (soft-capping, and outputs
-    besides log-probabilities and entropies) goes to TRL's function.
+    It is no autograd function of its own: `apply` calls ours. What our head does not have (outputs besides
+    log-probabilities and entropies) goes to TRL's function.
     """
 
     @staticmethod
@@ -115,12 +114,19 @@ class ChunkedLogProbFunction:
         hidden: [N, H]; weight: [V, H]; bias: [V]; targets: [N]. `chunk_size` is for TRL's function: our blocks hold
         whole rows.
         """
-        if final_logit_softcapping is not None or logit_scale <= 0 or not set(outputs) <= {"log_probs", "entropy"}:
+        if logit_scale <= 0 or not set(outputs) <= {"log_probs", "entropy"}:
             rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return trl_kernels.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *rest)
         if weight.dtype != torch.float32 and not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
         logps, entropies = linear_token_logprobs(
-            hidden, weight, targets, lm_head_bias=bias, temperature=temperature / logit_scale, entropy=True
+            hidden,
+            weight,
+            targets,
+            lm_head_bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            final_logit_softcapping=final_logit_softcapping,
+            entropy=True,
         )
         return logps, entropies if "entropy" in outputs else None, None, None, None

@@ -24,7 +24,6 @@ from mr1fast.losses.options import OPTIONS
 
 # Here, because torch.compile cannot trace the question.
 _SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))
-_SAMPLING = "sampling_per_token_logps"
 _BATCHWISE_FIELDS = tuple({field.name for field in fields(BatchwiseSpec)} - {*_SPEC_FIELDS, "sampling_logps"})
 
 
@@ -73,7 +72,7 @@ def token_mask(mask: Any, layout: Layout, name: str) -> Tensor | None:
 def hidden_rows(hidden: Any, weight: Any, bias: Any, **how: Any) -> tuple[Tensor, Layout]:
     """hidden as [B, L, H] and the layout of the call; weight [V, H] and bias ([V] or None) are checked to match."""
     hidden, layout = layout_of("hidden", hidden, "H", **how)
-    H, V = hidden.shape[-1], floating("lm_head_weight", weight, "[V, H]").shape[0]
+    H, V = hidden.shape[-1], floating("lm_head_weight", weight, "V", "H").shape[0]
     if H == 0:
         raise ValueError(f"hidden must be [B, L, H] with H >= 1, got {list(hidden.shape)}")
     if weight.shape[1] != H or V == 0:
@@ -156,14 +155,16 @@ def loss_call(
 
 def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fields that BatchwiseSpec adds to LossSpec; None where the call needs no more than a token at a time."""
-    loss_type, level, sampling = (options[name] for name in ("loss_type", "importance_sampling_level", _SAMPLING))
+    loss_type, level = options["loss_type"], options["importance_sampling_level"]
+    threshold = "off_policy_mask_threshold"
     if level not in reference.levels_of(loss_type):
         raise ValueError(f"importance_sampling_level must be 'token' with loss_type={loss_type!r}, got {level!r}")
+    sampling = options["sampling_per_token_logps"]
     if sampling is not None:
-        sampling = _constant(layout.per_token(_SAMPLING, sampling), dtype)
-    elif options["old_per_token_logps"] is None:  # then no completion is off-policy
-        options = {**options, "off_policy_mask_threshold": math.inf}
-    masked = options["top_entropy_quantile"] < 1 or options["off_policy_mask_threshold"] != math.inf
+        sampling = _constant(layout.per_token("sampling_per_token_logps", sampling), dtype)
+    elif options[threshold] != math.inf and options["old_per_token_logps"] is None:  # no completion is off-policy
+        options = {**options, threshold: math.inf}
+    masked = options[threshold] != math.inf or options["top_entropy_quantile"] < 1
     if not masked and loss_type in reference.ONE_PASS_LOSS_TYPES:
         return None
     return {"sampling_logps": sampling, **{name: options[name] for name in _BATCHWISE_FIELDS}}
@@ -225,9 +226,15 @@ def _token_weight(
     if reduction != "mean" and options["num_sequences"] is not None:
         raise ValueError(f"num_sequences must be None with reduction={reduction!r}, which has no normaliser")
     if reduction == "mean":
-        items, many = (_count(name, layout.device, options) for name in ("num_items_in_batch", "num_sequences"))
         weight = reference.token_weight(
-            ids, mask, dtype, options["loss_type"], options["max_completion_length"], items, layout.completions, many
+            ids,
+            mask,
+            dtype,
+            options["loss_type"],
+            options["max_completion_length"],
+            _count("num_items_in_batch", layout.device, options),
+            layout.completions,
+            _count("num_sequences", layout.device, options),
         )
     else:
         weight = torch.ones((), dtype=dtype, device=layout.device).expand(layout.shape)

@@ -20,7 +20,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Layout(NamedTuple):
     """The form of a call's tensors: how each is brought from it into [B, L], and results back."""
 
-    shape: tuple[int, int]  # (B, L), or (1, T)
+    shape: tuple[int, ...]  # (B, L), or (1, T)
     token_shapes: list[tuple[int, ...]]  # that a value for each token may have: [shape], or [(T,), (1, T)]
     cu_seqlens: Tensor | None
     completions: Completions
@@ -67,25 +67,26 @@ def layout_of(
     depends on which tokens form a completion.
     """
     is_flat = isinstance(tensor, Tensor) and tensor.dim() == 1 + len(last)
-    accepts_flat = cu_seqlens is not None or not needs_cu_seqlens
-    flat, padded = f"[{', '.join(('T', *last))}]", f"[{', '.join(('B', 'L', *last))}]"
-    if is_flat and accepts_flat:
-        tensor = floating(name, tensor, flat).unsqueeze(0)
+    if is_flat and (cu_seqlens is not None or not needs_cu_seqlens):
+        tensor = floating(name, tensor, "T", *last).unsqueeze(0)
     elif is_flat:
-        floating(name, tensor, padded, hint=f"; packed, {flat}, it needs cu_seqlens")
+        floating(name, tensor, "B", "L", *last, hint=f"; packed, {_dims('T', *last)}, it needs cu_seqlens")
     else:
-        floating(name, tensor, padded)
-    shape = (tensor.shape[0], tensor.shape[1])
+        floating(name, tensor, "B", "L", *last)
+    shape, device = tensor.shape[:2], tensor.device
+    if not is_flat and cu_seqlens is None:
+        return tensor, Layout(shape, [shape], None, Completions(*shape), device, "")
     if cu_seqlens is not None:
         if shape[0] != 1:
-            raise ValueError(f"{name} must be {flat} (or [1, T, ...]) with cu_seqlens, got {list(tensor.shape)}")
-        check_cu_seqlens(cu_seqlens, shape[1], tensor.device)
-    token_shapes: list[tuple[int, ...]] = [shape]
-    hint = ""
-    if is_flat or cu_seqlens is not None:
-        token_shapes.insert(0, (shape[1],))
-        hint = f" beside packed {name}"
-    return tensor, Layout(shape, token_shapes, cu_seqlens, Completions.of(shape, cu_seqlens), tensor.device, hint)
+            wanted = f"{_dims('T', *last)} (or [1, T, ...])"
+            raise ValueError(f"{name} must be {wanted} with cu_seqlens, got {list(tensor.shape)}")
+        check_cu_seqlens(cu_seqlens, shape[1], device)
+    completions = Completions.of(shape, cu_seqlens)
+    return tensor, Layout(shape, [shape[1:], shape], cu_seqlens, completions, device, f" beside packed {name}")
+
+
+def _dims(*names: str) -> str:
+    return f"[{', '.join(names)}]"
 
 
 def check_cu_seqlens(cu_seqlens: Any, T: int, device: torch.device) -> None:
@@ -123,12 +124,11 @@ def _cu_seqlens_must(T: int) -> str:  # written only where it is needed: a size 
     )
 
 
-def floating(name: str, tensor: Any, dims: str, hint: str = "") -> Tensor:
-    """Check for a floating-point tensor with as many dimensions as `dims` names, e.g. "[B, L, V]"."""
-    if not isinstance(tensor, Tensor) or tensor.dim() != dims.count(",") + 1 or tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"{name} must be a float32, bfloat16, float16 or float64 tensor {dims}, got {described(tensor)}{hint}"
-        )
+def floating(name: str, tensor: Any, *dims: str, hint: str = "") -> Tensor:
+    """Check for a floating-point tensor with these dimensions, e.g. "B", "L", "V"."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != len(dims) or tensor.dtype not in FLOAT_DTYPES:
+        kind = f"float32, bfloat16, float16 or float64 tensor {_dims(*dims)}"
+        raise ValueError(f"{name} must be a {kind}, got {described(tensor)}{hint}")
     return tensor
 
 

@@ -189,7 +189,7 @@ def group_advantages(
     everything is computed in float64.
     Raises ValueError if B is not a multiple of num_generations.
     """
-    floating("rewards", rewards, "[B]")
+    floating("rewards", rewards, "B")
     eps = checks.number("eps", eps, at_least=0)
     checks.choice("scale_rewards", scale_rewards, SCALE_REWARDS)
     num_generations = checks.integer("num_generations", num_generations, at_least=1)

@@ -40,9 +40,10 @@ def rollout_correction(
         mode:
             "tis": w is cut to the bounds (TRL's *_truncate, verl's rollout_is, NeMo-RL's tis).
             "mis": w is 0 outside of the bounds (TRL's *_mask).
-            "icepop": likewise, with a lower bound (1 / cap if none is given), as NeMo-RL has it.
+            "icepop": likewise, with a lower bound (1 / cap if none is given; NeMo-RL, OpenRLHF).
             "seq-mask-tis": all of a completion is 0 where the geometric mean of its w is outside of the bounds, lower
-            bound as for icepop; other weights stay as they are (NeMo-RL).
+            bound as for icepop; other weights stay as they are (NeMo-RL, OpenRLHF). A geometric mean is near 1:
+            NeMo-RL's bounds are (0.999, 1.002), the default lets nearly everything through.
         level: "token", or "sequence": one w for each completion, the product of those of its tokens.
         cap: the upper bound, or (lower bound, upper bound).
         completion_mask: like per_token_logps; None for all ones.
@@ -58,6 +59,10 @@ def rollout_correction(
 
     Raises:
         ValueError: a bad argument, by name.
+
+    NeMo-RL (`ClippedPGLossFn`) differs where a log-probability is missing or infinite: w is 0 there, and counts as 1 in
+    the geometric mean. Here w is 1 where it is missing, and outside of the bounds where it is infinite. NeMo-RL has no
+    default for the lower bound of icepop and seq-mask-tis, and its `is_oob_ratio` counts completions for the latter.
     """
     choice("mode", mode, MODES)
     choice("level", level, ("token", "sequence"))

@@ -45,6 +45,17 @@ _OF_COMPLETIONS = (
 )
 
 
+def batch_on(device: torch.device, values: dict[str, Any]) -> Batch:
+    """The batch with these values, as `vars` gives them, on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: move(tensor) for name, tensor in value.items()}
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Batch(**move(values))
+
+
 def batch_logps(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, L] float32 of the completions' tokens, 0 where masked; differentiable."""
     hidden = policy.completion_hidden(policy.encode_prefix(batch.inputs), batch.completion_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mr1fast.data.example import Example
 from mr1fast.model.rollout import Rollout
 from mr1fast.options.learning_options import MOST_BATCHES
+from mr1fast.training.batch import Batch
 from mr1fast.training.metrics import SAME, completion_metrics, cut_off, group_std, reward_metrics
 from mr1fast.training.processes import Processes
 
@@ -100,6 +101,17 @@ class Groups:
             {name: values[kept] for name, values in self.scores.items()},
             self.total[kept],
         )
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step trains on: the batch, and the texts, rewards and metrics behind it."""
+
+    batch: Batch
+    completions: list[str]  # [B]
+    rewards: list[float]  # [B], weighted sums; empty for supervised fine-tuning
+    metrics: dict[str, float]
+    rows: list[int] = field(default_factory=list)  # [P], of the data set
 
 
 def refill(groups: Groups, sample: Callable[[int, int], Groups]) -> tuple[Groups, list[int]]:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +20,17 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, Whole, batch_logps, grpo_batch_loss, sft_batch_loss, split_batch, weighted
-from mr1fast.training.groups import Groups, Shortage, refill
+from mr1fast.training.batch import (
+    Batch,
+    Whole,
+    batch_logps,
+    batch_on,
+    grpo_batch_loss,
+    sft_batch_loss,
+    split_batch,
+    weighted,
+)
+from mr1fast.training.groups import Groups, Shortage, StepData, refill
 from mr1fast.training.learning_rate import learning_rate_at
 from mr1fast.training.metrics import completion_metrics, cut_off, difference, mean_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer
@@ -31,17 +39,6 @@ from mr1fast.training.phases import Phases
 from mr1fast.training.processes import ALONE, Processes, pieces_of
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 from mr1fast.training.skipped import skipped_sample, useless
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What a step trains on: the batch, and the texts, rewards and metrics behind it."""
-
-    batch: Batch
-    completions: list[str]  # [B]
-    rewards: list[float]  # [B], weighted sums; empty for supervised fine-tuning
-    metrics: dict[str, float]
-    rows: list[int] = dataclasses.field(default_factory=list)  # [P], of the data set
 
 
 class Trainer:
@@ -319,7 +316,7 @@ class Trainer:
                 what = f"it is from within the updates of a batch that is divided among {len(shares)}"
                 raise ValueError(f"{what}, and can only be resumed with as many processes")
             data = shares[self.processes.rank]
-            self.step_data = StepData(**{**data, "batch": _to(data["batch"], self.policy.device)})
+            self.step_data = StepData(**{**data, "batch": batch_on(self.policy.device, data["batch"])})
 
 
 def sft_target(solution: str, reasoning: str | None = None) -> str:
@@ -342,12 +339,3 @@ def _kl_schedule(config: TaskConfig) -> KLSchedule:
         target_kl=config.target_kl,
         horizon=max(1, config.max_steps // 10),  # over a run of any length by a factor of up to e^2
     )
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> Batch:
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: move(tensor) for name, tensor in value.items()}
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Batch(**move(batch))
