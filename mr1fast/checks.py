@@ -55,7 +55,7 @@ def _whole(name: str, value: Any, at_least: int) -> int:
 def pairs(text: str, source: str, example: str) -> dict[str, str]:
     """key -> value of "key=value,key=value". Raises UserError, which calls the text `source`, for any other form."""
     found: dict[str, str] = {}
-    for part in text.split(","):
+    for part in _parts(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not value:
             raise UserError(f"{source} must be of the form {example}, got {text!r}")
@@ -63,6 +63,18 @@ def pairs(text: str, source: str, example: str) -> dict[str, str]:
             raise UserError(f"{source} names {key} twice")
         found[key] = value
     return found
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between commas, those in brackets and braces excepted."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def flag(name: str, value: Any) -> bool:

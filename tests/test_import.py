@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 OF_THE_INTEGRATIONS = ("mr1fast/integrations/", "mr1fast/model/liger.py")  # Liger's layers only where it is installed
 OF_THE_LOSS = ("kernels", "mr1fast/losses", "mr1fast/__init__.py", "mr1fast/checks.py", "mr1fast/errors.py")
 # Imported only where the user has it; the loss of that trainer does without.
-UNDECLARED = {"verl"}
+UNDECLARED = {"verl", "hydra", "tensordict"}  # the others come with verl
 
 
 def run(code):

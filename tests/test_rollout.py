@@ -14,6 +14,7 @@ from mr1fast.model.prompts import encode_prompts, take_prompts
 from mr1fast.model.rollout import Pace, Rollout, Sampler
 from mr1fast.training.batch import (
     Batch,
+    Whole,
     batch_logps,
     grpo_batch_loss,
     pieces_of,
@@ -317,7 +318,8 @@ def test_pieces_add_up_to_the_gradient_of_the_batch(seed, loss_type):
     policy, inputs = placed()
     batch, model = make_batch(policy, inputs), policy.model
     loss = {"loss_type": "grpo" if loss_type == "sft" else loss_type}
-    weighted_batch, keywords = weighted(batch, loss, max_completion_length=12)
+    whole = Whole(len(batch.completion_ids), batch.completion_mask.sum().item(), 12)
+    weighted_batch, keywords = weighted(batch, loss, whole)
 
     def gradient(pieces):
         model.zero_grad()

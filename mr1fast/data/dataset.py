@@ -223,8 +223,13 @@ def problems(dataset: Examples) -> Iterator[tuple[int, Example]]:
             found = True
             yield index, example
     if not found:
-        why = f": {dataset.summary()}" if isinstance(dataset, ImageTextDataset) else ""
-        raise UserError(f"there is no problem that can be asked{why}")
+        raise UserError(nothing_to_ask(dataset))
+
+
+def nothing_to_ask(dataset: Examples) -> str:
+    """What to say where no problem can be used."""
+    why = f": {dataset.summary()}" if isinstance(dataset, ImageTextDataset) else ""
+    return f"there is no problem that can be asked{why}"
 
 
 def problem_at(dataset: Examples, index: int) -> Example | None:

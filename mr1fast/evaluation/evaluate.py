@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mr1fast.data.dataset import problems
+from mr1fast.data.dataset import nothing_to_ask, problem_at
 from mr1fast.data.example import Example, Examples
 from mr1fast.errors import UserError
 from mr1fast.evaluation.answers import append_answers, read_answers
@@ -38,16 +38,19 @@ def evaluate(
     progress: str | None = None,
     seed: int = 0,
     file: Path | None = None,
+    divide: Divide | None = None,
 ) -> EvalResult:
     """Answer every problem of `dataset` greedily once and `sampled` times (0 for none) at `temperature`.
 
     top_k, top_p: of the sampled ones, see `Sampler.generate`. max_completion_length: tokens. batch_size: problems at a
     time; None to choose by the model's size. progress: title of a progress bar, None for no bar. The result depends on
     `seed`, not on batches or global random state; the policy keeps its mode. file: gets the answers of each batch as
-    soon as they are there, see `answers`; a problem that it has the answers to already is not asked again. Raises
-    UserError if there is no problem.
+    soon as they are there, see `answers`; a problem that it has the answers to already is not asked again. divide: see
+    `Divide`. Raises UserError if there is no problem.
     """
-    bar = tqdm(total=len(dataset) * (1 + sampled), desc=progress, unit="completion", leave=False, disable=not progress)
+    divide = divide or Divide()
+    indices = divide.share(range(len(dataset)))
+    bar = tqdm(total=len(indices) * (1 + sampled), desc=progress, unit="completion", leave=False, disable=not progress)
     sampler = Sampler(policy, max_completion_length=max_completion_length)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     asked = _Asked(policy, sampler, seed, sampled, sampling, bar)
@@ -55,7 +58,9 @@ def evaluate(
     answered: list[Answered] = []
 
     def unanswered() -> Iterator[tuple[int, Example]]:
-        for index, example in problems(dataset):
+        for index in indices:
+            if (example := problem_at(dataset, index)) is None:
+                continue
             if (one := known.get(index)) is not None and one.answers(example, sampled):
                 answered.append(one)
                 bar.update(1 + sampled)
@@ -69,11 +74,30 @@ def evaluate(
             while batch := list(itertools.islice(left, batch_size or default_eval_batch_size(is_small(policy.model)))):
                 new = asked.answers(batch)
                 answered += new
-                if file is not None:
+                if file is not None and divide.alone:
                     append_answers(file, new)
     finally:
         policy.model.train(training)
+    answered = divide.whole(answered)
+    if not answered:
+        raise UserError(nothing_to_ask(dataset))
+    if file is not None and divide.writes:
+        append_answers(file, [one for one in answered if one.index not in known])
     return result_of(answered)
+
+
+@dataclass(frozen=True)
+class Divide:
+    """How an evaluation is divided among processes: as it is here, not at all.
+
+    share: the indices that this process asks. whole: the answers of all, given its own. alone: it is the only process,
+    which writes answers as soon as it has them. writes: it is the one of several that writes them in the end.
+    """
+
+    share: Callable[[Sequence[int]], Sequence[int]] = list
+    whole: Callable[[list[Answered]], list[Answered]] = list
+    alone: bool = True
+    writes: bool = False
 
 
 def result_of(answered: Sequence[Answered]) -> EvalResult:

@@ -7,12 +7,15 @@ Importing this module registers the loss (verl_loss.py) where verl is installed;
 `policy_loss.objective` makes it another one of verl's losses. The KL weight comes in where verl has it: `KLController`
 for the penalty in the reward (`trainer.kl_ctrl_in_reward`), and for the term in the loss (`use_kl_loss`), which is the
 paper's, either `PolicyLossConfig`, by configuration alone, or `set_kl_loss_coef`.
+
+`python -m mr1fast.integrations.verl export` writes a run of `mr1fast.train` for verl, see `verl_export`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,5 +203,11 @@ def register() -> None:
     core_algos.register_policy_loss("grpo_d")(grpo_d)
 
 
-if importlib.util.find_spec("verl") is not None:
+if __name__ != "__main__" and importlib.util.find_spec("verl") is not None:
     register()
+
+
+if __name__ == "__main__":
+    from mr1fast.integrations.verl_export import main
+
+    sys.exit(main())

@@ -127,6 +127,10 @@ class Policy:
             save_adapter(self.model, folder)
         else:
             save_model(self.model, folder)
+        self.save_processor(folder)
+
+    def save_processor(self, folder: Path) -> None:
+        """What stands beside a model's weights: the processor, and the prompt if it is not the usual one."""
         save_processor(self.processor, folder, self._base.config.model_type)
         make_readable(folder)
         self.processor.prompt.record(folder)

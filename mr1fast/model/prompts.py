@@ -14,29 +14,35 @@ from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
 from mr1fast.model.checks import image_starts
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
+from mr1fast.options.prompt import Prompt
 
 # Of all images of a batch; every other input has a row for each prompt.
 IMAGES = ("pixel_values", "image_grid_thw")
 
 
-def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
-    """The chat the model sees: `processor.prompt`'s system turn, if it has one, a user turn, and an open answer.
+def prompt_messages(prompt: Prompt, problem: str, images: int = 1) -> list[dict[str, Any]]:
+    """The chat before the answer: the prompt's system turn, if it has one, and a user turn.
 
-    The user's turn has the images, the question and the suffix.
-
-    `images`: their number; `Example.problem` says where they stand.
+    The user's turn has the images, the question and the suffix. `images`: their number; `Example.problem` says where
+    they stand.
     """
     texts = problem.split(IMAGE_MARKER)
     if len(texts) - 1 != images:
         texts = [""] * images + [problem]
-    texts[-1] = processor.prompt.after(texts[-1])
+    texts[-1] = prompt.after(texts[-1])
     content: list[dict[str, str]] = []
     for number, text in enumerate(texts):
         content += [{"type": "image"}] if number else []
         content += [{"type": "text", "text": text}] if text else []
-    messages: list[Any] = [{"role": "user", "content": content}]
-    if processor.prompt.system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": processor.prompt.system}]})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+    return messages
+
+
+def prompt_text(processor: Qwen2VLTextImageProcessor, problem: str, images: int = 1) -> str:
+    """What the model sees: `prompt_messages`, and an open answer."""
+    messages: Any = prompt_messages(processor.prompt, problem, images)
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

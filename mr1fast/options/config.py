@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mr1fast.checks import pairs
 from mr1fast.data.columns import Reading
 from mr1fast.data.sources import source_of, sources_of
 from mr1fast.errors import UserError
@@ -81,6 +82,11 @@ class TrainConfig(TrainOptions):
     def rewards(self) -> dict[str, float]:
         """Name -> weight, without those of weight 0."""
         return parse_reward_weights(self.reward_weights, "--reward-weights")
+
+    @property
+    def trl_settings(self) -> dict[str, str]:
+        """--trl, as text; `integrations.trl_settings` knows what each one means."""
+        return {} if self.trl is None else pairs(self.trl, "--trl", "optim=sgd,adam_beta2=0.99")
 
     @property
     def prompt(self) -> Prompt:

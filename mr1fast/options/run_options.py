@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mr1fast.data.tasks import TASKS
-from mr1fast.options.fields import LIST, MANY, option
+from mr1fast.options.fields import LIST, MANY, PAIRS, option
 from mr1fast.options.recipes import DEFAULT_EVAL_SAMPLES, default_eval_batch_size
 
 # What --report-to knows.
+ENGINES = ("mr1fast", "trl")
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -64,6 +65,23 @@ class RunOptions:
         at_most=4096,
         why="they are held in memory together",
         shown="{} for small models, {} for others".format(*map(default_eval_batch_size, (True, False))),
+        machine=True,
+    )
+
+    engine: str = option(
+        "mr1fast",
+        "what trains: the loop of mr1fast, or TRL's GRPOTrainer with our loss, which has vLLM, DeepSpeed and FSDP",
+        group="engine",
+        choices=ENGINES,
+    )
+    trl: str | None = option(
+        None,
+        "options of TRL's GRPOConfig for --engine trl, separated by commas, such as use_vllm=true; may be given "
+        "several times, and as a block in a file (may be changed when a run is resumed)",
+        group="engine",
+        metavar=PAIRS,
+        shown="none",
+        several=True,
         machine=True,
     )
 

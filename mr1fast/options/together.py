@@ -27,6 +27,7 @@ def check_together(config: TrainConfig) -> None:
     _check_kl(config)
     _check_parts(config)
     _check_loggers(config)
+    _check_engine(config)
     _check_steps(config)
     _check_loss(config)
 
@@ -66,6 +67,14 @@ def _check_loggers(config: TrainConfig) -> None:
         raise UserError(f"--report-to {config.report_to} names a logger twice")
     if "none" in config.loggers:
         raise UserError(f"--report-to {config.report_to}: none is given with something else")
+
+
+def _check_engine(config: TrainConfig) -> None:
+    if config.trl is not None and config.engine != "trl":
+        raise UserError(f"--trl belongs to --engine trl, and the engine is {config.engine}")
+    if config.engine == "trl" and config.method == "sft":
+        raise UserError("--engine trl trains with rewards, and --method sft has none; leave out --engine trl")
+    _ = config.trl_settings  # raises for what is not KEY=VALUE
 
 
 def _check_kl(config: TrainConfig) -> None:

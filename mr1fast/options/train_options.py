@@ -21,6 +21,7 @@ GROUPS = {
     "loss": "loss and its KL term",
     "optimizer": "optimizer",
     "evaluation": "evaluation",
+    "engine": "engine",
     "files": "files and checkpoints",
     "logging": "logging (may be changed when a run is resumed)",
     "device": "device (may be changed when a run is resumed)",

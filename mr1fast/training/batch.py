@@ -96,16 +96,33 @@ def _packed_logps(policy: Policy, batch: Batch, temperature: float) -> Tensor:
     return logps
 
 
-def weighted(batch: Batch, loss: Mapping[str, Any], *, max_completion_length: int) -> tuple[Batch, dict[str, Any]]:
-    """A step's batch, each token with its weight in the loss, and the loss's keywords with which its pieces add up.
+@dataclass(frozen=True)
+class Whole:
+    """A step's batch, of which each process has a share: what the loss's normalisers count."""
+
+    completions: int
+    tokens: int
+    max_completion_length: int
+
+
+def weighted(batch: Batch, loss: Mapping[str, Any], whole: Whole) -> tuple[Batch, dict[str, Any]]:
+    """A share of a step's batch, each token with its weight in the loss, and keywords with which pieces add up.
 
     Whatever the normaliser counts, tokens or completions, it counts them in the whole batch.
     """
     ids, mask = batch.completion_ids, batch.completion_mask
     keywords = {name: value for name, value in loss.items() if name != "scale_rewards"}  # that is for the advantages
-    weight = loss_weights(ids, mask, loss_type=loss["loss_type"], max_completion_length=max_completion_length)
+    tokens = max(whole.tokens, 1)
+    weight = loss_weights(
+        ids,
+        mask,
+        loss_type=loss["loss_type"],
+        max_completion_length=whole.max_completion_length,
+        num_items_in_batch=tokens,
+        num_sequences=whole.completions,
+    )
     if keywords.get("entropy_coef"):  # a mean over tokens
-        keywords["entropy_coef"] /= max(mask.sum().item(), 1)
+        keywords["entropy_coef"] /= tokens
     return dataclasses.replace(batch, token_weight=weight), {**keywords, "reduction": "sum"}
 
 

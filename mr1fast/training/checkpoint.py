@@ -114,8 +114,13 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
         sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        left = checkpoints(folder.parent)
-        rest = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
-        reason = re.sub(r"\s+", " ", str(error)).strip()
-        raise UserError(f"{folder} could not be written ({reason}); {rest}") from error
+        raise could_not_be_written(folder, error) from error
     return folder
+
+
+def could_not_be_written(folder: Path, error: Exception) -> UserError:
+    """What to raise where a checkpoint or model is not there as a whole; what there is of it has been removed."""
+    left = checkpoints(folder.parent)
+    rest = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
+    reason = re.sub(r"\s+", " ", str(error)).strip()
+    return UserError(f"{folder} could not be written ({reason}); {rest}")

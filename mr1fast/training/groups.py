@@ -19,6 +19,7 @@ from mr1fast.model.rollout import Rollout
 from mr1fast.options.learning_options import MOST_BATCHES
 from mr1fast.training.batch import Batch
 from mr1fast.training.metrics import SAME, completion_metrics, cut_off, group_std, reward_metrics
+from mr1fast.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Groups:
         """The same without the tokens of completions that were cut off."""
         return self.completion_mask & ~cut_off(self.rollout.completion_ids, self.completion_mask, end_ids)[:, None]
 
-    def metrics(self, end_ids: Tensor) -> dict[str, float]:
-        ids, mask = self.rollout.completion_ids, self.completion_mask
-        return reward_metrics(self.scores, self.total, self.num_generations) | completion_metrics(ids, mask, end_ids)
+    def metrics(self, end_ids: Tensor, processes: Processes) -> dict[str, float]:
+        """Of these and the groups of the other processes."""
+        ids, mask, G = self.rollout.completion_ids, self.completion_mask, self.num_generations
+        scores = {name: processes.whole_tensor(values, G) for name, values in self.scores.items()}
+        rewards = reward_metrics(scores, processes.whole_tensor(self.total, G), G)
+        ends = [processes.whole_tensor(values, G) for values in (mask.sum(1), cut_off(ids, mask, end_ids))]
+        return rewards | completion_metrics(*ends)
 
     @property
     def teach(self) -> list[bool]:

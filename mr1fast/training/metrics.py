@@ -53,6 +53,14 @@ class MetricsLog:
             logger.close()
 
 
+class NoLog:
+    """What a process has that is not the main one."""
+
+    def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored] = ()) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The complete rows of metrics.jsonl: a run that was killed may have left half a line."""
     rows: list[dict[str, Any]] = []
@@ -107,23 +115,29 @@ def cut_off(completion_ids: Tensor, completion_mask: Tensor, eos: Tensor) -> Ten
     return ~torch.isin(last, eos)
 
 
-def completion_metrics(completion_ids: Tensor, completion_mask: Tensor, eos: Tensor) -> dict[str, float]:
-    """Lengths in tokens, and the fraction of completions that were cut off before they ended."""
-    lengths = completion_mask.sum(1).float()
+def completion_metrics(lengths: Tensor, cut: Tensor) -> dict[str, float]:
+    """Of lengths [B] in tokens, and of `cut_off`: the fraction of completions that were cut off before they ended."""
+    lengths = lengths.float()
     return {
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": cut_off(completion_ids, completion_mask, eos).float().mean().item(),
+        "completions/clipped_ratio": cut.float().mean().item(),
     }
 
 
-def sampling_metrics(per_token_logps: Tensor, sampling_per_token_logps: Tensor, mask: Tensor) -> dict[str, float]:
-    """The difference (nats) between policy's and sampler's log-probabilities [B, L], which should only be rounding."""
-    difference = (per_token_logps - sampling_per_token_logps).abs()[mask]
+def difference(per_token_logps: Tensor, sampling_per_token_logps: Tensor, mask: Tensor) -> tuple[float, int, float]:
+    """(sum, number, largest) of the absolute differences (nats) of log-probabilities [B, L]."""
+    found = (per_token_logps.detach() - sampling_per_token_logps).abs()[mask]
+    return found.sum().item(), len(found), found.max().item()
+
+
+def sampling_metrics(differences: Sequence[tuple[float, int, float]]) -> dict[str, float]:
+    """Of `difference` between policy's and sampler's log-probabilities in each process; it should only be rounding."""
+    sums, counts, largest = zip(*differences)
     return {
-        "sampling/sampling_logp_difference/mean": difference.mean().item(),
-        "sampling/sampling_logp_difference/max": difference.max().item(),
+        "sampling/sampling_logp_difference/mean": sum(sums) / sum(counts),
+        "sampling/sampling_logp_difference/max": max(largest),
     }
 
 

@@ -10,8 +10,8 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mr1fast.options.fields import option_string
 from mr1fast.options.parse import FIELDS, Request
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.training.loggers import check_installed
+from mr1fast.training.processes import ALONE, Processes
 from mr1fast.training.run_folder import (
     CHANGEABLE,
     RUNS,
@@ -44,6 +45,7 @@ class OpenRun:
     folder: RunFolder
     config: TrainConfig
     checkpoint: Path | None = None  # the one to continue from if the user named one; else the newest of each task
+    processes: Processes = ALONE
     data_moved: bool = False  # whether the data of a resumed run is in another place now
 
     def names_checkpoint_of(self, task: str) -> bool:
@@ -51,8 +53,26 @@ class OpenRun:
 
 
 @contextmanager
-def open_run(request: Request) -> Iterator[OpenRun]:
-    """The requested run, which no other process can open at the same time. Raises UserError."""
+def open_run(request: Request, processes: Processes = ALONE) -> Iterator[OpenRun]:
+    """The requested run, which no other program can open at the same time. Raises UserError.
+
+    processes: of this program. The main one opens it for all of them.
+    """
+    if not processes.is_main:
+        yield replace(processes.from_main(None), processes=processes)
+        return
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(_opened(request))
+        except (UserError, OSError) as error:
+            processes.from_main(error)
+            raise
+        processes.from_main(opened)
+        yield replace(opened, processes=processes)
+
+
+@contextmanager
+def _opened(request: Request) -> Iterator[OpenRun]:
     if request.config is not None:
         opened = _new_run(request.config)
     else:

@@ -75,6 +75,8 @@ def _as_if_asked_for(options: TrainConfig) -> TrainConfig:
 
 def report(options: TrainConfig, gigabytes: int | None = None) -> tuple[str, bool]:
     """(what `--plan` prints, whether the steps of all tasks fit). Raises ValueError, whose message is one sentence."""
+    if options.engine != "mr1fast":
+        raise UserError(f"--plan knows what our own loop holds in memory, not --engine {options.engine}; leave it out")
     device = device_of(options, gigabytes)
     path = models.EMBEDDED if options.model is None else options.model
     try:
@@ -136,12 +138,13 @@ def _gib(size: int) -> str:
 
 
 def plans_before(options: TrainConfig) -> dict[str, Plan]:
-    """The plan of each task of a run that is about to begin; none for a small model, which fits anywhere.
+    """The plan of each task of a run that is about to begin; none for a small model, which fits anywhere, and for
+    another engine.
 
     Raises UserError where a step cannot fit however short prompts and completions are; where only the longest do not
     fit, it is said as a warning.
     """
-    if models.recipes.is_small_folder(options.model):
+    if models.recipes.is_small_folder(options.model) or options.engine != "mr1fast":
         return {}
     assert options.model is not None
     device = device_of(options)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mr1fast.data.dataset import ImageTextDataset
 from mr1fast.data.example import Example
 from mr1fast.errors import UserError
-from mr1fast.evaluation.evaluate import evaluate
+from mr1fast.evaluation.evaluate import Divide, evaluate
 from mr1fast.model import load as models
 from mr1fast.model.adapter import add_adapter, check_lora
 from mr1fast.model.checks import check_same_kind
@@ -33,6 +33,7 @@ from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
 from mr1fast.training.plan import Plan
 from mr1fast.training.plan_run import plans_before
+from mr1fast.training.processes import ALONE, Processes, equal_pieces
 from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
 from mr1fast.training.trainer import without_reasoning
@@ -47,6 +48,7 @@ class Setup(RunData):
     given_reference: Policy | None  # --reference-model
     load: Callable[..., Policy]  # of a path, for this device, to be trained; dtype= takes another one than the run's
     plans: Mapping[str, Plan] = dataclasses.field(default_factory=dict)  # of the tasks; none for small models
+    processes: Processes = ALONE
 
     @property
     def base(self) -> Policy:
@@ -105,9 +107,14 @@ class Setup(RunData):
             top_p=config.top_p,
             batch_size=config.eval_batch_size,
             seed=config.seed,
+            divide=self._divide(),
             **keywords,
         )
         return result.figures()
+
+    def _divide(self) -> Divide:
+        processes = self.processes
+        return Divide(processes.share, processes.whole, processes.count == 1, processes.count > 1 and processes.is_main)
 
     def validate(self, policy: Policy, dataset: ImageTextDataset, name: str) -> dict[str, float]:
         """`evaluate` with its figures under the names of metrics.jsonl."""
@@ -120,6 +127,8 @@ class Setup(RunData):
         what = f"{self.config.method} on {', then '.join(self.names)}"
         threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
+        if self.processes.count > 1:
+            where = f"{self.processes.count} processes, each on {where}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
         lines += dict.fromkeys(_passes(self.task_config(name), self.base) for name in self.names)
@@ -190,7 +199,8 @@ def prepare(opened: OpenRun) -> Setup:
     """Load model and data. Raises ValueError, whose message is one sentence."""
     config = opened.config
     transformers.utils.logging.disable_progress_bar()
-    device = models.choose_device(config.device)
+    processes = opened.processes
+    device = models.choose_device(processes.device(config.device))
     load_model = partial(
         models.load_model,
         device=device,
@@ -198,6 +208,8 @@ def prepare(opened: OpenRun) -> Setup:
         attention=models.choose_attention(config.attention, device),
         liger=choose_liger(config.liger, device),
     )
+    for name in config.names:
+        equal_pieces(config.for_task(name), processes)  # raises for a batch that cannot be divided
     plans = plans_before(config)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
@@ -205,7 +217,7 @@ def prepare(opened: OpenRun) -> Setup:
     base = Policy(model, processor)
     check_lora(config, model, frozen=base.weights_of(config.frozen_parts))
     torch.set_num_threads(min(config.threads or models.choose_threads(model), os.cpu_count() or 1))
-    for name in config.names:
+    for name in config.names if config.engine == "mr1fast" else ():
         check_memory(config.for_task(name), model)
     recorded = opened.folder.read_result().get("data", {})
     data = load_data(config, recorded.get("name"))
@@ -215,6 +227,7 @@ def prepare(opened: OpenRun) -> Setup:
         **vars(data),
         config=config,
         folder=opened.folder,
+        processes=processes,
         base_path=base_path,
         loaded_base=base.freeze(),
         given_reference=_given_reference(config, base, load_model),
@@ -224,7 +237,7 @@ def prepare(opened: OpenRun) -> Setup:
     if config.sft_reasoning:
         for split in setup.train.values():
             split.leave_out(without_reasoning)
-    longest = _longest_prompt(config, model)
+    longest = room_for_prompts(config, model)
     for split in setup.splits:
         split.leave_out(too_long(processor, longest))
         split[0]  # where no row can be used, it is said now
@@ -248,7 +261,7 @@ def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[st
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
 
-def _longest_prompt(config: TrainConfig, model: PreTrainedModel) -> int:
+def room_for_prompts(config: TrainConfig, model: PreTrainedModel) -> int:
     completion = max(config.for_task(name).max_completion_length for name in config.names)
     room = longest_prompt(model, completion)
     if config.max_prompt_length is not None and config.max_prompt_length > room:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -73,6 +74,9 @@ def stop_on_sigterm() -> Iterator[None]:
         yield
 
 
+PASSED_ON = 2.0  # seconds
+
+
 class StopRequest:
     """What `finishing_steps` yields: the first signal, which the loop checks after each step."""
 
@@ -80,14 +84,21 @@ class StopRequest:
 
 
 @contextmanager
-def finishing_steps() -> Iterator[StopRequest]:
-    """The first Ctrl-C or SIGTERM is only noted; the second one stops at once."""
+def finishing_steps(*, together: bool = False) -> Iterator[StopRequest]:
+    """The first Ctrl-C or SIGTERM is only noted; the second one stops at once.
+
+    together: with other processes, whose launcher passes on a Ctrl-C that the terminal has sent to all of them already.
+    """
     request = StopRequest()
+    noted = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
         if request.signal_number is not None:
+            if together and time.monotonic() - noted < PASSED_ON:
+                return
             raise Stopped(number)
-        request.signal_number = number
+        request.signal_number, noted = number, time.monotonic()
         print("\nfinishing this step, then saving (a second Ctrl-C stops at once)", file=sys.stderr)
 
     with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):

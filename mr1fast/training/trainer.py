@@ -19,20 +19,25 @@ from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
 from mr1fast.rewards import unanswered
-from mr1fast.training.batch import Batch, batch_logps, batch_on, grpo_batch_loss, pieces_of, sft_batch_loss, weighted
+from mr1fast.training.batch import (
+    Batch,
+    Whole,
+    batch_logps,
+    batch_on,
+    grpo_batch_loss,
+    pieces_of,
+    sft_batch_loss,
+    weighted,
+)
 from mr1fast.training.groups import Groups, Shortage, StepData, refill
 from mr1fast.training.learning_rate import learning_rate_at
-from mr1fast.training.metrics import completion_metrics, mean_metrics, sampling_metrics
+from mr1fast.training.metrics import completion_metrics, cut_off, difference, mean_metrics, sampling_metrics
 from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.phases import Phases
+from mr1fast.training.processes import ALONE, Processes, equal_pieces
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
-
-MAX_SKIPPED_IN_A_ROW = 10
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on, explained in one sentence."""
+from mr1fast.training.skipped import skipped_sample, useless
 
 
 class Trainer:
@@ -48,8 +53,10 @@ class Trainer:
         policy: Policy,
         reference: Policy | None,
         dataset: Examples,
+        processes: Processes = ALONE,
     ):
         self.config, self.policy, self.reference, self.dataset = config, policy, reference, dataset
+        self.processes = processes
         # eval() throughout: policy, sampler and reference must be the same network, so there is no dropout.
         policy.model.eval()
         for one in filter(None, (policy, reference)):
@@ -58,6 +65,7 @@ class Trainer:
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
         self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
+        self.equal_pieces = equal_pieces(config, processes)
         self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
         self.phases = Phases(policy.device)
         self.finished_steps = 0
@@ -77,7 +85,8 @@ class Trainer:
         metrics = {"learning_rate": self.learning_rate}
         if self.config.method != "sft":
             metrics["beta"] = self.beta
-        reason = _useless(self.step_data)
+        any_tokens = any(self.processes.gather(bool(self.step_data.batch.completion_mask.any())))
+        reason = useless(self.step_data.rewards, any_tokens)
         if not reason:
             metrics |= self.update(self.step_data)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
@@ -108,18 +117,21 @@ class Trainer:
     def collect(self) -> StepData:
         """Prompts with completions: sampled and rewarded ones, or those that supervised fine-tuning imitates."""
         self.phases.begin("prompts" if self.config.method == "sft" else "rollout")
-        return self._targets(self.rows()) if self.config.method == "sft" else self._rollout(self.rows())
+        rows = self.processes.share(self.rows())
+        return self._targets(rows) if self.config.method == "sft" else self._rollout(rows)
 
     def _rollout(self, rows: list[int]) -> StepData:
         config, G, unanswered_before = self.config, self.config.num_generations, unanswered()
-        sampled, inputs = self._sample(rows)
+        sampled, inputs = self._sample(rows, self.processes.share(range(config.prompts_per_step)))
         groups = sampled
         if config.dynamic_sampling:
             sampled, chosen = refill(sampled, self._further)
             groups = sampled.take(chosen)
         if groups.rows != rows:
             inputs = self.policy.encode(groups.examples)
-        advantages = group_advantages(groups.total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
+        total = self.processes.whole_tensor(groups.total, G)
+        every = group_advantages(total, G, scale_rewards=config.loss.get("scale_rewards", "group"))
+        advantages = torch.cat(self.processes.share(every.split(G)))
         self.scored = first_scored(groups.repeated, groups.rollout.completions, groups.scores, advantages)
         batch = Batch(
             inputs=inputs,
@@ -131,16 +143,19 @@ class Trainer:
         )
         if self.reference is not None:
             batch = dataclasses.replace(batch, ref_per_token_logps=self._reference_logps(self.reference, batch))
-        metrics = sampled.metrics(self.policy.end_ids)  # of all that was sampled: groups that agree were no accident
+        metrics = sampled.metrics(
+            self.policy.end_ids, self.processes
+        )  # of all that was sampled: groups that agree were no accident
         if config.dynamic_sampling:
             metrics |= self.shortage.metrics(sampled, groups)
-        metrics["rewards/unanswered"] = unanswered() - unanswered_before
-        return StepData(batch, groups.rollout.completions, groups.total.tolist(), metrics, groups.rows)
+        metrics["rewards/unanswered"] = sum(self.processes.gather(unanswered() - unanswered_before))
+        completions, rows = self.processes.whole(groups.rollout.completions, G), self.processes.whole(groups.rows)
+        return StepData(batch, completions, total.tolist(), metrics, rows)
 
-    def _sample(self, rows: list[int], place: int = 0) -> tuple[Groups, dict[str, Tensor]]:
+    def _sample(self, rows: list[int], places: Sequence[int]) -> tuple[Groups, dict[str, Tensor]]:
         """Sample and reward completions of these prompts. Also their inputs.
 
-        place: of the first of them among those of this step.
+        places: of these among those of this step.
         """
         config, G = self.config, self.config.num_generations
         examples = self.examples(rows)
@@ -154,7 +169,7 @@ class Trainer:
             top_k=config.top_k,
             top_p=config.top_p,
             prefix=prefix,
-            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in range(place, place + len(examples))],
+            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in places],
         )
         self.phases.begin("rewards")
         self._count_tokens(inputs, G, rollout.completion_mask)
@@ -166,12 +181,13 @@ class Trainer:
         """The groups of the prompts that come next in the order; the next step begins after them."""
         self.phases.begin("rollout")
         rows = self._rows_from(self.finished_steps // self.config.num_iterations + 1, count)
-        groups, _ = self._sample(rows, place)
+        groups, _ = self._sample(rows, range(place, place + count))
         self.further_prompts += count
         return groups
 
     def _count_tokens(self, inputs: dict[str, Tensor], num_generations: int, completion_mask: Tensor) -> None:
-        self.num_tokens += int(inputs["attention_mask"].sum()) * num_generations + int(completion_mask.sum())
+        tokens = int(inputs["attention_mask"].sum()) * num_generations + int(completion_mask.sum())
+        self.num_tokens += sum(self.processes.gather(tokens))
 
     @torch.no_grad()
     def _reference_logps(self, reference: Policy, batch: Batch) -> Tensor:
@@ -186,17 +202,18 @@ class Trainer:
 
     def _pieces(self, batch: Batch) -> list[Sequence[int]]:
         """The prompts that are in the model at a time, with all of their completions."""
-        config = self.config
-        return pieces_of(batch, equal=config.gradient_accumulation_steps, most_tokens=config.tokens_per_microbatch)
+        return pieces_of(batch, equal=self.equal_pieces, most_tokens=self.config.tokens_per_microbatch)
 
     def _targets(self, rows: list[int]) -> StepData:
         """What supervised fine-tuning imitates."""
-        examples, reasoning = self.examples(rows), self.config.sft_reasoning
+        examples, reasoning, whole = self.examples(rows), self.config.sft_reasoning, self.processes.whole
         completions = [sft_target(one.solution, one.columns["reasoning"] if reasoning else None) for one in examples]
         batch = Batch(self.policy.encode(examples), 1, *self.policy.encode_completions(completions))
         self._count_tokens(batch.inputs, 1, batch.completion_mask)
-        metrics = completion_metrics(batch.completion_ids, batch.completion_mask, self.policy.end_ids)
-        return StepData(batch, completions, [], metrics, rows)
+        ids, mask = batch.completion_ids, batch.completion_mask
+        ends = (mask.sum(1), cut_off(ids, mask, self.policy.end_ids))
+        metrics = completion_metrics(*map(self.processes.whole_tensor, ends))
+        return StepData(batch, whole(completions), [], metrics, whole(rows))
 
     # ---- loss and update --------------------------------------------------------------------------------------------
 
@@ -219,7 +236,10 @@ class Trainer:
         """Take the optimizer's step on the batch, in pieces; no weight changes if loss or gradient is not finite."""
         self.phases.begin("policy")
         config, batch = self.config, data.batch
-        batch_of_step, keywords = weighted(batch, config.loss, max_completion_length=config.max_completion_length)
+        shares = self.processes.gather((len(batch.completion_ids), int(batch.completion_mask.sum())))
+        completions, tokens = map(sum, zip(*shares))
+        whole = Whole(completions, tokens, config.max_completion_length)
+        batch_of_step, keywords = weighted(batch, config.loss, whole)
         total, rows, counted = 0.0, [], []
         logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
         for prompts in self._pieces(batch):
@@ -234,14 +254,16 @@ class Trainer:
                 logps[batch.rows_of(prompts)] = piece.padded(output.per_token_logps.detach())
             total += loss.item()
             loss.backward()
-        metrics = {"loss": total}
+        metrics = {"loss": sum(self.processes.gather(total))}
         if rows:  # means over tokens
-            metrics |= mean_metrics(rows, counted, keywords)
+            metrics |= mean_metrics(self.processes.whole(rows), self.processes.whole(counted), keywords)
         if batch.sampling_per_token_logps is not None:
-            metrics |= sampling_metrics(logps, batch.sampling_per_token_logps, batch.completion_mask)
+            own = difference(logps, batch.sampling_per_token_logps, batch.completion_mask)
+            metrics |= sampling_metrics(self.processes.gather(own))
         old = batch.old_per_token_logps
         self.phases.begin("optimizer")
         if math.isfinite(metrics["loss"]):
+            self.processes.sum_gradients(self.optimizer.weights)
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
             if config.num_iterations > 1 and old is None:
                 # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
@@ -261,13 +283,9 @@ class Trainer:
         assert self.step_data is not None
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        self.skipped_sample = {
-            "step": self.finished_steps + 1,
-            "reason": reason,
-            "examples": [_without_images(example) for example in self.examples(self.step_data.rows)],
-            "completions": self.step_data.completions,
-            "rewards": [str(reward) for reward in self.step_data.rewards],  # JSON has no NaN
-        }
+        data, step = self.step_data, self.finished_steps + 1
+        examples = self.examples(data.rows)
+        self.skipped_sample = skipped_sample(step, reason, examples, data.completions, data.rewards)
 
     # ---- into a checkpoint and back ---------------------------------------------------------------------------------
 
@@ -284,7 +302,8 @@ class Trainer:
             "step_data": None,
         }
         if self.step_data is not None and self.finished_steps % self.config.num_iterations:
-            state["step_data"] = {**vars(self.step_data), "batch": vars(self.step_data.batch)}
+            own = {**vars(self.step_data), "batch": vars(self.step_data.batch)}
+            state["step_data"] = self.processes.gather(own)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -294,7 +313,12 @@ class Trainer:
         self.further_prompts = state.get("further_prompts", 0)  # older versions took none
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_schedule.load_state_dict(state["kl_schedule"])
-        if (data := state["step_data"]) is not None:
+        if (shares := state["step_data"]) is not None:
+            shares = [shares] if isinstance(shares, dict) else shares  # an older version's, of one process
+            if len(shares) != self.processes.count:
+                what = f"it is from within the updates of a batch that is divided among {len(shares)}"
+                raise ValueError(f"{what}, and can only be resumed with as many processes")
+            data = shares[self.processes.rank]
             self.step_data = StepData(**{**data, "batch": batch_on(self.policy.device, data["batch"])})
 
 
@@ -306,20 +330,6 @@ def sft_target(solution: str, reasoning: str | None = None) -> str:
 def without_reasoning(example: Example) -> str | None:
     """Why an example is left out with --sft-reasoning."""
     return None if str(example.columns.get("reasoning") or "").strip() else "no reasoning"
-
-
-def _without_images(example: Example) -> dict[str, Any]:
-    """The example for a JSON file."""
-    return dataclasses.asdict(dataclasses.replace(example, image=None, more_images=(), columns={}))
-
-
-def _useless(data: StepData) -> str:
-    """Why nothing can be learnt from this; "" if something can. A reward that is NaN is absent."""
-    if any(map(math.isinf, data.rewards)):
-        return "a reward is not a finite number"
-    if data.rewards and all(map(math.isnan, data.rewards)):
-        return "no completion has a reward"
-    return "" if data.batch.completion_mask.any() else "every completion was cut off, and --mask-truncated is on"
 
 
 def _kl_schedule(config: TaskConfig) -> KLSchedule:

@@ -1,0 +1,169 @@
+"""Training in two processes on the CPU (gloo): the same numbers as in one, the same files, and one end for both."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_program import SMALL, main, metrics
+from two_processes import RUNS, steps
+
+from mr1fast.errors import UserError
+from mr1fast.options.config import TrainConfig
+from mr1fast.training.processes import ALONE, Processes, equal_pieces
+
+TESTS = Path(__file__).parent
+
+
+def launch(*arguments, different=()):
+    """Start `python ARGUMENTS` twice, as accelerate launch does. different: more arguments for the second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    common = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, [*arguments, *(different if rank else ())])],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **pipes,
+        )
+        for rank in range(2)
+    ]
+
+
+def outcome(processes):
+    """(exit code, output, errors) of each."""
+    said = [process.communicate(timeout=280) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, said)]
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, one_thread):
+    file = tmp_path / "results.pt"
+    both = launch(TESTS / "two_processes.py", file)
+    alone = {name: steps(settings, ALONE) for name, settings in RUNS.items()}
+    for code, _, errors in outcome(both):
+        assert code == 0, errors
+    together = torch.load(file)
+    for name, (wanted, weights) in alone.items():
+        found, found_weights = together[name]
+        lengths = {row["completions/max_length"] - row["completions/min_length"] for row in wanted}
+        assert max(lengths) > 0 or name == "sft", "completions of different lengths are the point"
+        for step, (mine, theirs) in enumerate(zip(wanted, found, strict=True)):
+            assert set(mine) == set(theirs)
+            for metric, value in mine.items():
+                if "sampling_logp" not in metric:  # that is rounding alone
+                    assert theirs[metric] == pytest.approx(value, rel=2e-6, abs=2e-6), (name, step, metric)
+        apart = max((one - other).abs().max() for one, other in zip(weights, found_weights, strict=True))
+        assert apart < 5e-6, name  # of steps of 1e-3: AdamW divides by gradients that may be near 0
+
+
+def test_shares_are_whole_groups_and_come_back_in_order():
+    first, second = Processes(0, 2), Processes(1, 2)
+    assert (first.share(range(5)), second.share(range(5))) == ([0, 2, 4], [1, 3])
+    config = TrainConfig(task="vc", prompts_per_step=12, gradient_accumulation_steps=4).for_task("vc")
+    assert [equal_pieces(config, Processes(0, n)) for n in (1, 2, 3, 4, 6, 12)] == [4, 2, 2, 1, 1, 1]
+    with pytest.raises(UserError, match="multiple of the number of processes, got 12 and 5"):
+        equal_pieces(config, Processes(0, 5))
+    assert ALONE.whole(["a", "b"]) == ["a", "b"]
+    assert Processes(0, 2).device("cpu") == "cpu"
+    with pytest.raises(UserError, match="--device cuda:1 is one device, and 2 processes each need their own"):
+        Processes(0, 2).device("cuda:1")
+
+
+PROGRAM = ["-m", "mr1fast.train", "--task=vc", "--max-steps=4", "--save-steps=2", "--report-to=none", *SMALL]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_resumed_by_one(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    (code, output, errors), (second_code, *second_said) = outcome(launch(*PROGRAM, "--output-dir", two))
+    assert (code, second_code) == (0, 0), errors
+    assert second_said == ["", ""]
+    assert "2 processes, each on cpu" in output
+    assert main(*PROGRAM[2:], "--output-dir", one) == 0
+    results = [json.loads((run / "result.json").read_text()) for run in (two, one)]
+    assert [result["processes"] for result in results] == [2, 1]
+    assert results[0]["before"] == results[1]["before"]
+    assert [row["step"] for row in metrics(two)] == list(range(5))
+    answers = [(run / "answers" / "before-training" / "vc.jsonl").read_text().splitlines() for run in (two, one)]
+    assert sorted(answers[0]) == sorted(answers[1])
+    wanted = load_file(one / "vc" / "model" / "model.safetensors")
+    for resumed in (two / "vc" / "checkpoint-000002", None):
+        if resumed is not None:
+            assert main("--resume", resumed) == 0
+        found = load_file(two / "vc" / "model" / "model.safetensors")
+        assert max((wanted[name] - found[name]).abs().max() for name in wanted) < 2e-6
+    assert json.loads((two / "result.json").read_text())["processes"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "different", "message"),
+    [
+        (["--seed=1"], ["--learning-rate=1"], "process 1 was started with other options than process 0"),
+        (["--prompts-per-step=3"], [], "must be a multiple of the number of processes, got 3 and 2"),
+        (["--max-stps=3"], [], "unknown option --max-stps"),
+    ],
+)
+def test_a_mistake_is_one_sentence_of_the_first_process(arguments, different, message, tmp_path):
+    program = [one for one in PROGRAM if one.partition("=")[0] not in {a.partition("=")[0] for a in arguments}]
+    run = tmp_path / "run"
+    both = outcome(launch(*program, *arguments, "--output-dir", run, different=different))
+    assert [code for code, *_ in both] == [2, 2]
+    assert both[0][2].startswith("error: ")
+    assert message in both[0][2]
+    assert both[0][2].count("\n") == 1
+    assert both[1][1:] == ("", "")
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_both_end_where_one_does(tmp_path, signals_as_in_a_terminal):
+    """Ctrl-C, which only one of them notices; and one that is killed."""
+    run = tmp_path / "run"
+    long = [one.replace("--max-steps=4", "--max-steps=1000") for one in PROGRAM]
+    both = launch(*long, "--output-dir", run)
+    wait_for_steps(run, both)
+    both[1].send_signal(signal.SIGINT)
+    (code, _, errors), (second_code, *_) = outcome(both)
+    assert (code, second_code) == (130, 130), errors
+    assert "stopped by SIGINT\nto continue: python -m mr1fast.train --resume" in errors
+    done = metrics(run)[-1]["step"]
+    assert (run / "vc" / f"checkpoint-{done:06d}" / "trainer_state.pt").exists()
+
+    both = launch("-m", "mr1fast.train", "--resume", run)
+    wait_for_steps(run, both, done + 2)
+    both[1].kill()
+    (code, _, errors), _ = outcome(both)
+    assert code == 1
+    assert "error: another process has ended without a word, so this one ends as well\nto continue" in errors
+    assert "Traceback" not in errors
+
+
+def wait_for_steps(run, both, number=2):
+    while all(process.poll() is None for process in both):
+        if (run / "metrics.jsonl").exists() and metrics(run) and metrics(run)[-1]["step"] >= number:
+            return
+        time.sleep(0.1)
+    raise AssertionError(outcome(both))
+
+
+def test_processes_that_nobody_connects_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert main("--task=vc", "--output-dir", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: WORLD_SIZE is 4, but the processes cannot be connected (")
+    assert error.endswith("start them by accelerate launch or torchrun, or unset WORLD_SIZE\n")
+    assert error.count("\n") == 1
