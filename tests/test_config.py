@@ -229,7 +229,7 @@ def test_absurd_numbers_are_answered_in_one_sentence(name):
         ("max_steps: {cv: 1}", "--max-steps: a task must be one of vc, gr, got 'cv'"),
         ("data: x\nmax_steps: {vc: 1}", "--max-steps must be one value with --data"),
         ('output_dir: "a\\0b"', "output_dir must be text"),
-        ("seed: " + "[" * 500, "is not valid YAML: it is nested too deeply"),
+        ("seed: " + "[" * 5_000, "is not valid YAML: it is nested too deeply"),
         ("method: grpo-e", "run.yaml: method must be one of grpo-d, grpo, sft"),
         ("kl-schedule: quick", "run.yaml: kl-schedule must be one of"),
         ("num_generations: 1", "run.yaml: num_generations must be at least 2"),
