@@ -198,8 +198,8 @@ class LearningOptions:
     )
     tokens_per_microbatch: int | None = option(
         None,
-        "most tokens in the model at a time, patches of images included: prompts, each with its completions, pass "
-        "through it in pieces filled up to that, instead of --gradient-accumulation-steps; the gradient is the same",
+        "most that passes through the model at a time, patches of images included; prompts, each with its "
+        "completions, make pieces of up to that, in place of --gradient-accumulation-steps; the gradient is the same",
         group="optimizer",
         unit="tokens",
         at_least=1,
