@@ -85,7 +85,7 @@ def test_plan_is_what_a_true_step_allocates(changes, one_thread, monkeypatch):
     held = [t for model in models for t in (*model.parameters(), *model.buffers())]
     held += [*trainer.optimizer.masters, *(t for s in trainer.optimizer.adamw.state.values() for t in s.values())]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
-    assert plan(chosen).peak == pytest.approx(before + allocated(trainer.step), rel=0.05)
+    assert plan(chosen).peak == pytest.approx(before + allocated(trainer.step), rel=0.07)
 
 
 # ---- what is held ---------------------------------------------------------------------------------------------------

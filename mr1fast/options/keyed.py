@@ -27,6 +27,7 @@ KEYED = {
     "lora": Keyed(
         "train a LoRA adapter, and none of the model's own weights", "rank=16,alpha=32,targets=q_proj,v_proj"
     ),
+    "kl": Keyed("how the KL weight changes during training", "schedule=adaptive,target_kl=0.1"),
     "eval": Keyed("how the model is tested before and after training, and validated during it", "steps=20,samples=100"),
     "save": Keyed("when and how checkpoints are written", "steps=20,total_limit=5"),
 }

@@ -119,6 +119,7 @@ class LearningOptions:
         "course of the KL weight, bounded by --beta-min and --beta-max; paper is Eq. 3 of OThink-MR1, constant stays "
         "at --beta-max, adaptive aims for --target-kl",
         group="loss",
+        key_of="kl",
         choices=ALL_SCHEDULES,
         shown=_of_method("kl_schedule"),
     )
@@ -126,6 +127,7 @@ class LearningOptions:
         None,
         "fraction of the steps that Eq. 3 spends exploring, that is, lowering the KL weight to --beta-min",
         group="loss",
+        key_of="kl",
         at_least=0,
         below=1,
         shown=f"{KL_DEFAULTS['grpo-d']['explore_fraction']}; --kl-schedule {' and '.join(EXPLORING)} only",
@@ -134,6 +136,7 @@ class LearningOptions:
         None,
         "KL divergence from the base model that the adaptive schedule aims for",
         group="loss",
+        key_of="kl",
         unit="nats per token",
         at_least=1e-6,
         at_most=1000,

@@ -104,6 +104,7 @@ def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # an installed command does not look there, python -m does
         sys.path.append(os.getcwd())
+    importlib.invalidate_caches()  # the file may be newer than what Python remembers of its folder
     return getattr(importlib.import_module(module), attribute)
 
 
