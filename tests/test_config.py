@@ -264,13 +264,14 @@ def test_yaml_that_is_not_text(tmp_path):
 def test_help_explains_every_option_with_its_default():
     text = " ".join(build_parser().format_help().split())
     for name, field in FIELDS.items():
-        switch = isinstance(field.default, bool) and not field.metadata["key_of"]  # which --no-... turns off
-        own = f" {option_string(name)}{',' if switch else ' '}"
+        own = f" {option_string(name)} "
+        if field.default is True:  # a switch is shown in the form that changes its default
+            own = own.replace("--", "--no-")
         assert (f" {key_of(name)}=" if field.metadata["key_of"] else own) in text
         assert field.metadata["help"].split(";")[0].split(",")[0] in text
         if field.default is not None:
-            shown = {True: "yes", False: "no"}.get(field.default, field.default) if switch else field.default
-            assert f"[default: {'no' if field.default is False else shown}]" in text
+            shown = field.metadata["shown"] or ("no" if field.default is False else field.default)
+            assert f"[default: {shown}]" in text
     assert "[default: 0.0003 (gr: 0.0002) for small models, 1e-06 for others; ten times that for LoRA]" in text
     assert "(paper, linear, constant, cosine, exponential, reversed, adaptive)" in text
     assert all(set(values) <= set(FIELDS) for values in (*RECIPES.values(), *KL_DEFAULTS.values()))

@@ -124,10 +124,23 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_switch(group: argparse._ArgumentGroup, name: str, keywords: dict[str, Any]) -> None:
+    """--NAME and --no-NAME. --help shows the one that changes the default."""
+    yes = option_strings(name)
+    forms = [("store_true", yes), ("store_false", [f"--no-{string.removeprefix('--')}" for string in yes])]
+    for is_usual, (action, strings) in zip((FIELDS[name].default, not FIELDS[name].default), forms):
+        group.add_argument(
+            *strings, action=action, dest=name, **(keywords | ({"help": argparse.SUPPRESS} if is_usual else {}))
+        )
+
+
 def add_option(group: argparse._ArgumentGroup, name: str, **keywords: Any) -> None:
     """Add an option as it is declared; its value is text, for `convert`. keywords: more of add_argument's."""
     field = FIELDS[name]
-    value: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if field_type(name) is bool else {}
+    if field_type(name) is bool:
+        _add_switch(group, name, {"help": _help(name), **keywords})
+        return
+    value: dict[str, Any] = {}
     if metavar := _metavar(name):
         value["metavar"] = metavar
     if field.metadata["several"]:

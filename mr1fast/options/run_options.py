@@ -148,9 +148,10 @@ class RunOptions:
     )
     share_prefix: bool = option(
         True,
-        "compute log-probabilities in one packed pass, in which a prompt with its image runs once for its completions "
-        "and nothing is padded; its attention is PyTorch's own, or eager",
+        "run every completion after a prompt of its own, padded; otherwise log-probabilities come from one packed row, "
+        "in which a prompt with its image runs once for its completions, with PyTorch's own attention or eager",
         group="device",
+        shown="no, where the model allows it",
         machine=True,
     )
     liger: str = option(
