@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from mr1fast.errors import UserError
@@ -19,7 +21,7 @@ from mr1fast.training.stop import Stopped, is_out_of_memory, stop_on_sigterm, to
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0; 2 for a mistake of the user's; 1 if training failed; 128 + its number after a signal."""
-    began = time.time()
+    began = time.monotonic()
     error: UserError | OSError | None = None
     config: TrainConfig | None = None
     engine = None
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with started(error, str(config)) as processes, open_run(request, processes) as opened:
                 return _train(opened, began, engine)
         except (UserError, OSError) as wrong:
-            return _fail(f"error: {wrong}", 2)
+            return _fail(f"error: {_reason(wrong)}", 2)
         except PeerFailed as failed:
             return _fail(f"error: {failed}", 1)
         except KeyboardInterrupt:
@@ -96,7 +98,7 @@ def _train(opened: OpenRun, began: float, engine: Any) -> int:
     except ModuleNotFoundError as error:
         return _fail(f"error: {missing_package(error)}", 2, opened)
     except (UserError, OSError) as error:  # OSError: most often a full disk
-        return _fail(f"error: {error}", 2, opened)
+        return _fail(f"error: {_reason(error, opened)}", 2, opened)
     except Stopped as stopped:
         exit_code = _fail(f"stopped by {stopped}", stopped.exit_code, opened)
         if opened.folder.metrics_file.exists():
@@ -107,6 +109,18 @@ def _train(opened: OpenRun, began: float, engine: Any) -> int:
     return 0
 
 
+# What the system says of files; a failing network has other numbers.
+_OF_FILES = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOSPC, errno.EROFS, errno.ESTALE}
+
+
+def _reason(error: UserError | OSError, opened: OpenRun | None = None) -> str:
+    """One sentence; of a file that could not be read or written it has the name, or that of its run."""
+    if not isinstance(error, OSError) or error.errno not in _OF_FILES:
+        return str(error)
+    file = error.filename or ("a file" if opened is None else f"a file in {opened.folder.path}")
+    return f"{file} could not be read or written: {error.strerror}"
+
+
 def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:
     print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
     if opened is not None:
@@ -115,8 +129,10 @@ def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:
             return exit_code
         if opened.folder.config_file.exists():
             print(how_to_continue(opened.folder), file=sys.stderr)
-        elif not any(opened.folder.path.iterdir()):
-            opened.folder.path.rmdir()
+        else:
+            with suppress(OSError):  # it is not empty, read-only, or not there any more
+                opened.folder.remove_leftovers()
+                opened.folder.path.rmdir()
     return exit_code
 
 

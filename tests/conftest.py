@@ -90,3 +90,13 @@ def hostile_settings():
 
     with matplotlib.rc_context({"text.usetex": True, "font.family": "No Such Font", "savefig.dpi": 1e6}):
         yield
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory):
+    """Name -> `fault_runs.Variant`, whose run that is left alone is made once."""
+    from functools import cache
+
+    from tests.fault_runs import Variant
+
+    return cache(lambda name: Variant(name, tmp_path_factory.mktemp("variant")))

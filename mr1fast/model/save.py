@@ -28,6 +28,8 @@ def save_processor(processor: Qwen2VLTextImageProcessor, folder: Path, model_typ
     """Write the tokenizer, preprocessor_config.json and chat_template.json, for a model of that type."""
     tokenizer, template = processor.tokenizer, processor.chat_template
     written = {"chat_template": template["default"] if isinstance(template, dict) else template}
+    tokenizer.backend_tokenizer.no_padding()  # tokenizer.json would keep how the last batch was padded
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt

@@ -15,25 +15,35 @@ from safetensors import SafetensorError
 from mr1fast.errors import UserError
 from mr1fast.model.policy import Policy
 from mr1fast.training.manifest import damage, sync, write_manifest
-from mr1fast.training.run_folder import STATE, ResumeError, checkpoints, remove_folder, step_of
+from mr1fast.training.run_folder import METRICS, STATE, ResumeError, checkpoints, remove_folder, step_of
 
 
 def save_model(policy: Policy, folder: Path) -> Path:
     """Save model and processor as a folder in Hugging Face format, which `load_model` and transformers can read."""
-    return _write_whole(folder, policy.save)
+
+    def write(temporary: Path) -> None:
+        policy.save(temporary)
+        write_manifest(temporary)
+
+    return _write_whole(folder, write)
 
 
-def save_checkpoint(policy: Policy, state: dict[str, Any] | None, folder: Path, *, step: int, keep: int) -> Path:
+def save_checkpoint(
+    policy: Policy, state: dict[str, Any] | None, folder: Path, *, step: int, keep: int, metrics: str = ""
+) -> Path:
     """Write model, processor and `state` to `folder`/checkpoint-STEP, then delete all but the newest `keep`.
 
-    state: None for a checkpoint of the model alone, from which training cannot be continued. Raises UserError if the
-    checkpoint cannot be written; the earlier ones are then untouched.
+    state: None for a checkpoint of the model alone, from which training cannot be continued. metrics: the rows of
+    metrics.jsonl so far, which a resumed run takes from here if it has lost them. Raises UserError if the checkpoint
+    cannot be written; the earlier ones are then untouched.
     """
 
     def write(temporary: Path) -> None:
         policy.save(temporary)
         if state is not None:
-            torch.save(state, temporary / STATE)
+            with (temporary / STATE).open("wb") as file:  # given a name, torch would not say that the disk is full
+                torch.save(state, file)
+        (temporary / METRICS).write_text(metrics, encoding="utf-8")
         write_manifest(temporary)
 
     saved = _write_whole(folder / f"checkpoint-{step:06d}", write)
@@ -107,7 +117,8 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(exist_ok=True)  # but not the run's folder, which may have been moved away meanwhile
+        temporary.mkdir()
         write(temporary)
         remove_folder(folder)
         temporary.rename(folder)
@@ -122,5 +133,15 @@ def could_not_be_written(folder: Path, error: Exception) -> UserError:
     """What to raise where a checkpoint or model is not there as a whole; what there is of it has been removed."""
     left = checkpoints(folder.parent)
     rest = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
-    reason = re.sub(r"\s+", " ", str(error)).strip()
+    reason = re.sub(r"\s+", " ", _reason(error)).strip()
     return UserError(f"{folder} could not be written ({reason}); {rest}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, of which torch says less than nothing."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, OSError) and first.strerror:
+            return first.strerror
+        first = first.__context__
+    return str(error)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mr1fast.errors import UserError
+from mr1fast.evaluation.answers import read_answers
 from mr1fast.evaluation.terminal import load_snippet, training_table
 from mr1fast.model.policy import Policy
 from mr1fast.rewards import unanswered, unanswered_summary
 from mr1fast.training.checkpoint import load_checkpoint, save_checkpoint, save_model, whole_checkpoint
+from mr1fast.training.metrics import restore_rows, rows_of_task
 from mr1fast.training.model_card import write_card
 from mr1fast.training.open_run import OpenRun, how_to_train_longer
 from mr1fast.training.pictures import draw_pictures
-from mr1fast.training.run_folder import ResumeError, versions, write_config
+from mr1fast.training.run_folder import METRICS, ResumeError, versions, write_config
 from mr1fast.training.scoring import absent_summary
 from mr1fast.training.setup import Setup, prepare, summaries
 from mr1fast.training.task_run import follow_new_total, task_run
@@ -28,7 +30,7 @@ Engine = Callable[[Setup, str, Path | None], Policy]
 
 
 def run(opened: OpenRun, started: float, engine: Engine | None = None) -> None:
-    """`started`: time.time() at the program's start. engine: None for our own, `train_task`.
+    """`started`: time.monotonic() at the program's start. engine: None for our own, `train_task`.
 
     Raises UserError, TrainingError and Stopped.
     """
@@ -48,7 +50,7 @@ def run(opened: OpenRun, started: float, engine: Engine | None = None) -> None:
 
     said, seconds_before = summaries(setup.splits), result["seconds"]
     for data in setup.tests:
-        if data not in result["before"]:
+        if data not in result["before"] or _has_lost_answers(setup, data, result["before"][data]):
             result["before"][data] = evaluate_on_test_split(setup, setup.base, data, "before training")
     try:
         processes.on_main(folder.write_result, result)
@@ -57,8 +59,8 @@ def run(opened: OpenRun, started: float, engine: Engine | None = None) -> None:
             train_and_test(setup, name, checkpoint, result, engine or train_task)
         processes.on_main(draw_pictures, setup)
     finally:
-        result["seconds"] = round(seconds_before + time.time() - started, 1)
-        with suppress(OSError):  # a full disk has been reported, or is about to be
+        result["seconds"] = round(seconds_before + time.monotonic() - started, 1)
+        with suppress(OSError, UserError):  # a full disk has been reported, or is about to be
             processes.on_main(folder.write_result, result)
 
     for line in summaries(setup.splits):
@@ -69,6 +71,15 @@ def run(opened: OpenRun, started: float, engine: Engine | None = None) -> None:
     if said_absent := absent_summary():
         print(said_absent)
     print(closing_words(setup, result))
+
+
+def _has_lost_answers(setup: Setup, data: str, figures: dict[str, float]) -> bool:
+    """Whether the base's answers on disk are fewer than those of the figures, which is said."""
+    file = setup.folder.answers("before training") / f"{data}.jsonl"
+    lost = int(figures.get("n", 0)) - len(read_answers(file)) if file.exists() else 0
+    if lost > 0:
+        print(f"{file} is damaged: what {lost} of its lines answered is asked again", flush=True)
+    return lost > 0
 
 
 def _todo(setup: Setup, opened: OpenRun, result: dict[str, Any]) -> list[str]:
@@ -132,6 +143,7 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
         _go_on(trainer, state, checkpoint)
         before = state.get("max_steps", config.max_steps)
         follow_new_total(setup, name, step=trainer.finished_steps, before=before)
+        setup.processes.on_main(restore_rows, setup.folder.metrics_file, name, checkpoint / METRICS)
     with task_run(setup, name, policy, done=trainer.finished_steps, resumed=state is not None) as run:
         while trainer.finished_steps < config.max_steps:
             metrics = trainer.step()
@@ -141,7 +153,9 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
             if run.saves(step):
                 state = None if setup.config.save_only_model else trainer.state_dict()
                 if setup.processes.is_main:
-                    save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit)
+                    setup.folder.check_there()
+                    rows = rows_of_task(setup.folder.metrics_file, name)
+                    save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit, metrics=rows)
             run.stop_if_asked(step)
     return policy
 

@@ -1,6 +1,7 @@
-"""SHA256SUMS: what a checkpoint's files hold, so that a damaged one is never taken for a whole one.
+"""SHA256SUMS: what the files of a checkpoint or model hold, so that a damaged one is never taken for a whole one.
 
-The format is that of `sha256sum`, with which it can be checked by hand: `sha256sum -c SHA256SUMS`.
+The format is that of `sha256sum`, with which it can be checked by hand: `sha256sum -c SHA256SUMS`. A run's own file has
+the hashes of config.json and result.json, which are written again as it goes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,35 @@ def damage(folder: Path) -> str | None:
         if found != wanted:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
+
+
+def replace_hashed(file: Path, text: str) -> None:
+    """Replace a file as a whole, and record its hash. Killed in between, either content is what was written."""
+    if not file.exists():
+        write_text(file, text)
+    manifest = file.with_name(MANIFEST)
+    others = [line for line in _lines(manifest) if not line.endswith(f"  {file.name}\n")]
+    now = f"{hashlib.sha256(text.encode()).hexdigest()}  {file.name}\n"
+    write_text(manifest, "".join([*others, f"# before: {_hash(file)}  {file.name}\n", now]))
+    write_text(file, text)
+
+
+def is_changed(file: Path) -> bool:
+    """Whether a file, written by `replace_hashed`, holds something else now. Older versions recorded no hash."""
+    recorded = [line.split()[-2] for line in _lines(file.with_name(MANIFEST)) if line.endswith(f"  {file.name}\n")]
+    return bool(recorded) and file.exists() and _hash(file) not in recorded
+
+
+def _lines(manifest: Path) -> list[str]:
+    return manifest.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if manifest.exists() else []
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: no reader ever sees half of it, and a full disk leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def sync(path: Path) -> None:

@@ -32,7 +32,8 @@ class MetricsLog:
         loggers: Sequence[Logger] = (),
         labels: Mapping[str, str] | None = None,
     ):
-        self.file, self.task, self.loggers, self.labels = run.metrics_file, task, loggers, labels or {}
+        self.run, self.file, self.task = run, run.metrics_file, task
+        self.loggers, self.labels = loggers, labels or {}
         if rows := read_rows(self.file):
             kept = [row for row in rows if row["task"] != task or row["step"] < first_step]
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
@@ -43,6 +44,7 @@ class MetricsLog:
         completions: of this step, for the loggers alone.
         """
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.run.check_there()
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"task": self.task, "step": step, **self.labels, **row}) + "\n")
         for logger in self.loggers:
@@ -59,6 +61,23 @@ class NoLog:
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored] = ()) -> None: ...
 
     def close(self) -> None: ...
+
+
+def rows_of_task(file: Path, task: str) -> str:
+    """The rows of metrics.jsonl that a task has so far, as they are kept in a checkpoint."""
+    return "".join(json.dumps(row) + "\n" for row in read_rows(file) if row["task"] == task)
+
+
+def restore_rows(file: Path, task: str, kept: Path) -> None:
+    """Give metrics.jsonl the rows of a task that a checkpoint has `kept`, if it has lost any, and say so."""
+    if not kept.exists():  # older versions kept none
+        return
+    saved, there = read_rows(kept), read_rows(file)
+    if lost := [row["step"] for row in saved if row not in there]:
+        steps = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps"
+        print(f"{file} is damaged: {steps} of {task} come from {kept}", flush=True)
+        rows = [row for row in there if row["task"] != task] + saved
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ Imports no torch, so that a mistake is reported at once.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -78,7 +78,9 @@ def _opened(request: Request) -> Iterator[OpenRun]:
     else:
         opened = _resumed_run(request)
     with _locked(opened.folder.path):
+        opened.folder.remember()
         opened.folder.remove_leftovers()
+        _say_what_is_damaged(opened.folder)
         yield opened
 
 
@@ -166,7 +168,8 @@ def _newest_run(root: Path) -> RunFolder:
 
 def _recorded_config(folder: RunFolder) -> TrainConfig:
     """The options that config.json records."""
-    options, unknown = read_options(_read_config(folder.config_file), str(folder.config_file))
+    options, unknown = read_options(_read_config(folder), str(folder.config_file))
+    options.pop("output_dir", None)  # where the run was begun, if result.json stands in for config.json
     try:
         config = TrainConfig(**options)
     except UserError as error:
@@ -214,15 +217,22 @@ def _check_max_steps(opened: OpenRun, recorded: TrainConfig) -> None:
             )
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+def _read_config(folder: RunFolder) -> dict[str, Any]:
+    content, file = folder.read_config(), folder.config_file
+    if content is None or not isinstance(content.get("schema_version"), int):
         why = "it is damaged, or an older version of mr1fast wrote it"
         raise UserError(f"nothing to resume: {file} is not the configuration of a run ({why})")
     return content
+
+
+def _say_what_is_damaged(folder: RunFolder) -> None:
+    """Of the files that are no checkpoint's."""
+    if folder.recorded_config is not None:
+        instead = f"the run goes on with the options that {folder.result_file.name} has recorded"
+        print(f"warning: {folder.config_file} is not what was written; {instead}", file=sys.stderr)
+    if folder.result_is_changed:
+        advice = "its figures may be wrong; move it away, and --resume evaluates again"
+        print(f"warning: {folder.result_file} is not what was written, and {advice}", file=sys.stderr)
 
 
 def how_to_train_longer(folder: RunFolder) -> str:

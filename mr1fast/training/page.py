@@ -69,6 +69,7 @@ class Page:
     def _write(self, is_running: bool) -> None:
         from mr1fast.evaluation.curves import draw_curves  # matplotlib takes its time
 
+        self.run.check_there()
         started = time.monotonic()
         with suppress(UserError):  # there is nothing to draw yet
             draw_curves([self.run.path], self.run.curves)

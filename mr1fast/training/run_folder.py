@@ -2,6 +2,7 @@
 
     runs/2026-01-31-12-00-00/
         config.json            the options with every default filled in, as `--config` reads them
+        SHA256SUMS             of config.json and result.json
         metrics.jsonl          one line per step and task; step 0 is before training
         result.json            accuracies before and after
         run.html               the run as it goes, for a browser
@@ -9,8 +10,8 @@
         answers/before-training/vc.jsonl
         answers/trained-on-vc/vc.jsonl
         tensorboard/vc/
-        vc/checkpoint-000050/  model, processor, trainer_state.pt, SHA256SUMS
-        vc/model/              the trained model; with LoRA, its adapter
+        vc/checkpoint-000050/  model, processor, trainer_state.pt, metrics.jsonl, SHA256SUMS
+        vc/model/              the trained model; with LoRA, its adapter; SHA256SUMS
         vc/adapter/            with LoRA and --merge, the adapter; vc/model is the whole model
         vc/skipped/            samples of steps with NaN or inf
 
@@ -20,7 +21,6 @@ Imports no torch, so that an unusable folder is reported at once.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -33,8 +33,10 @@ from mr1fast import __version__
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.config_file import SCHEMA_VERSION
+from mr1fast.training.manifest import is_changed, replace_hashed, write_text
 
 RUNS = Path("runs")
+METRICS = "metrics.jsonl"  # of a run, and the rows of one task so far in each checkpoint
 STATE = "trainer_state.pt"  # of a checkpoint; training cannot be continued without it
 # Options that a resumed run may be given anew; config.json then has the new values.
 CHANGEABLE = ("data", "image_root", "max_steps")
@@ -45,12 +47,13 @@ class ResumeError(UserError):
 
 
 class RunFolder:
-    """The paths of a run, and its result.json."""
+    """The paths of a run, its config.json and its result.json."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.identity: tuple[int, int] | None = None  # of the folder, once a run is open
         self.config_file = path / "config.json"
-        self.metrics_file = path / "metrics.jsonl"
+        self.metrics_file = path / METRICS
         self.result_file = path / "result.json"
         self.page = path / "run.html"
         self.curves, self.samples = path / "curves.png", path / "samples.png"
@@ -84,7 +87,39 @@ class RunFolder:
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:
-        write_json(self.result_file, result)
+        self.check_there()
+        replace_hashed(self.result_file, _as_json(result))
+
+    def remember(self) -> None:
+        """From now on this very folder has to be there."""
+        self.identity = _identity(self.path)
+
+    def check_there(self) -> None:
+        """Raises UserError if the folder has been moved or removed, which would leave the run in two halves."""
+        if self.identity is not None and _identity(self.path) != self.identity:
+            where = "what it had written is where the folder is now, and --resume goes on there"
+            raise UserError(f"{self.path} was moved or removed while the run went on; {where}")
+
+    @property
+    def result_is_changed(self) -> bool:
+        """Whether the figures, which can be read, are not those that were written."""
+        return is_changed(self.result_file) and _read_json(self.result_file) is not None
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The content of config.json; where that is not what was written, what result.json has recorded of it."""
+        recorded = self.recorded_config
+        return _read_json(self.config_file) if recorded is None else {"schema_version": SCHEMA_VERSION, **recorded}
+
+    @property
+    def recorded_config(self) -> dict[str, Any] | None:
+        """What stands in for config.json, None if nothing has to or can."""
+        if not is_changed(self.config_file) or is_changed(self.result_file):
+            return None
+        recorded = (_read_json(self.result_file) or {}).get("config")
+        return recorded if isinstance(recorded, dict) else None
+
+    def write_config(self, content: dict[str, Any]) -> None:
+        replace_hashed(self.config_file, _as_json(content))
 
     def newest_checkpoints(self) -> dict[str, Path]:
         """Of each task that has one."""
@@ -97,6 +132,27 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """None for what is no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def new_folder(output_dir: str | None, *, default: Path, advice: str = "") -> Path:
     """Make `output_dir`, which must be new or empty, or else an unused folder like `default`. Raises UserError."""
     path = Path(output_dir) if output_dir is not None else default
@@ -104,9 +160,9 @@ def new_folder(output_dir: str | None, *, default: Path, advice: str = "") -> Pa
         if output_dir is None:
             path = _unused(path)
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        if any(not one.match(".*.tmp") for one in path.iterdir()):  # those are what a killed run left half written
             raise UserError(f"output folder {path} is not empty; choose another one{advice}")
-        probe = path / ".probe"
+        probe = path / ".probe.tmp"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -156,33 +212,23 @@ def versions() -> dict[str, str]:
     return {"mr1fast": __version__, **packages, "python": platform.python_version()}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: no reader ever sees half of it, and a full disk leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, _as_json(content))
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:
     """Write config.json; a resumed run changes no more than CHANGEABLE in it. The output folder is not recorded."""
     options = {name: value for name, value in config.resolved().items() if name != "output_dir"}
-    if not folder.config_file.exists():
-        write_json(folder.config_file, {"schema_version": SCHEMA_VERSION, **options})
-        return
-    content = json.loads(folder.config_file.read_text(encoding="utf-8"))
-    changed = content | {name: options[name] for name in CHANGEABLE if name in options}
-    if changed != content:
-        write_json(folder.config_file, changed)
+    recorded = folder.read_config() or {"schema_version": SCHEMA_VERSION, **options}
+    recorded.pop("output_dir", None)
+    changed = recorded | {name: options[name] for name in CHANGEABLE if name in options}
+    if changed != _read_json(folder.config_file):
+        folder.write_config(changed)
 
 
 def record_max_steps(folder: RunFolder, task: str, *, step: int, before: int, now: int) -> None:
     """Add to config.json that up to this step the schedules were those of another total."""
-    content = json.loads(folder.config_file.read_text(encoding="utf-8"))
+    content = folder.read_config() or {}
     earlier = [one for one in content.get("max_steps_changes", []) if one["task"] != task or one["after_step"] < step]
     change = {"task": task, "after_step": step, "from": before, "to": now}
-    write_json(folder.config_file, content | {"max_steps_changes": [*earlier, change]})
+    folder.write_config(content | {"max_steps_changes": [*earlier, change]})

@@ -62,6 +62,7 @@ class TaskRun:
         if sample is None:
             return
         if self.setup.processes.is_main:
+            self.setup.folder.check_there()
             write_json(self.folder / "skipped" / f"step-{sample['step']:06d}.json", sample)
         if in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
