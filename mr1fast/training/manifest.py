@@ -55,7 +55,9 @@ def replace_hashed(file: Path, text: str) -> None:
 
 def is_changed(file: Path) -> bool:
     """Whether a file, written by `replace_hashed`, holds something else now. Older versions recorded no hash."""
-    recorded = [line.split()[-2] for line in _lines(file.with_name(MANIFEST)) if line.endswith(f"  {file.name}\n")]
+    end = f"  {file.name}\n"
+    lines = [line for line in _lines(file.with_name(MANIFEST)) if line.endswith(end)]
+    recorded = [line.removesuffix(end).removeprefix("# before: ") for line in lines]
     return bool(recorded) and file.exists() and _hash(file) not in recorded
 
 
@@ -67,7 +69,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: no reader ever sees half of it, and a full disk leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes, and hash, on every system
     os.replace(temporary, path)
 
 

@@ -73,7 +73,8 @@ def restore_rows(file: Path, task: str, kept: Path) -> None:
     if not kept.exists():  # older versions kept none
         return
     saved, there = read_rows(kept), read_rows(file)
-    if lost := [row["step"] for row in saved if row not in there]:
+    found = {json.dumps(row) for row in there}
+    if lost := [row["step"] for row in saved if json.dumps(row) not in found]:
         steps = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps"
         print(f"{file} is damaged: {steps} of {task} come from {kept}", flush=True)
         rows = [row for row in there if row["task"] != task] + saved

@@ -37,6 +37,7 @@ from mr1fast.training.manifest import is_changed, replace_hashed, write_text
 
 RUNS = Path("runs")
 METRICS = "metrics.jsonl"  # of a run, and the rows of one task so far in each checkpoint
+LEFT_AT_THE_START = (".probe.tmp", ".config.json.tmp")  # by a run that was killed before it had a config.json
 STATE = "trainer_state.pt"  # of a checkpoint; training cannot be continued without it
 # Options that a resumed run may be given anew; config.json then has the new values.
 CHANGEABLE = ("data", "image_root", "max_steps")
@@ -160,7 +161,7 @@ def new_folder(output_dir: str | None, *, default: Path, advice: str = "") -> Pa
         if output_dir is None:
             path = _unused(path)
         path.mkdir(parents=True, exist_ok=True)
-        if any(not one.match(".*.tmp") for one in path.iterdir()):  # those are what a killed run left half written
+        if any(one.name not in LEFT_AT_THE_START for one in path.iterdir()):
             raise UserError(f"output folder {path} is not empty; choose another one{advice}")
         probe = path / ".probe.tmp"
         probe.touch()
