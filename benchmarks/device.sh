@@ -11,7 +11,7 @@
 #   WITHIN=540               seconds for all of it
 #   WHEELS=FOLDER            wheels of what the machine lacks: peers, pytest
 #   PYTHON=python3           the Python that has torch
-#   MR1FAST_COMMIT=...       the commit for the CSV's rows, where the tree comes without .git
+#   MR1FAST_COMMIT=...       the commit for the CSV's rows, where the tree is a copy
 #   TUNE="loss 16-bit"       what the stage `tune`, which runs only where ONLY names it, may change (all, if empty)
 #   DRY_RUN=1                without a GPU: every stage as far as a CPU can take it, on tiny shapes
 # Without a GPU, and without DRY_RUN: says so, runs the compile checks, and exits 0 if they pass.
@@ -82,7 +82,7 @@ else
     unset TRITON_INTERPRET
     quick=(--seconds 0.3)
     step=(--device cuda --seconds 0.3)
-    at_once=(-n 8) # most of their time is compilation
+    at_once=(-n 12) # most of their time is compilation
     "$PYTHON" -c 'import xdist' 2> /dev/null || at_once=()
     few=(--device cuda --max-steps 10 --warmup-steps 2 --eval-samples 16)
     check=(-m mr1fast.kernels.cuda_check)

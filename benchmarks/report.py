@@ -105,12 +105,14 @@ def device_name() -> str:
 
 
 def commit(where: Path = Path(__file__).parent.parent) -> str:
-    """The short commit, with "+" if the tree differs from it; where there is no .git, MR1FAST_COMMIT or ""."""
+    """MR1FAST_COMMIT, for a copy of the tree; else the short commit, with "+" if the tree differs from it, or ""."""
+    if given := os.environ.get("MR1FAST_COMMIT"):
+        return given
     if (where / ".git").exists() and shutil.which("git"):
         run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=where, capture_output=True, text=True)
         if run.returncode == 0:
             return run.stdout.strip()
-    return os.environ.get("MR1FAST_COMMIT", "")
+    return ""
 
 
 def write_csv(path: Path, table: list[Row], about: Row) -> None:

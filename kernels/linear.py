@@ -10,7 +10,7 @@ ways, as in autograd.py:
   with a gradient only.
 
 These functions know nothing of autograd (linear_op.py does). On a GPU the CPU waits once a block, for the number of
-rows in it that have a gradient.
+rows in it that have a gradient, unless a KL term or an entropy bonus gives (nearly) all of them one.
 """
 
 from __future__ import annotations
@@ -183,6 +183,8 @@ def grpo(
     # loss, logps, entropies, kl, is_low_clipped, is_high_clipped
     dtypes = (reference.compute_dtype(how.dtype),) * 4 + (torch.bool,) * 2
     per_token = [torch.zeros(batch.ids.shape, dtype=dtype, device=hidden.device) for dtype in dtypes]
+    # Of an entropy bonus every row has a gradient, of a KL term nearly every one: asking a GPU costs more than it saves.
+    in_every_row = batch.entropy_weight is not None or (hidden.is_cuda and batch.ref_logps is not None)
     kept: list[Tensor] = []  # the indices of the tokens whose gradients are at the front of the buffer
     start = filled = 0
     while start < len(index):
@@ -196,7 +198,7 @@ def grpo(
             if part is not None:
                 whole.view(-1).index_copy_(0, rows, part[0])
         if any(needed):
-            if batch.entropy_weight is None:  # an entropy bonus has a gradient in every row
+            if not in_every_row:
                 rows = rows[_move_to_front(z[0], coef[0] != 0)]
             kept.append(rows)
             filled += len(rows)
