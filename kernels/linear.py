@@ -183,7 +183,7 @@ def grpo(
     # loss, logps, entropies, kl, is_low_clipped, is_high_clipped
     dtypes = (reference.compute_dtype(how.dtype),) * 4 + (torch.bool,) * 2
     per_token = [torch.zeros(batch.ids.shape, dtype=dtype, device=hidden.device) for dtype in dtypes]
-    # Of an entropy bonus every row has a gradient, of a KL term nearly every one: asking a GPU costs more than it saves.
+    # Of an entropy bonus every row has a gradient, of a KL term nearly all: to ask a GPU costs more than it saves.
     in_every_row = batch.entropy_weight is not None or (hidden.is_cuda and batch.ref_logps is not None)
     kept: list[Tensor] = []  # the indices of the tokens whose gradients are at the front of the buffer
     start = filled = 0
