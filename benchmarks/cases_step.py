@@ -150,7 +150,9 @@ def forced(lengths: Sequence[int], end: int) -> Any:
     class ForcedChoice(Choice):
         def of(self, logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
             ends = numbers == ENDS
-            logits[:, end] = torch.where(ends, 1e4, -1e4)
+            logits[:, end] = logits.new_full(ends.shape, -1e4).masked_fill(
+                ends, 1e4
+            )  # numbers from the CPU break a graph
             return super().of(logits, numbers.masked_fill(ends, 0.5))
 
     return patch.multiple(rollout, Streams=ForcedStreams, Choice=ForcedChoice)
