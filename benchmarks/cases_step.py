@@ -150,9 +150,8 @@ def forced(lengths: Sequence[int], end: int) -> Any:
     class ForcedChoice(Choice):
         def of(self, logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
             ends = numbers == ENDS
-            logits[:, end] = logits.new_full(ends.shape, -1e4).masked_fill(
-                ends, 1e4
-            )  # numbers from the CPU break a graph
+            forced = logits.new_full(ends.shape, -1e4)  # two numbers, from the CPU, could not be captured
+            logits[:, end] = forced.masked_fill(ends, 1e4)
             return super().of(logits, numbers.masked_fill(ends, 0.5))
 
     return patch.multiple(rollout, Streams=ForcedStreams, Choice=ForcedChoice)
