@@ -208,7 +208,7 @@ def scenes(quick: bool) -> list[Scene]:
         of_scene = (
             Case(OURS, of_trainer, work, "tokens/s", against=OURS),
             Case("trl GRPOTrainer", of_peer("GRPOTrainer"), work, "tokens/s", against=OURS),
-            Case("mr1fast GRPODTrainer", of_peer("GRPODTrainer"), work, "tokens/s", against=OURS),
+            Case("GRPODTrainer", of_peer("GRPODTrainer"), work, "tokens/s", against=OURS),
         )
         title = f"{shape.name}, {shape.P} x {shape.G} x {shape.L}, {kind}"
         dtype = str(shape.dtype).removeprefix("torch.")

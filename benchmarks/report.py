@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def plot(path: Path, table: list[Row], about: Row) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     where = f"{about['device']}; torch {about['torch']}; commit {about['commit']}"
     what = "; ".join(dict.fromkeys(f"{row['group']}: {GROUPS[row['group']][1]}" for row in table))
-    figure.suptitle(f"{what}\n{where}; buffers in memory that was used before", fontsize=9)
+    title = (what, f"{where}; buffers in memory that was used before")
+    figure.suptitle("\n".join(textwrap.fill(part, 90 * columns) for part in title), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -167,7 +167,7 @@ def test_a_step_beside_trl(tmp_path):
     table = tmp_path / "out.csv"
     assert run.main(["step", "--quick", "--filter", "lognormal", "--csv", str(table)]) == 0
     rows = list(csv.DictReader(table.open()))
-    assert [row["case"] for row in rows] == ["mr1fast trainer", "trl GRPOTrainer", "mr1fast GRPODTrainer"]
+    assert [row["case"] for row in rows] == ["mr1fast trainer", "trl GRPOTrainer", "GRPODTrainer"]
     for row in rows:
         assert float(row["median_ms"]) > 0, row["note"]
         assert re.match(r"rollout \d+%, .*reference \d+%, policy \d+%, optimizer \d+%$", row["note"])
