@@ -16,7 +16,7 @@ rows in it that have a gradient, unless a KL term or an entropy bonus gives (nea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -226,7 +226,7 @@ def _unmasked(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def _packed(batch: LossBatch, index: Tensor) -> LossBatch:
     """The batch reduced to the tokens `index` [N], as one completion [1, N] with an advantage for each token."""
-    batch = replace(batch, advantages=reference.token_advantages(batch), rewards=None, mask=None, cu_seqlens=None)
+    batch = batch._replace(advantages=reference.token_advantages(batch), rewards=None, mask=None, cu_seqlens=None)
     return _per_token(batch, lambda tensor: tensor.reshape(-1)[index][None])
 
 
@@ -236,11 +236,7 @@ def _columns(batch: LossBatch, start: int, stop: int) -> LossBatch:
 
 def _per_token(batch: LossBatch, change: Callable[[Tensor], Tensor]) -> LossBatch:
     """The batch with `change` applied to every tensor [B, L] in it; tensors with fewer dimensions stay as they are."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    changed: dict[str, Any] = {
-        name: change(value) for name, value in values.items() if isinstance(value, Tensor) and value.dim() == 2
-    }
-    return replace(batch, **changed)
+    return LossBatch(*(change(each) if isinstance(each, Tensor) and each.dim() == 2 else each for each in batch))
 
 
 def _move_to_front(rows: Tensor, keep: Tensor, index: Tensor) -> Tensor:
