@@ -4,13 +4,12 @@ import csv
 import re
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import cases_gpu, report, run, steps_2b, timing
+from benchmarks import cases_gpu, report, run, timing
 from benchmarks.cases import Call, Case, Scene
 from mr1fast.kernels import cuda
 
@@ -161,15 +160,6 @@ def test_two_phase_case_takes_that_path(monkeypatch):
     cases_gpu.two_phase(SimpleNamespace(logits=None)).run()
     assert [(call.rate, call.two_phase) for call in seen] == [(1, 1)]
     assert cuda.RowsCall().two_phase == 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shown on a CPU")
-def test_steps_have_a_gradient(tmp_path, monkeypatch):
-    table = tmp_path / "out.csv"
-    monkeypatch.setattr(sys, "argv", ["steps_2b", "--tiny", "--length", "4", "--steps", "1", "--csv", str(table)])
-    assert steps_2b.main() == 0
-    (row,) = csv.DictReader(table.open())
-    assert float(row["grad_norm"]) > 0
 
 
 @pytest.mark.slow
