@@ -43,7 +43,7 @@ train: $(READY)
 	@echo "==> python -m mr1fast.train $(ARGS)"
 	@$(BIN)/python -m mr1fast.train $(ARGS)
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 test: $(READY)
 	@echo "==> pytest without the slow tests, a process for each core (8 at most)"
