@@ -26,7 +26,7 @@ from mr1fast.checks import choice
 from mr1fast.integrations.versions import check_version
 from mr1fast.kernels import normalisers
 from mr1fast.kernels.batchwise import high_entropy
-from mr1fast.kernels.reference import LOSS_TYPES, normalised_by
+from mr1fast.kernels.loss_types import LOSS_TYPES, normalised_by
 from mr1fast.losses.hidden import linear_grpo_loss
 from mr1fast.losses.kl_weight import SCHEDULES, kl_weight
 from mr1fast.losses.logits import GRPOLossOutput

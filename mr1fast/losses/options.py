@@ -19,7 +19,7 @@ from mr1fast.checks import choice, flag, integer, nearest, number
 from mr1fast.kernels import normalisers
 from mr1fast.kernels.advantages import SCALE_REWARDS
 from mr1fast.kernels.estimators import KL_ESTIMATORS
-from mr1fast.kernels.reference import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, normalised_by
+from mr1fast.kernels.loss_types import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, normalised_by
 
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss needs it; ValueError if it is wrong
 Function = TypeVar("Function", bound=Callable[..., Any])
