@@ -74,6 +74,20 @@ _MODEL_INPUTS = (
     "image_position_ids",
 )
 
+# What our loss and TRL call by the same names: tensors of a batch, attributes of the trainer, and of its arguments.
+_TENSORS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio")
+_SETTINGS = (
+    "beta",
+    "epsilon_low",
+    "epsilon_high",
+    "loss_type",
+    "importance_sampling_level",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+    "max_completion_length",
+    "temperature",
+)
+_ARGUMENTS = ("delta", "use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg")
 
 # What the one-pass form takes the place of. An override of one of them by a trainer's own class is that class's method.
 _REPLACED = ("_compute_loss", "_get_per_token_logps_and_entropies")
@@ -168,37 +182,16 @@ class _GRPOD(GRPOTrainer):
             scale = self.accelerator.num_processes
             if mode == "train":
                 scale *= self.args.steps_per_generation / steps
+        keywords = {
+            **self._loss_keywords(inputs),
+            **trl_head.of_logits(self._causal_lm(model)),
+            "completion_mask": loss_mask,
+            "entropy_coef": self.entropy_coef * entropy_scale / scale,
+        }
         results: list[GRPOLossOutput] = []
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor) -> trl_utils.FusedCausalLMOutput:
-            out = linear_grpo_loss(
-                hidden,
-                weight,
-                ids,
-                inputs["advantages"],
-                lm_head_bias=bias,
-                completion_mask=loss_mask,
-                old_per_token_logps=inputs.get("old_per_token_logps"),
-                ref_per_token_logps=inputs.get("ref_per_token_logps"),
-                beta=self.beta,
-                epsilon_low=self.epsilon_low,
-                epsilon_high=self.epsilon_high,
-                delta=self.args.delta,
-                loss_type=self.loss_type,
-                importance_sampling_level=self.importance_sampling_level,
-                use_bias_correction_kl=self.args.use_bias_correction_kl,
-                importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
-                sapo_temperature_pos=self.args.sapo_temperature_pos,
-                sapo_temperature_neg=self.args.sapo_temperature_neg,
-                top_entropy_quantile=self.top_entropy_quantile,
-                off_policy_mask_threshold=self.off_policy_mask_threshold,
-                sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
-                entropy_coef=self.entropy_coef * entropy_scale / scale,
-                max_completion_length=self.max_completion_length,
-                num_items_in_batch=inputs["num_items_in_batch"],
-                temperature=self.temperature,
-                **trl_head.of_logits(self._causal_lm(model)),
-            )
+            out = linear_grpo_loss(hidden, weight, ids, inputs["advantages"], lm_head_bias=bias, **keywords)
             results.append(out)
             return trl_utils.FusedCausalLMOutput(loss=out.loss, log_probs=out.per_token_logps, entropy=out.entropies)
 
@@ -222,6 +215,15 @@ class _GRPOD(GRPOTrainer):
             return out.loss * scale
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         return out.loss * scale + self.router_aux_loss_coef * aux_loss / steps
+
+    def _loss_keywords(self, inputs) -> dict[str, Any]:
+        """What `linear_grpo_loss` is told of the trainer's settings and of the batch."""
+        return {
+            **{name: inputs.get(name) for name in _TENSORS},
+            "num_items_in_batch": inputs["num_items_in_batch"],
+            **{name: getattr(self, name) for name in _SETTINGS},
+            **{name: getattr(self.args, name) for name in _ARGUMENTS},
+        }
 
     def _causal_lm(self, model) -> nn.Module:
         model = self.accelerator.unwrap_model(model)
