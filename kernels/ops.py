@@ -150,7 +150,8 @@ def scale_op(gradient: Tensor, factor: Tensor) -> None:
     if gradient.is_cuda and triton_backend.why_not(gradient) is None:
         from mr1fast.kernels import triton_score
 
-        rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[-1])
+        # A weight's is contiguous: as H rows of V elements it takes H blocks on the device and not V.
+        rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[0])
         triton_score.scale_unless_one(rows, factor)
     elif factor.item() != 1:
         gradient.mul_(factor)  # computed in float32 and rounded once; a 0-d factor does not change the dtype
