@@ -71,8 +71,8 @@ def _add_problems(group: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         help=FIELDS["data"].metadata["help"],
     )
-    for name in ("columns", "image_root", "prompt_suffix", "system_prompt", "max_pixels"):
-        add_option(group, name, default=None)
+    for name in ("columns", "image_root", "allow_outside", "prompt_suffix", "system_prompt", "max_pixels"):
+        add_option(group, name, default=FIELDS[name].default)
     add(
         "--split",
         metavar="TEXT",
@@ -158,7 +158,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.model is not None and (models := sorted(Path(options.model).glob("*/model"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
     if options.data is None:
-        check_no_reading(options.columns, options.image_root)
+        check_no_reading(options.columns, options.image_root, options.allow_outside)
     check_data_paths(options.data, options.image_root)
 
 
@@ -214,7 +214,7 @@ def _load_data(options: argparse.Namespace) -> ImageTextDataset:
 
     count = options.samples or (DEFAULT_EVAL_SAMPLES if options.task else None)
     used = () if options.split is None else (options.split,)
-    reading = read_as(options.columns, options.image_root)
+    reading = read_as(options.columns, options.image_root, options.allow_outside)
     return load_split(options.data or options.task, options.split, count=count, used=used, reading=reading)
 
 

@@ -236,7 +236,7 @@ def test_data_that_has_moved_is_found_and_other_data_is_refused(folder, capsys):
         (folder / name).mkdir()
         write_jsonl(folder / name / "rows.jsonl", content)
     run = folder / "run"
-    assert main("--data", folder / "shapes", *SFT, "--max-steps=1", "--output-dir", run) == 0
+    assert main("--data", folder / "shapes", "--allow-outside", *SFT, "--max-steps=1", "--output-dir", run) == 0
     (folder / "shapes").rename(folder / "moved")
     capsys.readouterr()
     for arguments, message in (

@@ -214,7 +214,7 @@ def test_what_is_not_used_is_not_cut_and_what_two_splits_share_is_said(folder, c
     write_jsonl(folder / "data" / "train.jsonl", [data_row(n, image=f"../{n}.png") for n in range(20)])
     write_jsonl(folder / "data" / "test.jsonl", [data_row(n, image=f".././{n}.png") for n in range(18, 25)])
     arguments = ["--data", folder / "data", "--max-steps=1", *SMALL, "--eval-steps=0", "--output-dir", folder / "run"]
-    assert main(*arguments) == 0
+    assert main(*arguments, "--allow-outside") == 0
     output = capsys.readouterr().out
     assert "data: train 20, test 4\n" in output  # of the test split, as many as --eval-samples says
     assert output.count("data/train: 20 examples; warning: 2 of them show an image of the test split\n") == 1
@@ -253,7 +253,8 @@ def test_rows_with_long_prompts_are_left_out_and_counted(tmp_path, capsys, monke
     for split, part in (("train", rows), ("validation", rows[:5]), ("test", rows[:5])):
         text = "".join(json.dumps({**row, "image": f"../{row['image']}"}) + "\n" for row in part)
         (tmp_path / "gr" / f"{split}.jsonl").write_text(text)
-    options = ["--data=gr", "--max-steps=6", "--method=sft", *SMALL, "--eval-samples=9", "--eval-validation-samples=9"]
+    options = ["--data=gr", "--allow-outside", "--max-steps=6", "--method=sft", *SMALL]
+    options += ["--eval-samples=9", "--eval-validation-samples=9"]
     assert main(*options, "--output-dir", "run") == 0
     output = capsys.readouterr().out
     for split, left in (("train", 11), ("validation", 4), ("test", 4)):

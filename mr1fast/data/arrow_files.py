@@ -6,6 +6,7 @@ They stay memory-mapped: images are read when they are needed. Nothing else need
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
@@ -141,6 +142,15 @@ def read_hub(name: str) -> dict[str, Sequence[dict[str, Any]]]:
         what = "is no path here, and as a data set on the Hugging Face hub it cannot be had"
         raise UserError(f"data {name!r} {what} ({reason}): {save}") from None
     return {str(split): ArrowRows(part, part.column_names) for split, part in loaded.items()}
+
+
+def hub_folders() -> tuple[Path, ...]:
+    """Where `datasets` puts what it downloads, free of links."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = (HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
+    return tuple(Path(os.path.realpath(folder)) for folder in folders)
 
 
 def _import_datasets(source: Path | str) -> Any:

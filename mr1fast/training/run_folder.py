@@ -37,7 +37,7 @@ from mr1fast.options.config_file import SCHEMA_VERSION
 RUNS = Path("runs")
 STATE = "trainer_state.pt"  # of a checkpoint; training cannot be continued without it
 # Options that a resumed run may be given anew; config.json then has the new values.
-CHANGEABLE = ("data", "image_root", "max_steps")
+CHANGEABLE = ("data", "image_root", "allow_outside", "max_steps")
 
 
 class ResumeError(UserError):
