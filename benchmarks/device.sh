@@ -11,7 +11,7 @@
 #   WITHIN=540               seconds for all of it
 #   WHEELS=FOLDER            wheels of what the machine lacks: peers, pytest
 #   PYTHON=python3           the Python that has torch
-#   MR1FAST_COMMIT=...       the commit for the CSV's rows, where the tree comes without .git
+#   MR1FAST_COMMIT=...       the commit for the CSV's rows, where the tree is a copy
 #   TUNE="loss 16-bit"       what the stage `tune`, which runs only where ONLY names it, may change (all, if empty)
 #   DRY_RUN=1                without a GPU: every stage as far as a CPU can take it, on tiny shapes
 # Without a GPU, and without DRY_RUN: says so, runs the compile checks, and exits 0 if they pass.
@@ -82,7 +82,7 @@ else
     unset TRITON_INTERPRET
     quick=(--seconds 0.3)
     step=(--device cuda --seconds 0.3)
-    at_once=(-n 8) # most of their time is compilation
+    at_once=(-n 12) # most of their time is compilation
     "$PYTHON" -c 'import xdist' 2> /dev/null || at_once=()
     few=(--device cuda --max-steps 10 --warmup-steps 2 --eval-samples 16)
     check=(-m mr1fast.kernels.cuda_check)
@@ -126,11 +126,14 @@ sanitizer() {
 
 stage cuda_check "$PYTHON" "${check[@]}"
 stage benchmarks "$PYTHON" -m benchmarks.run gpu "${quick[@]}" --csv "$RESULTS/gpu.csv" --plot "$RESULTS/gpu.png"
-stage tests "$PYTHON" -m pytest -q "${at_once[@]}" -p no:cacheprovider -p benchmarks.print_failures \
+stage tests env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q "${at_once[@]}" -p no:cacheprovider -p benchmarks.print_failures \
     tests/test_gpu.py tests/test_gpu_model.py
 stage linear "$PYTHON" -m benchmarks.run linear "${linear[@]}" --csv "$RESULTS/linear.csv" --plot "$RESULTS/linear.png"
 # A rehearsal trains without Triton's interpreter, in which it would take minutes.
-stage step env -u TRITON_INTERPRET "$PYTHON" -m benchmarks.run step "${step[@]}" --csv "$RESULTS/step.csv"
+# In a process each: on a card of 80 GB there is no room for a second trainer of 2B beside the first.
+stage step env -u TRITON_INTERPRET bash -ec 'results=$0; for of in "mr1fast trainer" "trl GRPOTrainer" GRPODTrainer; do
+        "$@" --filter "equal $of" --csv "$results/step ${of##* }.csv"
+    done' "$RESULTS" "$PYTHON" -m benchmarks.run step "${step[@]}"
 stage shapes "$PYTHON" -m benchmarks.run shapes "${quick[@]}" --csv "$RESULTS/shapes.csv" --plot "$RESULTS/shapes.png"
 sanitizer memcheck
 stage train env -u TRITON_INTERPRET "$PYTHON" -m mr1fast.train --task vc "${few[@]}" --eval-steps 0 \

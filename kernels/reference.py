@@ -103,8 +103,7 @@ class BatchwiseSpec(LossSpec):
     ppo_kl_coef: float = 0.1
 
 
-@dataclass(frozen=True)
-class LossBatch:
+class LossBatch(NamedTuple):
     """All tensors of a call except its logits, checked and brought into one form; none needs a gradient.
 
     Tensors [B, L] other than ids and mask are in the compute dtype and may be expanded views (stride 0). What is not
@@ -152,9 +151,9 @@ class LogitMap(NamedTuple):
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
 
-def flat(*parts: LossBatch | LossSpec) -> tuple[Any, ...]:
-    """The values of their fields, in order: registered ops take no dataclass, and astuple() would copy the tensors."""
-    return tuple(getattr(part, name) for part in parts for name in type(part).__match_args__)
+def flat(batch: LossBatch, spec: LossSpec) -> tuple[Any, ...]:
+    """The values of their fields, in order, as registered ops take them."""
+    return *batch, *(getattr(spec, name) for name in spec.__match_args__)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -336,13 +335,13 @@ def token_weight(
 ) -> Tensor:
     """The reciprocal of its normaliser for each token, [B, L] (a view)."""
     completions = completions or Completions.of(ids.shape, None)
-    tokens = Tokens(ids, mask, completions, max_completion_length, num_items_in_batch, num_sequences)
+    tokens = Tokens(ids, mask, dtype, completions, max_completion_length, num_items_in_batch, num_sequences)
     count = _LOSS_TYPES[loss_type].normaliser(tokens)
     if isinstance(count, Tensor):
         weight = count.to(dtype).reciprocal()
     else:  # a number wherever possible: small tensors cost more than they seem to
         weight = torch.full((), 1 / count, dtype=dtype, device=ids.device)
-    return weight.expand(ids.shape)
+    return weight.expand_as(ids)
 
 
 def aggregate(per_token_loss: Tensor, entropies: Tensor | None, batch: LossBatch) -> Tensor:

@@ -4,6 +4,7 @@ import signal
 import pytest
 import torch
 from hypothesis import settings
+from quick_interpreter import speed_up_the_interpreter
 
 # In CI the same examples at every run, so that nobody's change fails by bad luck; elsewhere new ones.
 settings.register_profile("ci", derandomize=True)
@@ -16,6 +17,7 @@ if torch.cuda.is_available():
 else:
     # Without a GPU the Triton kernels run in Triton's interpreter. Must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    speed_up_the_interpreter()
 
 
 @pytest.fixture

@@ -116,6 +116,18 @@ OF_NORMALISER = (
     "high_entropy",
     "near_policy",
 )
+# What the scoring has to do with, which is all that a kernel does of an objective in two passes.
+OF_SCORING = (
+    "old_and_ref",
+    "beta_tensor",
+    "no_mask",
+    "entropy",
+    "logit_scale",
+    "softcap",
+    "softcap_entropy",
+    "temperature_per_completion",
+    "temperature_per_token",
+)
 # Beside PPO's term, the others run on a kernel with the options that they have to do with.
 OF_KERNELS = [(option, name) for option in OPTIONS for name in DISTINCT if name == "grpo" or option in OF_POLICY]
 

@@ -37,7 +37,7 @@ def test_liger_computes_the_same(dtype, tolerance):
         expected = model(**inputs).logits
         use_liger(model)
         found = model(**inputs).logits
-    assert not torch.equal(found, expected), "Liger was not at work"
+    assert type(model.get_decoder().norm).__module__.startswith("liger_kernel")
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
