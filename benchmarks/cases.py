@@ -26,11 +26,15 @@ GROUPS = {
 
 
 class Call(NamedTuple):
-    """What is timed, what restores its inputs before each time (not timed), and a remark on how the time was spent."""
+    """What is timed, what restores its inputs before each time (not timed), and a remark on how the time was spent.
+
+    whole: Python and the device's work belong together, and are timed once as they are, on a GPU too.
+    """
 
     run: Callable[[], object]
     reset: Callable[[], object] = lambda: None
     remark: Callable[[], str] = lambda: ""
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ def load(group: str, quick: bool) -> list[Scene]:
 def device_for(quick: bool) -> str:
     """Where the cases for a GPU run: quick ones without one on the CPU, to see that their calls are right."""
     return "cpu" if quick and not torch.cuda.is_available() else "cuda"
+
+
+def without_gpu(device: str) -> str | None:
+    """Why a scene on this device cannot be measured here, if it cannot."""
+    return "there is no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
 
 
 def matching(scenes: list[Scene], pattern: str) -> list[tuple[Scene, tuple[Case, ...]]]:

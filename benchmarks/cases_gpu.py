@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.cases import Call, Case, Scene, device_for
+from benchmarks.cases import Call, Case, Scene, device_for, without_gpu
 from benchmarks.cases_loss import (
     BETA,
     Inputs,
@@ -164,8 +164,8 @@ def gpu_cases(nbytes: int, everything: bool) -> tuple[Case, ...]:
 
 
 def why_not(nbytes: int) -> str | None:
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
+    if reason := without_gpu("cuda"):
+        return reason
     total = torch.cuda.get_device_properties(0).total_memory
     # source, logits, copy, a longer one, and what the hungriest peer (eager: float32 log-probabilities, gradients) adds
     needed = 14 * nbytes

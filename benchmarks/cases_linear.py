@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks import linear_peers as peers
-from benchmarks.cases import Call, Case, Scene, device_for
+from benchmarks.cases import Call, Case, Scene, device_for, without_gpu
 from benchmarks.linear_inputs import Inputs, make_inputs
 from mr1fast import grpo_loss, linear_grpo_loss, linear_token_logprobs
 
@@ -202,7 +202,7 @@ def _scene(shape: tuple[int, int, int, int], dtype: torch.dtype, cases: tuple[Ca
         lambda: make_inputs(*shape, dtype, device),
         cases,
         device,
-        lambda: "there is no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None,
+        lambda: without_gpu(device),
     )
 
 

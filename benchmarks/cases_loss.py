@@ -81,11 +81,15 @@ def make_inputs(B: int, L: int, V: int, dtype: torch.dtype, device: str) -> Inpu
     return Inputs(source, logits, copy, ids, advantages, mask, old_logps, ref_logps, batch)
 
 
-def loss_batch(ids: Tensor, advantages: Tensor, old_logps: Tensor | None, ref_logps: Tensor) -> LossBatch:
-    """For `reference.objective`: every token unmasked, KL weight BETA. Shapes [B, L], advantages [B]."""
+def loss_batch(
+    ids: Tensor, advantages: Tensor, old_logps: Tensor | None, ref_logps: Tensor, mask: Tensor | None = None
+) -> LossBatch:
+    """For `reference.objective`: "grpo", KL weight BETA. Shapes [B, L], advantages [B]; mask None for all ones."""
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     return LossBatch(
         ids=ids,
-        token_weight=reference.token_weight(ids, None, torch.float32, "grpo", None, None),
+        mask=mask,
+        token_weight=(1 / (len(ids) * kept.sum(1, keepdim=True).clamp(min=1))).expand(ids.shape),
         beta=torch.full((), BETA, device=ids.device),
         advantages=advantages[:, None].expand(ids.shape),
         old_logps=old_logps,

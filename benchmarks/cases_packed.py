@@ -9,7 +9,7 @@ unmasked rows, as TRL's forward selects them on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
 from typing import Any
@@ -21,8 +21,6 @@ from benchmarks import cases_linear, cases_loss, linear_inputs
 from benchmarks import linear_peers as peers
 from benchmarks.cases import Call, Case, Scene
 from mr1fast import grpo_loss, linear_grpo_loss
-from mr1fast.kernels import reference
-from mr1fast.kernels.reference import LossBatch
 
 SHAPES = ((16, 192, 256, 32000),)  # B, L (the longest completion), H, V
 QUICK_SHAPES = ((4, 32, 16, 512),)
@@ -54,11 +52,6 @@ class Layout:
         rows = {name: value[self.mask] if isinstance(value, Tensor) else value for name, value in keywords.items()}
         return rows | {"cu_seqlens": self.cu_seqlens}
 
-    def batch(self, batch: LossBatch) -> LossBatch:
-        """The peers' batch, padding masked."""
-        weight = reference.token_weight(batch.ids, self.mask, torch.float32, "grpo", None, None)
-        return replace(batch, mask=self.mask, token_weight=weight)
-
 
 # ---- from hidden states ---------------------------------------------------------------------------------------------
 
@@ -79,7 +72,9 @@ class HiddenInputs:
 def hidden_inputs(B: int, L: int, H: int, V: int, dtype: torch.dtype) -> HiddenInputs:
     padded = linear_inputs.make_inputs(B, L, H, V, dtype, "cpu")
     layout = Layout.of(B, L)
-    padded.mask, padded.batch = layout.mask, layout.batch(padded.batch)
+    old, ref = padded.keywords["old_per_token_logps"], padded.keywords["ref_per_token_logps"]
+    padded.mask = layout.mask
+    padded.batch = cases_loss.loss_batch(padded.ids, padded.advantages, old, ref, layout.mask)
     return HiddenInputs(padded, padded.hidden.detach()[layout.mask].requires_grad_(), layout)
 
 
@@ -138,7 +133,7 @@ class LogitsInputs:
 def logits_inputs(B: int, L: int, V: int, dtype: torch.dtype) -> LogitsInputs:
     padded = cases_loss.make_inputs(B, L, V, dtype, "cpu")
     layout = Layout.of(B, L)
-    padded.batch = layout.batch(padded.batch)
+    padded.batch = cases_loss.loss_batch(padded.ids, padded.advantages, padded.old_logps, padded.ref_logps, layout.mask)
     source = padded.source[layout.mask]
     return LogitsInputs(padded, source, source.clone(), layout)
 

@@ -17,7 +17,6 @@ from benchmarks import cases_step
 from benchmarks.cases import Call, Case, Scene
 from benchmarks.cases_loss import BETA, eager_loss, loss_batch
 from benchmarks.cases_step import Shape
-from mr1fast.kernels import reference
 from mr1fast.model.packing import Packed
 from mr1fast.model.policy import Policy
 from mr1fast.training.batch import Batch, grpo_batch_loss
@@ -81,11 +80,7 @@ def of_logits(x: Inputs) -> Tensor:
     everything = replace(batch, completion_mask=torch.ones_like(batch.completion_mask))
     logits = x.policy.logits(everything.hidden(x.policy).unflatten(0, batch.completion_ids.shape))
     ids, mask = batch.completion_ids, batch.completion_mask
-    weight = reference.token_weight(ids, mask, torch.float32, "grpo", None, None)
-    of_loss = replace(
-        loss_batch(ids, batch.advantages, None, batch.ref_per_token_logps), mask=mask, token_weight=weight
-    )
-    return eager_loss(logits, of_loss)
+    return eager_loss(logits, loss_batch(ids, batch.advantages, None, batch.ref_per_token_logps, mask))
 
 
 def scenes(quick: bool) -> list[Scene]:
@@ -94,29 +89,15 @@ def scenes(quick: bool) -> list[Scene]:
 
     def scene(shape: Shape, kind: str) -> Scene:
         work = 1e9 * sum(shape.lengths(kind))
+
+        def case(name: str, loss: Callable[[Inputs], Tensor], **how: bool) -> Case:
+            return Case(name, lambda x: call(x, loss, **how), work, "tokens/s", against=PACKED)
+
         of_scene = (
-            Case(PACKED, lambda x: call(x, of_trainer, share=True), work, "tokens/s", against=PACKED),
-            Case(
-                f"{PACKED}, checkpointed",
-                lambda x: call(x, of_trainer, share=True, again=True),
-                work,
-                "tokens/s",
-                against=PACKED,
-            ),
-            Case(
-                "mr1fast --no-share-prefix",
-                lambda x: call(x, of_trainer, share=False),
-                work,
-                "tokens/s",
-                against=PACKED,
-            ),
-            Case(
-                "repeated, padded, from logits",
-                lambda x: call(x, of_logits, share=False),
-                work,
-                "tokens/s",
-                against=PACKED,
-            ),
+            case(PACKED, of_trainer, share=True),
+            case(f"{PACKED}, checkpointed", of_trainer, share=True, again=True),
+            case("mr1fast --no-share-prefix", of_trainer, share=False),
+            case("repeated, padded, from logits", of_logits, share=False),
         )
         title = f"{shape.name}, {shape.P} x {shape.G} x {shape.L}, {kind}"
         return Scene("passes", title, "float32", lambda: make_inputs(shape, kind), of_scene)

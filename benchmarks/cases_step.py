@@ -4,6 +4,9 @@ Sampling, reference, loss with its gradient, clipping and AdamW: same model, pro
 whose lengths are forced: all as long as they may be ("equal"), or lognormal with a mean of a third of that. Rewards are
 drawn at random, as those of models that know nothing would leave nothing to learn. `rate` counts the tokens of
 completions; the note says how the last step's time divides.
+
+On a GPU it is Qwen2-VL-2B's shape with random weights in bfloat16. TRL's trainers then update the bfloat16 weights
+themselves, which is less work than ours does, whose optimizer keeps them in float32.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import step_peers
-from benchmarks.cases import Call, Case, Scene
+from benchmarks.cases import Call, Case, Scene, without_gpu
 from benchmarks.cases_packed import lengths_of
-from benchmarks.models import in_proportion
+from benchmarks.models import QWEN_2B, in_proportion
 from benchmarks.plan_check import random_advantages
 from mr1fast.data.example import Example
 from mr1fast.model import rollout
 from mr1fast.model.checks import VISION_TOKENS
-from mr1fast.model.load import EMBEDDED, load_config, load_model, load_processor
+from mr1fast.model.load import EMBEDDED, choose_dtype, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.sampling import Choice, Streams
 from mr1fast.options.config import TrainConfig
@@ -42,15 +45,23 @@ SIDE = 28  # pixels of an image token, but for the embedded model, which has its
 
 @dataclass(frozen=True)
 class Shape:
-    """P prompts with an image each, G completions of up to L tokens. model: a config, or None for the embedded one."""
+    """P prompts with an image each, G completions of up to L tokens; a step is `pieces` forward and backward passes.
+
+    model: a configuration, or None for the embedded one.
+    """
 
     name: str
     P: int
     G: int
     L: int
+    pieces: int = 1
     image: tuple[int, int] = (56, 56)  # pixels
-    vocabulary: int | None = None
-    layers: int = 6
+    model: Any = None
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return choose_dtype("auto", torch.device(self.device))
 
     def lengths(self, kind: str) -> list[int]:
         """Of the P * G completions, in tokens; the longest has L."""
@@ -61,8 +72,11 @@ class Shape:
 EMBEDDED_SHAPE = Shape("embedded", P=16, G=8, L=32)
 SHAPES = (
     EMBEDDED_SHAPE,
-    Shape("30 M, V 32000", P=4, G=8, L=64, image=(16 * SIDE, 14 * SIDE), vocabulary=32_000),
-    Shape("30 M, V 151936", P=4, G=8, L=64, image=(16 * SIDE, 14 * SIDE), vocabulary=151_936),
+    *(
+        Shape(f"30 M, V {V}", P=4, G=8, L=64, image=(16 * SIDE, 14 * SIDE), model=in_proportion(layers=6, vocabulary=V))
+        for V in (32_000, 151_936)
+    ),
+    Shape("2B", P=4, G=8, L=256, pieces=4, image=(22 * SIDE, 23 * SIDE), model=QWEN_2B, device="cuda"),
 )
 
 
@@ -73,9 +87,12 @@ class Inputs:
     folder: tempfile.TemporaryDirectory  # of the model and its processor
 
     def policy(self) -> Policy:
-        policy = Policy(load_model(self.folder.name).eval(), self.processor())
+        model = load_model(self.folder.name, device=self.shape.device, dtype=self.shape.dtype)
+        policy = Policy(model.eval(), self.processor())
         special = [policy.pad_id, *(getattr(policy.model.config, name) for name in VISION_TOKENS)]
-        policy.banned_ids = torch.tensor(special)  # and not all that the small tokenizer lacks, which TRL does not ban
+        policy.banned_ids = torch.tensor(
+            special, device=policy.device
+        )  # and not all that the small tokenizer lacks, which TRL does not ban
         return policy
 
     def processor(self) -> Any:
@@ -90,13 +107,15 @@ class Inputs:
 
 def make_inputs(shape: Shape, kind: str) -> Inputs:
     folder = tempfile.TemporaryDirectory()
-    config, processor = load_config(EMBEDDED), load_processor(EMBEDDED)
-    if shape.vocabulary is not None:
-        config = in_proportion(layers=shape.layers, vocabulary=shape.vocabulary)
+    processor = load_processor(EMBEDDED)
+    if shape.model is not None:
         images = processor.image_processor
         images.patch_size, images.size = 14, {"shortest_edge": SIDE**2, "longest_edge": 10**6}
         torch.manual_seed(0)
-        model, _ = build_models(StepShape(config, TrainConfig(data="none", method="sft"), dtype="float32"), "cpu")
+        dtype = str(shape.dtype).removeprefix("torch.")
+        model, _ = build_models(
+            StepShape(shape.model, TrainConfig(data="none", method="sft"), dtype=dtype), shape.device
+        )
     else:
         model = load_model(EMBEDDED)
     Policy(model, processor).save(Path(folder.name))
@@ -131,7 +150,8 @@ def forced(lengths: Sequence[int], end: int) -> Any:
     class ForcedChoice(Choice):
         def of(self, logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
             ends = numbers == ENDS
-            logits[:, end] = torch.where(ends, 1e4, -1e4)
+            forced = logits.new_full(ends.shape, -1e4)  # two numbers, from the CPU, could not be captured
+            logits[:, end] = forced.masked_fill(ends, 1e4)
             return super().of(logits, numbers.masked_fill(ends, 0.5))
 
     return patch.multiple(rollout, Streams=ForcedStreams, Choice=ForcedChoice)
@@ -150,7 +170,7 @@ def of_trainer(x: Inputs) -> Call:
         TrainConfig(task="vc", method="grpo", beta=0.04).for_task("vc"),
         prompts_per_step=shape.P,
         num_generations=shape.G,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=shape.pieces,
         max_completion_length=shape.L,
         max_steps=10_000,
         learning_rate=1e-6,
@@ -170,7 +190,7 @@ def of_trainer(x: Inputs) -> Call:
         batch = trainer.step_data.batch  # type: ignore[union-attr]
         assert batch.completion_mask.sum(1).tolist() == x.lengths
 
-    return Call(run, remark=lambda: step_peers.remark(times))
+    return Call(run, remark=lambda: step_peers.remark(times), whole=True)
 
 
 def of_peer(name: str) -> Callable[[Inputs], Call]:
@@ -188,9 +208,18 @@ def scenes(quick: bool) -> list[Scene]:
         of_scene = (
             Case(OURS, of_trainer, work, "tokens/s", against=OURS),
             Case("trl GRPOTrainer", of_peer("GRPOTrainer"), work, "tokens/s", against=OURS),
-            Case("mr1fast GRPODTrainer", of_peer("GRPODTrainer"), work, "tokens/s", against=OURS),
+            Case("GRPODTrainer", of_peer("GRPODTrainer"), work, "tokens/s", against=OURS),
         )
         title = f"{shape.name}, {shape.P} x {shape.G} x {shape.L}, {kind}"
-        return Scene("step", title, "float32", lambda: make_inputs(shape, kind), of_scene)
+        dtype = str(shape.dtype).removeprefix("torch.")
+        return Scene(
+            "step",
+            title,
+            dtype,
+            lambda: make_inputs(shape, kind),
+            of_scene,
+            shape.device,
+            lambda: without_gpu(shape.device),
+        )
 
     return [scene(shape, kind) for shape in shapes for kind in ("equal", "lognormal")]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash benchmarks/device.sh OUT: everything that only a GPU can show, in nine minutes at most.
+# bash benchmarks/device.sh OUT: everything that only a GPU can show, in nine minutes at most, or as many as you give it.
 #
 # For a machine with torch (CUDA), triton and a driver, but nothing of ours, perhaps no network, and perhaps lent for
 # ten minutes at a time. Runs this checkout and leaves two files in OUT: summary.txt, a line for each stage, and
@@ -7,10 +7,11 @@
 # that fails, or takes longer than it may, does not stop the next one; the exit code is 1 if any did.
 #
 # From the environment:
-#   ONLY="tests benchmarks"  only these stages, which then share the nine minutes (docs/gpu.md lists the parts)
+#   ONLY="tests benchmarks"  only these stages, which then share the time (docs/gpu.md lists the parts)
+#   WITHIN=540               seconds for all of it
 #   WHEELS=FOLDER            wheels of what the machine lacks: peers, pytest
 #   PYTHON=python3           the Python that has torch
-#   MR1FAST_COMMIT=...       the commit for the CSV's rows, where the tree comes without .git
+#   MR1FAST_COMMIT=...       the commit for the CSV's rows, where the tree is a copy
 #   TUNE="loss 16-bit"       what the stage `tune`, which runs only where ONLY names it, may change (all, if empty)
 #   DRY_RUN=1                without a GPU: every stage as far as a CPU can take it, on tiny shapes
 # Without a GPU, and without DRY_RUN: says so, runs the compile checks, and exits 0 if they pass.
@@ -53,7 +54,7 @@ if [ -n "$no_gpu" ] && [ -z "${DRY_RUN:-}" ]; then
 fi
 
 # What matters most comes first.
-plan 540 +machine=20 +environment=25 cuda_check=50 benchmarks=90 tests=85 linear=75 qwen2vl_2b=40 shapes=45 \
+plan "${WITHIN:-540}" +machine=20 +environment=25 cuda_check=45 benchmarks=80 tests=70 linear=70 step=80 shapes=40 \
     memcheck=35 train=25 racecheck=30 dram_bytes=20 -tune=300
 open_results "$1"
 cd "$HERE/.."
@@ -67,7 +68,8 @@ if [ -n "$no_gpu" ]; then
     whole=1080 # others may use the CPU, too
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     quick=(--quick)
-    tiny=(--tiny --length 4 --steps 1)
+    step=(--quick)
+    at_once=()
     few=(--device cpu --max-steps 1 --warmup-steps 0 --eval-samples 2)
     check=(-c 'from mr1fast.kernels import cuda_check
 cuda_check.VOCABULARIES = (37,)
@@ -79,7 +81,9 @@ cuda_check.check("cpu", "triton")')
 else
     unset TRITON_INTERPRET
     quick=(--seconds 0.3)
-    tiny=()
+    step=(--device cuda --seconds 0.3)
+    at_once=(-n 12) # most of their time is compilation
+    "$PYTHON" -c 'import xdist' 2> /dev/null || at_once=()
     few=(--device cuda --max-steps 10 --warmup-steps 2 --eval-samples 16)
     check=(-m mr1fast.kernels.cuda_check)
     linear=(--seconds 0.3 --device cuda)
@@ -122,10 +126,14 @@ sanitizer() {
 
 stage cuda_check "$PYTHON" "${check[@]}"
 stage benchmarks "$PYTHON" -m benchmarks.run gpu "${quick[@]}" --csv "$RESULTS/gpu.csv" --plot "$RESULTS/gpu.png"
-stage tests "$PYTHON" -m pytest -q -p no:cacheprovider -p benchmarks.print_failures tests/test_gpu.py tests/test_gpu_model.py
+stage tests env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q "${at_once[@]}" -p no:cacheprovider -p benchmarks.print_failures \
+    tests/test_gpu.py tests/test_gpu_model.py
 stage linear "$PYTHON" -m benchmarks.run linear "${linear[@]}" --csv "$RESULTS/linear.csv" --plot "$RESULTS/linear.png"
 # A rehearsal trains without Triton's interpreter, in which it would take minutes.
-stage qwen2vl_2b env -u TRITON_INTERPRET "$PYTHON" -m benchmarks.steps_2b "${tiny[@]}" --csv "$RESULTS/qwen2vl_2b.csv"
+# In a process each: on a card of 80 GB there is no room for a second trainer of 2B beside the first.
+stage step env -u TRITON_INTERPRET bash -ec 'results=$0; for of in "mr1fast trainer" "trl GRPOTrainer" GRPODTrainer; do
+        "$@" --filter "equal $of" --csv "$results/step ${of##* }.csv"
+    done' "$RESULTS" "$PYTHON" -m benchmarks.run step "${step[@]}"
 stage shapes "$PYTHON" -m benchmarks.run shapes "${quick[@]}" --csv "$RESULTS/shapes.csv" --plot "$RESULTS/shapes.png"
 sanitizer memcheck
 stage train env -u TRITON_INTERPRET "$PYTHON" -m mr1fast.train --task vc "${few[@]}" --eval-steps 0 \

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,14 @@ def device_name() -> str:
 
 
 def commit(where: Path = Path(__file__).parent.parent) -> str:
-    """The short commit, with "+" if the tree differs from it; where there is no .git, MR1FAST_COMMIT or ""."""
+    """MR1FAST_COMMIT, for a copy of the tree; else the short commit, with "+" if the tree differs from it, or ""."""
+    if given := os.environ.get("MR1FAST_COMMIT"):
+        return given
     if (where / ".git").exists() and shutil.which("git"):
         run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=where, capture_output=True, text=True)
         if run.returncode == 0:
             return run.stdout.strip()
-    return os.environ.get("MR1FAST_COMMIT", "")
+    return ""
 
 
 def write_csv(path: Path, table: list[Row], about: Row) -> None:
@@ -196,7 +199,8 @@ def plot(path: Path, table: list[Row], about: Row) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     where = f"{about['device']}; torch {about['torch']}; commit {about['commit']}"
     what = "; ".join(dict.fromkeys(f"{row['group']}: {GROUPS[row['group']][1]}" for row in table))
-    figure.suptitle(f"{what}\n{where}; buffers in memory that was used before", fontsize=9)
+    title = (what, f"{where}; buffers in memory that was used before")
+    figure.suptitle("\n".join(textwrap.fill(part, 90 * columns) for part in title), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

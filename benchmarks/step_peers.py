@@ -6,6 +6,7 @@ import random
 import tempfile
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -39,10 +40,12 @@ def call(name: str, x: Any) -> Call:
     }
     config_class, trainer_class, kl = classes[name]
     shape = x.shape
+    on_cpu = shape.device == "cpu"
     output = tempfile.mkdtemp(dir=x.folder.name)
     args = config_class(
         output_dir=output,
-        per_device_train_batch_size=shape.P * shape.G,
+        per_device_train_batch_size=shape.P * shape.G // shape.pieces,
+        gradient_accumulation_steps=shape.pieces,
         num_generations=shape.G,
         max_completion_length=shape.L,
         max_steps=10_000,
@@ -50,8 +53,9 @@ def call(name: str, x: Any) -> Call:
         loss_type="grpo",
         temperature=1.0,
         **kl,
-        bf16=False,
-        use_cpu=True,
+        model_init_kwargs={"dtype": str(shape.dtype).removeprefix("torch.")},
+        bf16=not on_cpu,
+        use_cpu=on_cpu,
         gradient_checkpointing=False,
         save_strategy="no",
         logging_strategy="no",
@@ -70,7 +74,7 @@ def call(name: str, x: Any) -> Call:
     trainer.remove_callback(PrinterCallback)
     _force(trainer, x.lengths)
     steps = _Steps(trainer, sum(x.lengths) / len(x.lengths))
-    return Call(steps.run, remark=lambda: remark(steps.times))
+    return Call(steps.run, remark=lambda: remark(steps.shares), whole=True)
 
 
 def _random_rewards(completions: list[Any], **_: Any) -> list[float]:
@@ -81,7 +85,8 @@ def _force(trainer: Any, lengths: list[int]) -> None:
     """Make `generate` end completions at these lengths, and at no other."""
     from transformers import LogitsProcessor, LogitsProcessorList
 
-    end, wanted = trainer.processing_class.tokenizer.eos_token_id, torch.tensor(lengths)
+    end = trainer.processing_class.tokenizer.eos_token_id
+    wanted = torch.tensor(lengths, device=trainer.accelerator.device)
 
     class ForcedLength(LogitsProcessor):
         def __init__(self) -> None:
@@ -108,7 +113,8 @@ class _Steps:
         from transformers import TrainerCallback
 
         self.trainer, self.length = trainer, length
-        self.times: dict[str, float] = {}
+        self.times: defaultdict[str, float] = defaultdict(float)  # of the step so far, in seconds
+        self.shares: dict[str, float] = {}
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
         steps = self
@@ -135,7 +141,9 @@ class _Steps:
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = now()
             result = method(*args, **kwargs)
-            self.times[name] = now() - began
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.times[name] += now() - began
             return result
 
         return timed
@@ -149,6 +157,7 @@ class _Steps:
 
     def run(self) -> None:
         began = now()
+        self.times.clear()
         self.go.release()
         self.done.acquire()
         if self.error is not None:
@@ -156,7 +165,7 @@ class _Steps:
         found = self.trainer._metrics["train"]["completions/mean_length"][-1]
         assert abs(found - self.length) < 1e-3, f"completions of {found} tokens, not {self.length}"
         times = self.times
-        self.times = {
+        self.shares = {
             "rollout": times["rollout"],
             "reference": times["collected"] - times["rollout"],
             "policy": times["collected and policy"] - times["collected"],

@@ -1,6 +1,6 @@
 """Measures tile sizes of the Triton kernels on the GPU at hand, and writes the best ones into kernels/triton_table.py.
 
-  python -m benchmarks.tune                                whole table, some 20 minutes, most of them compilation
+  python -m benchmarks.tune                                whole table, some minutes, most of them compilation
   python -m benchmarks.tune --filter "loss 16-bit"         only the entries whose name contains every word
   python -m benchmarks.tune --output OUT/triton_table.py   writes there, and leaves the table that is in use alone
 
@@ -14,10 +14,14 @@ table. Exits 2, and changes nothing, where there is no GPU.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -82,14 +86,14 @@ def origin_of(measured: dict[Key, Settings]) -> str:
     return textwrap.fill(f"{names}: measured on {here}.", 118) + f"\n\nAll others: {before}"
 
 
-def kernel_call(key: Key) -> Callable[[], object]:
-    """A launch of the entry's kernel on rows of its longest vocabulary, `BYTES` in all. In place where it writes."""
+def kernel_call(key: Key, nbytes: int = BYTES) -> Callable[[], object]:
+    """A launch of the entry's kernel on rows of its longest vocabulary, so much in all. In place where it writes."""
     from mr1fast.kernels import triton_loss, triton_score
     from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec
 
     op, itemsize, limit = key
     V = min(limit, FLAGSHIP)
-    L = max(BYTES // (V * itemsize), 1)
+    L = max(nbytes // (V * itemsize), 16)
     logits = torch.randn(1, L, V, device="cuda", dtype=DTYPES[itemsize])
     ids = torch.randint(V, (1, L), device="cuda")
     values = torch.randn(1, L, device="cuda")
@@ -103,14 +107,14 @@ def kernel_call(key: Key) -> Callable[[], object]:
     return lambda: triton_loss.grpo_forward(logits, batch, spec, logits)
 
 
-def milliseconds(key: Key, settings: Settings, call: Callable[[], object]) -> float:
+def milliseconds(key: Key, settings: Settings, call: Callable[[], object], rep: int = 60) -> float:
     """Median time of a launch with these settings; inf if they do not fit on the device."""
     import triton
 
     before = triton_table.TABLE[key]
     triton_table.TABLE[key] = settings
     try:
-        return triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median")
+        return triton.testing.do_bench(call, warmup=rep // 6, rep=rep, return_mode="median")
     except triton.runtime.errors.OutOfResources:
         return float("inf")
     finally:
@@ -139,8 +143,14 @@ def spills(key: Key, settings: Settings) -> bool:
     return compile_offline(launch, 10 * major + minor).spill_bytes > 0
 
 
-def best_of(key: Key) -> Settings:
+def compiled(key: Key, settings: Settings) -> None:
+    """Into Triton's cache on disk, in a process of its own: these compile side by side, and are timed one by one."""
+    milliseconds(key, settings, kernel_call(key, nbytes=0), rep=1)
+
+
+def best_of(key: Key, processes: ProcessPoolExecutor) -> Settings:
     """The fastest of the entry's candidates that does not spill. Prints it beside what stands in the table."""
+    list(processes.map(partial(compiled, key), candidates(key)))
     call = kernel_call(key)
     timed = sorted((milliseconds(key, settings, call), settings) for settings in candidates(key))
     time, best = next((time, settings) for time, settings in timed if not spills(key, settings))
@@ -162,14 +172,17 @@ def main() -> int:
         print("no GPU here: the table can only be measured on one; nothing was changed", file=sys.stderr)
         return 2
     measured: dict[Key, Settings] = {}
+    processes = ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn"))
     try:
         for key in keys:
-            measured[key] = best_of(key)
+            measured[key] = best_of(key, processes)
             text = rendered(triton_table.TABLE | measured, origin_of(measured))
             arguments.output.write_text(text, encoding="utf-8")
     except KeyboardInterrupt:
         print(f"cut off: {len(keys) - len(measured)} of {len(keys)} entries are as they were", file=sys.stderr)
         return 130
+    finally:
+        processes.shutdown(wait=False, cancel_futures=True)
     return 0
 
 

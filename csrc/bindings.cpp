@@ -4,9 +4,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -105,8 +105,10 @@ void run(mr1fast::Job& job) {
   at::parallel_for(0, job.threads(at::get_num_threads()), 1, [&](int64_t, int64_t) { job.work(); });
 }
 
-Tensor new_floats(const Tensor& logits) { return at::empty({logits.size(0), logits.size(1)}, at::kFloat); }
-Tensor new_flags(const Tensor& logits) { return at::empty({logits.size(0), logits.size(1)}, at::kBool); }
+// Without at::empty's way through the dispatcher.
+Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::detail::empty_cpu(sizes, dtype); }
+Tensor new_floats(const Tensor& logits) { return empty(logits.sizes().slice(0, 2), at::kFloat); }
+Tensor new_flags(const Tensor& logits) { return empty(logits.sizes().slice(0, 2), at::kBool); }
 
 // A struct whose members are all of type `Member`, or as wide, from the list of their values.
 template <typename Struct, typename Member, typename List>
@@ -131,7 +133,7 @@ Tensor advantages_of(const Tensor& rewards, int64_t group, mr1fast::RewardScale 
       rewards.dim() == 1 && rewards.size(0) == B && rewards.scalar_type() == at::kFloat && group > 0 && B % group == 0,
       "rewards must be [", B, "] of Float in groups of num_generations, got ", rewards.sizes(), " of ",
       rewards.scalar_type(), " in groups of ", group);
-  const Tensor values = rewards.contiguous(), advantages = at::empty({B, 1}, at::kFloat);
+  const Tensor values = rewards.contiguous(), advantages = empty({B, 1}, at::kFloat);
   const float* r = values.data_ptr<float>();
   using namespace mr1fast;
   const Moments of_batch = scale == RewardScale::kBatch ? reward_moments(r, B) : Moments{};
@@ -179,8 +181,8 @@ LossResult grpo_forward(
   objective.epsilon_low = floats(epsilons_low, "epsilon_low", logits);
   objective.epsilon_high = floats(epsilons_high, "epsilon_high", logits);
 
-  Tensor loss = at::empty({}, at::kFloat), per_token = new_floats(logits), logps = new_floats(logits);
-  Tensor entropies = new_floats(logits), kl = ref_logps ? new_floats(logits) : at::empty({0}, at::kFloat);
+  Tensor loss = empty({}, at::kFloat), per_token = new_floats(logits), logps = new_floats(logits);
+  Tensor entropies = new_floats(logits), kl = ref_logps ? new_floats(logits) : empty({0}, at::kFloat);
   Tensor low = new_flags(logits), high = new_flags(logits), coef = new_floats(logits);
   mr1fast::Outputs out;
   out.loss = per_token.data_ptr<float>();
@@ -193,7 +195,7 @@ LossResult grpo_forward(
 
   mr1fast::Job job(x, out, &objective, nullptr);
   run(job);
-  loss.fill_(job.loss());
+  *loss.data_ptr<float>() = job.loss();
   return {loss, per_token, logps, entropies, kl, low, high, coef};
 }
 

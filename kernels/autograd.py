@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: LossBatch, spec: L
         loss = reference.aggregate(loss, entropies, batch)
     else:  # the bonus is that of the same tokens
         share = high.sum().clamp(min=1) / token_count(batch.ids, batch.mask) if reduction == "mean" else 1
-        loss = reference.aggregate(loss, entropies * high, replace(batch, entropy_weight=batch.entropy_weight / share))
+        loss = reference.aggregate(loss, entropies * high, batch._replace(entropy_weight=batch.entropy_weight / share))
     entropies, kl = (None if tensor is None else tensor.detach() for tensor in (entropies, kl))
     return loss, logps.detach(), entropies, kl, is_low, is_high
 

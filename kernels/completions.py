@@ -16,16 +16,17 @@ class Completions(NamedTuple):
 
     size: int  # how many there are
     length: int  # L, or T
-    of_token: Tensor | None = None  # packed: [1, T] int64, the completion that each token belongs to
+    of_token: Tensor | None = None  # packed: [1, T], the completion that each token belongs to
+    lengths: Tensor | None = None  # packed: [size]
 
     @classmethod
     def of(cls, shape: tuple[int, ...], cu_seqlens: Tensor | None) -> Completions:
         """Those of tensors [B, L] or, with cu_seqlens [S + 1], those packed into [1, T]."""
         if cu_seqlens is None:
             return cls(shape[0], shape[1])
-        at = torch.arange(shape[1], device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        number = torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
-        return cls(cu_seqlens.shape[0] - 1, shape[1], number[None])
+        lengths = cu_seqlens.diff()
+        of_token = torch.repeat_interleave(lengths, output_size=shape[1])  # told the size, a GPU is not waited for
+        return cls(lengths.shape[0], shape[1], of_token[None], lengths)
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums over each completion, [size], of values [B, L].
@@ -42,11 +43,12 @@ class Completions(NamedTuple):
         """Values [size], one for each completion, in a shape that broadcasts to [B, L]."""
         return values.unsqueeze(1) if self.of_token is None else values[self.of_token]
 
-    def tokens(self, mask: Tensor | None) -> Tensor | int:
-        """How many tokens of its completion count, at least 1, for each token: broadcasts to [B, L]."""
+    def tokens(self, mask: Tensor | None, dtype: torch.dtype = torch.int64) -> Tensor | int:
+        """How many tokens of its completion count, at least 1, for each token: broadcasts to [B, L].
+
+        dtype: of the sums over rows; float32 is exact up to 2^24 tokens.
+        """
         if mask is not None:
-            counts = mask.sum(1, keepdim=True) if self.of_token is None else self.spread(self.sums(mask))
+            counts = mask.sum(1, keepdim=True, dtype=dtype) if self.of_token is None else self.spread(self.sums(mask))
             return counts.clamp_(min=1)
-        if self.of_token is None:
-            return max(self.length, 1)
-        return self.spread(self.sums(torch.ones_like(self.of_token)))
+        return max(self.length, 1) if self.lengths is None else self.spread(self.lengths)

@@ -10,13 +10,13 @@ ways, as in autograd.py:
   with a gradient only.
 
 These functions know nothing of autograd (linear_op.py does). On a GPU the CPU waits once a block, for the number of
-rows in it that have a gradient.
+rows in it that have a gradient, unless a KL term or an entropy bonus gives (nearly) all of them one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -176,13 +176,14 @@ def grpo(
     """((loss, logps, entropies, kl, is_low_clipped, is_high_clipped), (dhidden, dweight, dbias))"""
     reference.check_ids(batch.ids, batch.mask, weight.shape[0])
     head, forward = Head.of(hidden, weight, bias, how), _find(how.backend).grpo_forward
-    index = _unmasked(batch.ids, batch.mask)
-    packed = _packed(batch, index)
-    buffer, gradients = head.buffer(len(index), sums_weight=needed[1]), Gradients(head, needed)
-
     # loss, logps, entropies, kl, is_low_clipped, is_high_clipped
     dtypes = (reference.compute_dtype(how.dtype),) * 4 + (torch.bool,) * 2
     per_token = [torch.zeros(batch.ids.shape, dtype=dtype, device=hidden.device) for dtype in dtypes]
+    # Of an entropy bonus every row has a gradient, of a KL term nearly all: to ask a GPU costs more than it saves.
+    in_every_row = batch.entropy_weight is not None or (hidden.is_cuda and batch.ref_logps is not None)
+    gradients, packed = Gradients(head, needed), None
+    index = _unmasked(batch.ids, batch.mask)
+    buffer = head.buffer(len(index), sums_weight=needed[1])
     kept: list[Tensor] = []  # the indices of the tokens whose gradients are at the front of the buffer
     start = filled = 0
     while start < len(index):
@@ -190,14 +191,15 @@ def grpo(
         rows, last = index[start:stop], stop == len(index)
         z = buffer[None, filled : filled + len(rows)]
         head.logits(rows, z[0])
+        packed = packed or _packed(batch, index)  # only now: a GPU, which has waited for `index`, multiplies meanwhile
         block = _columns(packed, start, stop)
         _, *found, coef = forward(z, block, spec, z if any(needed) else None)
         for whole, part in zip(per_token, found):
             if part is not None:
                 whole.view(-1).index_copy_(0, rows, part[0])
         if any(needed):
-            if batch.entropy_weight is None:  # an entropy bonus has a gradient in every row
-                rows = rows[_move_to_front(z[0], coef[0] != 0)]
+            if not in_every_row:
+                rows = _move_to_front(z[0], coef[0] != 0, rows)
             kept.append(rows)
             filled += len(rows)
             # Blocks with few kept rows share their GEMMs, because each GEMM visits the whole weight gradient.
@@ -224,7 +226,7 @@ def _unmasked(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def _packed(batch: LossBatch, index: Tensor) -> LossBatch:
     """The batch reduced to the tokens `index` [N], as one completion [1, N] with an advantage for each token."""
-    batch = replace(batch, advantages=reference.token_advantages(batch), rewards=None, mask=None, cu_seqlens=None)
+    batch = batch._replace(advantages=reference.token_advantages(batch), rewards=None, mask=None, cu_seqlens=None)
     return _per_token(batch, lambda tensor: tensor.reshape(-1)[index][None])
 
 
@@ -234,27 +236,22 @@ def _columns(batch: LossBatch, start: int, stop: int) -> LossBatch:
 
 def _per_token(batch: LossBatch, change: Callable[[Tensor], Tensor]) -> LossBatch:
     """The batch with `change` applied to every tensor [B, L] in it; tensors with fewer dimensions stay as they are."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    changed: dict[str, Any] = {
-        name: change(value) for name, value in values.items() if isinstance(value, Tensor) and value.dim() == 2
-    }
-    return replace(batch, **changed)
+    return LossBatch._make(change(each) if isinstance(each, Tensor) and each.dim() == 2 else each for each in batch)
 
 
-def _move_to_front(rows: Tensor, keep: Tensor) -> Tensor:
-    """Reorder `rows` [n, V] so that those with `keep` [n] come first; returns their old indices in the new order.
+def _move_to_front(rows: Tensor, keep: Tensor, index: Tensor) -> Tensor:
+    """Reorder `rows` [n, V] so that those with `keep` [n] come first; returns their `index` [n] in the new order.
 
     Kept rows from the end move into the gaps, in small groups: copying half a block at once would double the memory.
     """
     n, count = len(keep), int(keep.sum())
-    order = torch.arange(n, device=rows.device)
-    if count < n:
-        gaps = (~keep[:count]).nonzero()[:, 0]
-        movers = keep[count:].nonzero()[:, 0] + count
-        for to, source in zip(gaps.split(_GROUP), movers.split(_GROUP)):
-            rows.index_copy_(0, to, rows.index_select(0, source))
-        order[gaps] = movers
-    return order[:count]
+    if count == n:
+        return index
+    gaps = (~keep[:count]).nonzero()[:, 0]
+    movers = keep[count:].nonzero()[:, 0] + count
+    for to, source in zip(gaps.split(_GROUP), movers.split(_GROUP)):
+        rows.index_copy_(0, to, rows.index_select(0, source))
+    return index[:count].index_copy(0, gaps, index[movers])
 
 
 # ---- two passes -----------------------------------------------------------------------------------------------------

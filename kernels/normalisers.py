@@ -1,10 +1,11 @@
-"""The divisors of the sum of a batch's token losses; `reference.py` says which loss type uses which of them."""
+"""The divisors of the sum of a batch's token losses; `loss_types.py` says which loss type uses which of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mr1fast.kernels.completions import Completions
@@ -15,6 +16,7 @@ class Tokens(NamedTuple):
 
     ids: Tensor  # [B, L]
     mask: Tensor | None  # [B, L]
+    dtype: torch.dtype  # to compute in
     completions: Completions
     max_completion_length: float | None
     num_items_in_batch: Tensor | float | None
@@ -32,7 +34,7 @@ def token_count(ids: Tensor, mask: Tensor | None) -> Tensor | int:
 
 def completion_tokens(tokens: Tokens) -> Tensor | float:
     """The mean over a completion's tokens, then over completions."""
-    counts, many = tokens.completions.tokens(tokens.mask), completions(tokens)
+    counts, many = tokens.completions.tokens(tokens.mask, tokens.dtype), completions(tokens)
     return counts.mul_(many) if isinstance(counts, Tensor) and isinstance(many, int) else counts * many
 
 

@@ -7,8 +7,7 @@ autograd rules are in autograd.py, the ops that start from hidden states in line
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,9 +17,10 @@ from mr1fast.kernels import dispatch, triton_backend
 from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec
 
 # A registered op takes tensors and plain values: a batch and a spec go in field by field, as `flat` lists them.
-_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "float": "float", "bool": "bool", "str": "str"}
-CALL_SCHEMA = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fields(LossBatch) + fields(LossSpec))
-_BATCH_SIZE = len(fields(LossBatch))
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
+_FIELDS = get_type_hints(LossBatch) | get_type_hints(LossSpec)
+CALL_SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in _FIELDS.items())
+_BATCH_SIZE = len(LossBatch._fields)
 # A tuple, not Tensor[]: an op that mutates an argument and returns a list cannot be functionalised by torch.compile.
 _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
@@ -150,7 +150,8 @@ def scale_op(gradient: Tensor, factor: Tensor) -> None:
     if gradient.is_cuda and triton_backend.why_not(gradient) is None:
         from mr1fast.kernels import triton_score
 
-        rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[-1])
+        # A weight's is contiguous: as H rows of V elements it takes H blocks on the device and not V.
+        rows = gradient if gradient.dim() == 3 else gradient.view(1, -1, gradient.shape[0])
         triton_score.scale_unless_one(rows, factor)
     elif factor.item() != 1:
         gradient.mul_(factor)  # computed in float32 and rounded once; a 0-d factor does not change the dtype

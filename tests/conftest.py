@@ -1,9 +1,11 @@
 import os
+import random
 import signal
 
 import pytest
 import torch
 from hypothesis import settings
+from quick_interpreter import speed_up_the_interpreter
 
 # In CI the same examples at every run, so that nobody's change fails by bad luck; elsewhere new ones.
 settings.register_profile("ci", derandomize=True)
@@ -16,6 +18,14 @@ if torch.cuda.is_available():
 else:
     # Without a GPU the Triton kernels run in Triton's interpreter. Must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    speed_up_the_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Whatever was drawn before: which tests a process runs, and in which order, differs from time to time."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

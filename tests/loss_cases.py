@@ -5,7 +5,8 @@ from oracle import oracle
 
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda
-from mr1fast.kernels.reference import ONE_PASS_LOSS_TYPES, LogitMap, LossSpec
+from mr1fast.kernels.loss_types import ONE_PASS_LOSS_TYPES
+from mr1fast.kernels.reference import LogitMap, LossSpec
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, random_batch
 
 # One loss type for each policy term, which is all that a kernel knows of it: the others differ in a normaliser.
@@ -115,6 +116,18 @@ OF_NORMALISER = (
     "rewards",
     "high_entropy",
     "near_policy",
+)
+# What the scoring has to do with, which is all that a kernel does of an objective in two passes.
+OF_SCORING = (
+    "old_and_ref",
+    "beta_tensor",
+    "no_mask",
+    "entropy",
+    "logit_scale",
+    "softcap",
+    "softcap_entropy",
+    "temperature_per_completion",
+    "temperature_per_token",
 )
 # Beside PPO's term, the others run on a kernel with the options that they have to do with.
 OF_KERNELS = [(option, name) for option in OPTIONS for name in DISTINCT if name == "grpo" or option in OF_POLICY]

@@ -5,7 +5,7 @@ from itertools import chain
 
 import datasets
 import pytest
-from data_files import as_csv, as_jsonl, encoded, picture, row, solutions, write_jsonl
+from data_files import ANYWHERE, as_csv, as_jsonl, encoded, picture, row, solutions, write_jsonl
 
 from mr1fast.data.columns import Reading, parse_columns
 from mr1fast.data.dataset import load_split
@@ -227,7 +227,7 @@ def test_rows_of_train_that_the_test_split_has_too(folder):
     both = row(1, image=["../1.png", "../2.png"])
     write_jsonl(folder / "d" / "train.jsonl", [both, row(3, image="../3.png"), same, row(4, image="../4.png")])
     write_jsonl(folder / "d" / "test.jsonl", [row(2, image="../2.png"), same])
-    train = load_split(folder / "d", "train", used=("train", "test"))
+    train = load_split(folder / "d", "train", used=("train", "test"), reading=ANYWHERE)
     assert (train.shown_in, train.asked_in) == ({"test": 1}, {"test": 1})
     assert train.summary().endswith(
         "warning: 1 of them show an image of the test split; warning: 1 of them ask a question of the test split"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from linear_cases import EVERY
 from loss_cases import FLAGS, OF_LOSS_TYPE, OPTIONS, PER_TOKEN, check_packed, on, packed_batch, run, without_logits
-from test_loss import KINDS, combinations
+from test_loss import PLAIN_KINDS, combinations
 from torch._dynamo.testing import CompileCounter
 
 from mr1fast import (
@@ -15,7 +15,7 @@ from mr1fast import (
     shift_packed,
     token_logprobs,
 )
-from mr1fast.kernels.reference import LOSS_TYPES, levels_of
+from mr1fast.kernels.loss_types import LOSS_TYPES, levels_of
 from mr1fast.kernels.self_test import available_backends, device_of, every_backend
 
 BACKENDS = every_backend()
@@ -65,7 +65,7 @@ def outcome(function, arguments, backend, **settings):
     return out, logits.grad
 
 
-@pytest.mark.parametrize(("loss_type", "level", "backend"), KINDS)
+@pytest.mark.parametrize(("loss_type", "level", "backend"), PLAIN_KINDS)
 def test_packed_equals_padded(loss_type, level, backend):
     lengths = (5, 3, 1, 4, 6, 0) if backend == "triton" else (40, 7, 1, 23, 64, 0)
     batch, flat, select = packed_batch(lengths, 11, seed=2)

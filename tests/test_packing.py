@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mr1fast.model import varlen
 from mr1fast.model.adapter import add_adapter
 from mr1fast.model.packing import Packed
 from mr1fast.model.prompts import take_prompts
@@ -74,24 +75,37 @@ def test_kernels_for_a_gpu_take_what_they_are_given(monkeypatch):
         assert (cu_q.dtype, cu_k.dtype, max_q, max_k) == (torch.int32, torch.int32, max(lengths), max(key_lengths))
         return Segments(lengths, None if causal else key_lengths, causal=causal, device=device)
 
-    class Ops:
+    class Aten:
         @staticmethod
-        def _varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, is_causal, scale, window_size, enable_gqa):
-            assert enable_gqa
-            assert window_size is None
-            out, lse = eager.forward(query, key, value, segments(cu_q, cu_k, max_q, max_k, is_causal), scale)
-            return out, lse.t().contiguous(), None
+        def _flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, mask, *, scale):
+            assert (dropout, mask) == (0, False)
+            out, lse = eager.forward(q, k, v, segments(cu_q, cu_k, max_q, max_k, is_causal), scale)
+            return out, lse.t().contiguous(), None, None, None
 
         @staticmethod
-        def _varlen_attn_backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, is_causal, rng, scale):
+        def _flash_attention_backward(
+            grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, is_causal, rng, unused, *, scale
+        ):
+            assert dropout == 0
             assert grad.is_contiguous()
             assert lse.is_contiguous()
-            assert lse.shape == (query.shape[1], len(query))
+            assert lse.shape == (q.shape[1], len(q))
             made = segments(cu_q, cu_k, max_q, max_k, is_causal)
-            return eager.backward(grad, query, key, value, out, lse.t(), made, scale)
+            return eager.backward(grad, q, k, v, out, lse.t(), made, scale)
 
-    monkeypatch.setattr(torch.ops, "torch_attn", Ops)
+    monkeypatch.setattr(varlen, "aten", Aten)
     test_attention_on_a_shared_prefix_equals_a_dense_mask(flash, (4, 2))
+
+
+def test_pytorchs_flash_attention_has_these_arguments():
+    """On tensors without numbers, which its schema and shapes decide."""
+    segments = Segments([3, 4], [5, 2], causal=False, device=torch.device("meta"))
+    query = torch.empty(7, 4, 8, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(7, 2, 8, dtype=torch.bfloat16, device="meta")
+    out, lse = KERNELS[0].forward(query, key, key, segments, 0.3)
+    assert (out.shape, lse.shape, lse.dtype) == (query.shape, (7, 4), torch.float32)
+    gradients = KERNELS[0].backward(out, query, key, key, out, lse, segments, 0.3)
+    assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, key.shape]
 
 
 def test_which_kernel_runs():

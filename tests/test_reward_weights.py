@@ -1,5 +1,6 @@
 """--reward-weights: the rewards by name, and functions of one's own."""
 
+import os
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from mr1fast.errors import UserError
 from mr1fast.options.reward_weights import check_columns, load_rewards
 from mr1fast.rewards import REWARDS, own
-from mr1fast.rewards.own import Absent
+from mr1fast.rewards.own import Absent, OwnReward
 from tests.test_config import config
 
 
@@ -35,16 +36,11 @@ def test_reward_is_short_for_a_weight_of_1():
 
 MINE = """
 import os, sys, time
-import numpy, torch
 
 def short(completions, solutions, *, problem, difficulty, **columns):
     assert problem == ["?"] * len(completions) and columns == {"choices": [None] * len(completions)}
     return [d - len(text) for text, d in zip(completions, difficulty)]
 
-def kinds(completions, solutions, **columns):
-    return torch.tensor([1.0, float("nan")]).tolist() + [None, numpy.float32(0.5), True, "1", [2]]
-
-def array(completions, solutions, **columns): return numpy.ones(len(completions))
 def raising(completions, solutions, **columns): return {}["key"]
 def leaving(completions, solutions, **columns): sys.exit(1)
 def dying(completions, solutions, **columns): os._exit(1)
@@ -59,42 +55,51 @@ def closed(completions, solutions): return [1.0]
 none = 3
 """
 
+# Apart, since importing torch takes long.
+TENSORS = """
+import numpy, torch
+
+def kinds(completions, solutions, **columns):
+    return torch.tensor([1.0, float("nan")]).tolist() + [None, numpy.float32(0.5), True, "1", [2]]
+
+def array(completions, solutions, **columns): return numpy.ones(len(completions))
+"""
+
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
-    """A folder with modules of the user's, which is the current one; the process that knows them is new."""
+    """The current folder has modules of the user's."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "my_rewards.py").write_text(MINE)
+    (folder / "my_tensors.py").write_text(TENSORS)
     (folder / "your_rewards.py").write_text("from my_rewards import one\n")
     (folder / "my_broken_rewards.py").write_text("def short(:\n")
-    own._worker.stop()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(folder)
-        yield load_rewards
-        own._worker.stop()
+        own.renew_process()
+        yield
 
 
-def call(load, name, completions, **columns):
-    (reward,) = load({f"my_rewards:{name}": 0.25})
-    assert (reward.name, reward.weight) == (name, 0.25)
+def call(name, completions, **columns):
     n = len(completions)
-    return reward.function(completions, ["3"] * n, **{"problem": ["?"] * n, "choices": [None] * n, **columns})
+    return OwnReward(name)(completions, ["3"] * n, **{"problem": ["?"] * n, "choices": [None] * n, **columns})
 
 
 def test_a_reward_of_ones_own_is_told_every_column_and_returns_any_numbers(mine):
-    assert call(mine, "short", ["four", "a"], difficulty=[5, 5]) == [1, 4]
-    assert str(call(mine, "kinds", ["a"] * 7)) == "[1.0, nan, nan, 0.5, 1.0, nan, nan]"
-    assert call(mine, "array", ["a"] * 3) == [1.0] * 3
-    check_columns(mine({"my_rewards:short": 1.0}), ["problem", "difficulty"])
+    assert call("my_rewards:short", ["four", "a"], difficulty=[5, 5]) == [1, 4]
+    assert str(call("my_tensors:kinds", ["a"] * 7)) == "[1.0, nan, nan, 0.5, 1.0, nan, nan]"
+    assert call("my_tensors:array", ["a"] * 3) == [1.0] * 3
+    rewards = load_rewards({"my_rewards:short": 0.25})
+    assert [(reward.name, reward.weight) for reward in rewards] == [("short", 0.25)]
+    check_columns(rewards, ["problem", "difficulty"])
     with pytest.raises(UserError, match="short takes 'difficulty', and the data has no such column; there are problem"):
-        check_columns(mine({"my_rewards:short": 1.0}), ["problem", "choices"])
+        check_columns(rewards, ["problem", "choices"])
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("raising", r"raised KeyError: 'key' \(.*my_rewards.py, line 13\)"),
+        ("raising", r"raised KeyError: 'key' \(.*my_rewards.py, line 8\)"),
         ("leaving", "raised SystemExit: 1"),
         ("dying", "[Aa]bnormal termination"),
         ("hanging", "took longer than 0.3 s"),
@@ -107,8 +112,8 @@ def test_a_reward_of_ones_own_is_told_every_column_and_returns_any_numbers(mine)
 def test_a_reward_that_fails_is_absent_and_says_why(mine, name, reason, monkeypatch):
     monkeypatch.setattr(own, "SECONDS", 0.3 if name == "hanging" else 30.0)
     with pytest.raises(Absent, match=reason):
-        call(mine, name, ["a", "b"])
-    assert call(mine, "array", ["a"]) == [1.0]  # the process, or the next one, goes on
+        call(f"my_rewards:{name}", ["a", "b"])
+    assert call("my_rewards:one", ["a"]) == [1.0]  # the process, or the next one, goes on
 
 
 def test_a_reward_that_cannot_be_called_is_one_sentence(mine):
@@ -122,6 +127,38 @@ def test_a_reward_that_cannot_be_called_is_one_sentence(mine):
         (":short", "cannot be imported: ValueError"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            mine({name: 1.0})
+            OwnReward(name)
     with pytest.raises(UserError, match="two rewards are called 'one'"):
-        mine({"my_rewards:one": 1.0, "your_rewards:one": 1.0})
+        load_rewards({"my_rewards:one": 1.0, "your_rewards:one": 1.0})
+
+
+def test_the_process_sees_what_the_program_sees_when_rewards_are_loaded(tmp_path, monkeypatch):
+    """Whatever the process has answered before, from another folder, and whatever another module was called."""
+    told = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same_name.py").write_text(
+            "import os\n"
+            f"def where(completions, solutions, **columns): return [float(os.environ['WHERE'] == {name!r})]\n"
+            "def here(completions, solutions, **columns): return [float(open('here').read())]\n"
+        )
+        (tmp_path / name / "here").write_text(str(len(told)))
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setenv("WHERE", name)
+        rewards = load_rewards({"same_name:where": 1.0, "same_name:here": 1.0})
+        monkeypatch.chdir(tmp_path)  # which changes nothing for the rewards that are loaded
+        told.append([reward.function(["a"], ["3"]) for reward in rewards])
+    assert told == [[[1.0], [0.0]], [[1.0], [1.0]]]
+
+
+def test_a_new_process_finds_the_module_of_a_reward_though_the_folder_was_left(tmp_path, monkeypatch):
+    (tmp_path / "left.py").write_text("def one(completions, solutions, **columns): return [1.0]\n")
+    (tmp_path / "elsewhere").mkdir()
+    own._worker.end()
+    own._worker.ask(os.getcwd, seconds=60)  # it is started in this folder
+    monkeypatch.chdir(tmp_path)
+    one = OwnReward("left:one")
+    assert one(["a"], ["3"]) == [1.0]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    own._worker.end()
+    assert one(["a"], ["3"]) == [1.0]

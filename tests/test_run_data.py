@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from data_files import picture, row, shown, write_jsonl
+from data_files import ANYWHERE, picture, row, shown, write_jsonl
 from train_program import SMALL, main
 
 from mr1fast.data.dataset import load_split
@@ -13,7 +13,9 @@ from mr1fast.training.run_data import load_data
 
 
 def config(*arguments):
-    return parse_arguments([str(argument) for argument in arguments]).config
+    """With images beside the folder of the data, if there is such."""
+    outside = ["--allow-outside"] * ("--data" in arguments or "--test-data" in arguments)
+    return parse_arguments([*map(str, arguments), *outside]).config
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_few_shot_is_drawn_by_the_seed(lists):
     first, again, other = (shown(drawn(*shapes, "--seed", seed)["shapes"]) for seed in (0, 0, 1))
     assert first == again != other
     assert len(first) == 6
-    assert first <= shown(load_split(lists / "shapes", "train")), "no row of a held-out split"
+    assert first <= shown(load_split(lists / "shapes", "train", reading=ANYWHERE)), "no row of a held-out split"
     first, other = ([one["vc"][i].name for i in range(6)] for one in (drawn(), drawn("--seed", 1)))
     assert len({*first, *other}) == 12
     with pytest.raises(UserError, match="--train-samples 19: shapes has only 16 examples to train on"):
@@ -149,6 +151,7 @@ MISTAKES = [
     ("--train-samples 0", "--train-samples must be at least 1, got 0"),
     ("--test-data gr,./x --test-data gr", "--test-data gr,./x,gr names the same data twice"),
     ("--columns problem=q", "--columns is about your own data, and there is no --data"),
+    ("--allow-outside --task vc", "--allow-outside is about your own data, and there is no --data"),
     ("--image-root x", "--image-root is about your own data, and there is no --data"),
     ("--columns q --data x", "--columns must be of the form problem=question,solution="),
 ]
@@ -157,7 +160,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "says"), MISTAKES)
 def test_mistakes_are_one_sentence(arguments, says):
     with pytest.raises(UserError) as error:
-        config(*arguments.split())
+        parse_arguments(arguments.split())
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -166,7 +169,7 @@ def test_a_run_with_test_data(lists, capsys):
     """Trained on few of one data set for so many epochs, tested on two others, cross-task; mistakes leave nothing."""
     picture(22, (112, 112)).save(lists / "22.png")
     data, tested = lists / "shapes", [lists / "superclevr.jsonl", lists / "geoqa"]
-    options = ["--data", data, *SMALL, "--eval-steps=0", "--output-dir", lists / "run"]
+    options = ["--data", data, "--allow-outside", *SMALL, "--eval-steps=0", "--output-dir", lists / "run"]
     for mistake, says in (
         (["--test-data", lists / "none.jsonl"], "none.jsonl does not exist"),
         (["--test-data", "vcc"], "vcc does not exist"),
@@ -202,6 +205,6 @@ def test_runs_on_rows_with_three_images_with_one_and_with_none(lists):
     for name, rows, pieces in (("mixed", [three, one, text, texts[1]], 2), ("texts", texts, 1)):
         for split in ("train", "test"):
             write_jsonl(lists / name / f"{split}.jsonl", rows)
-        steps = ["--max-steps=2", "--eval-steps=0", f"--gradient-accumulation-steps={pieces}"]
+        steps = ["--allow-outside", "--max-steps=2", "--eval-steps=0", f"--gradient-accumulation-steps={pieces}"]
         assert main("--data", lists / name, *SMALL, *steps, "--output-dir", lists / f"{name}-run") == 0
         assert json.loads((lists / f"{name}-run" / "result.json").read_text())["after"][name]["n"] == len(rows)

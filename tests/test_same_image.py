@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from data_files import as_jsonl, row, shown, spellings, with_bytes, write_jsonl
+from data_files import ANYWHERE, as_jsonl, row, shown, spellings, with_bytes, write_jsonl
 from PIL import Image
 
 from mr1fast.data.dataset import load_split
@@ -51,7 +51,9 @@ def overlapping(folder):
 
 
 def test_splits_that_are_named_stay_as_they_are_and_what_they_share_is_said(overlapping):
-    train, validation, test = (load_split(overlapping, split) for split in ("train", "validation", "test"))
+    train, validation, test = (
+        load_split(overlapping, split, reading=ANYWHERE) for split in ("train", "validation", "test")
+    )
     assert [shown(one) for one in (train, test, validation)] == [set(numbers) for _, numbers in NAMED]
     assert train.shown_in == {"test": 2, "validation": 2}
     said = "parts/train: 20 examples; warning: 2 of them show an image of the test split; warning: 2 of them show"
@@ -60,8 +62,8 @@ def test_splits_that_are_named_stay_as_they_are_and_what_they_share_is_said(over
 
 
 def test_of_a_split_that_is_not_used_nothing_is_said(overlapping):
-    assert load_split(overlapping, "train", used=("train", "test")).shown_in == {"test": 2}
-    assert not load_split(overlapping, "train", used=("train",)).shown_in
+    assert load_split(overlapping, "train", used=("train", "test"), reading=ANYWHERE).shown_in == {"test": 2}
+    assert not load_split(overlapping, "train", used=("train",), reading=ANYWHERE).shown_in
 
 
 def test_splits_without_an_image_in_common(folder):

@@ -5,6 +5,7 @@ from itertools import chain
 import datasets
 import pytest
 from data_files import (
+    ANYWHERE,
     as_jsonl,
     as_parquet_of_bytes,
     as_parquet_of_images,
@@ -73,7 +74,7 @@ def test_a_line_says_where_the_splits_come_from(folder):
     write_jsonl(folder / "part" / "test.jsonl", [row(f"../{n}") for n in range(20, 30)])
     as_jsonl(folder, [row(n) for n in range(30)])
     named, unnamed = (
-        split_sizes([load_split(source, split) for split in ("train", "validation", "test")])
+        split_sizes([load_split(source, split, reading=ANYWHERE) for split in ("train", "validation", "test")])
         for source in (folder / "part", folder / "data.jsonl")
     )
     assert named == "part: train 18, validation 2 (cut from train), test 10"
@@ -159,13 +160,14 @@ def test_with_a_test_split_of_its_own_and_without_validation_all_is_trained_on(f
 )
 def test_a_lone_file_is_the_split_that_its_name_says(folder, name, split):
     file = write_jsonl(folder / name, [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
-    dataset = load_split(file, split)
+    dataset = load_split(file, split, reading=ANYWHERE)
     assert (len(dataset), dataset.split, dataset.cut_from) == (10, split, "")
     for other in {"train", "validation", "test"} - {split}:
         with pytest.raises(UserError, match=f"no readable row for {other}: all rows are of {split}"):
-            load_split(file, other)
-    assert len(load_split(file, "all")) == 10
-    assert (len(load_split(file, None)), load_split(file, None).split) == (10, "test" if split == "test" else "all")
+            load_split(file, other, reading=ANYWHERE)
+    assert len(load_split(file, "all", reading=ANYWHERE)) == 10
+    dataset = load_split(file, None, reading=ANYWHERE)
+    assert (len(dataset), dataset.split) == (10, "test" if split == "test" else "all")
 
 
 @pytest.mark.parametrize(("name", "cut_from"), [("train.jsonl", "train"), ("rows.jsonl", "the unnamed rows")])
@@ -180,15 +182,15 @@ def test_a_lone_file_of_another_name_is_cut_for_training_alone(folder, name, cut
 @pytest.mark.parametrize(("name", "split"), [("test", "test"), ("val", "validation"), ("Evaluation", "test")])
 def test_a_folder_named_after_a_split_is_that_split(folder, name, split):
     write_jsonl(folder / name / "rows.jsonl", [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
-    assert len(load_split(folder / name, split)) == 10
+    assert len(load_split(folder / name, split, reading=ANYWHERE)) == 10
     with pytest.raises(UserError, match=f"all rows are of {split}"):
-        load_split(folder / name, "train")
+        load_split(folder / name, "train", reading=ANYWHERE)
 
 
 def test_a_word_in_the_name_of_the_whole_folder_says_nothing(folder):
     for name in ("my-test-project", "training_data_val"):
         write_jsonl(folder / name / "rows.jsonl", [row(n, image=str(folder / f"{n}.png")) for n in range(10)])
-        assert len(load_split(folder / name, "train")) == 8
+        assert len(load_split(folder / name, "train", reading=ANYWHERE)) == 8
 
 
 def test_a_saved_split_alone(folder):
@@ -200,9 +202,13 @@ def test_a_saved_split_alone(folder):
 
 def test_no_split_is_the_test_split_where_there_is_one(folder):
     write_jsonl(folder / "parts" / "train.jsonl", [row(f"../{n}") for n in range(20)])
-    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None)]] == [("test", 2, "train")]
+    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None, reading=ANYWHERE)]] == [
+        ("test", 2, "train")
+    ]
     write_jsonl(folder / "parts" / "test.jsonl", [row(f"../{n}") for n in range(20, 25)])
-    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None)]] == [("test", 5, "")]
+    assert [(d.split, len(d), d.cut_from) for d in [load_split(folder / "parts", None, reading=ANYWHERE)]] == [
+        ("test", 5, "")
+    ]
     assert load_split("gr", None).split == "test"
 
 

@@ -2,8 +2,8 @@
 
 import json
 import re
+import subprocess
 import sys
-import time
 
 import pytest
 from data_files import row as data_row
@@ -122,17 +122,19 @@ def test_a_missing_package_is_one_sentence(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", ["--task nonsense", "--lerning-rate 1"])
-def test_a_mistake_as_a_subprocess(arguments, tmp_path):
-    started = time.monotonic()
-    process = program(*arguments.split(), cwd=tmp_path)
-    output, errors = process.communicate(timeout=60)
+def test_a_mistake_as_a_subprocess(tmp_path):
+    process = program("--task", "nonsense", cwd=tmp_path)
+    output, errors = process.communicate(timeout=250)
     assert process.returncode == 2
     assert output == ""
-    assert len(errors.strip().splitlines()) == 1
-    assert errors.startswith("error: ")
-    assert time.monotonic() - started < 10  # a second, on a machine that is not busy
+    assert re.fullmatch(r"error: [^\n]+\n", errors)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_found_without_torch():
+    """Which takes seconds to import."""
+    code = "import sys; from mr1fast import train; print(train.main(['--lerning-rate', '1']), 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "2 False\n"
 
 
 def test_mistakes_leave_nothing_behind(tmp_path, capsys, monkeypatch):
@@ -214,7 +216,7 @@ def test_what_is_not_used_is_not_cut_and_what_two_splits_share_is_said(folder, c
     write_jsonl(folder / "data" / "train.jsonl", [data_row(n, image=f"../{n}.png") for n in range(20)])
     write_jsonl(folder / "data" / "test.jsonl", [data_row(n, image=f".././{n}.png") for n in range(18, 25)])
     arguments = ["--data", folder / "data", "--max-steps=1", *SMALL, "--eval-steps=0", "--output-dir", folder / "run"]
-    assert main(*arguments) == 0
+    assert main(*arguments, "--allow-outside") == 0
     output = capsys.readouterr().out
     assert "data: train 20, test 4\n" in output  # of the test split, as many as --eval-samples says
     assert output.count("data/train: 20 examples; warning: 2 of them show an image of the test split\n") == 1
@@ -253,7 +255,8 @@ def test_rows_with_long_prompts_are_left_out_and_counted(tmp_path, capsys, monke
     for split, part in (("train", rows), ("validation", rows[:5]), ("test", rows[:5])):
         text = "".join(json.dumps({**row, "image": f"../{row['image']}"}) + "\n" for row in part)
         (tmp_path / "gr" / f"{split}.jsonl").write_text(text)
-    options = ["--data=gr", "--max-steps=6", "--method=sft", *SMALL, "--eval-samples=9", "--eval-validation-samples=9"]
+    options = ["--data=gr", "--allow-outside", "--max-steps=6", "--method=sft", *SMALL]
+    options += ["--eval-samples=9", "--eval-validation-samples=9"]
     assert main(*options, "--output-dir", "run") == 0
     output = capsys.readouterr().out
     for split, left in (("train", 11), ("validation", 4), ("test", 4)):

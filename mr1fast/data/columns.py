@@ -29,12 +29,14 @@ class Reading:
 
     columns: "image", "problem", "solution" or "choices" -> the column that the user names for it. image_root: where
     relative image paths start, None for the folder of the file that names them. strict: whether a column that the user
-    names must be there, or may have its usual name as well.
+    names must be there, or may have its usual name as well. allow_outside: whether the paths of images may lead out of
+    image_root and the folder of the data.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     image_root: Path | None = None
     strict: bool = True
+    allow_outside: bool = False
 
     def names(self, what: str) -> tuple[str, ...]:
         """The columns that may hold the image, the problem, the solution or the choices."""

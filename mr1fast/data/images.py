@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image, ImageOps
 
 # Pillow warns above this and refuses above twice this: a file of kilobytes may unpack to gigabytes.
 MAX_PIXELS = 89_478_485
+# Pillow has Ghostscript run the program that an EPS file is, and an IPTC file may hold one.
+PROGRAMS = ("EPS", "IPTC")
 # Qwen2-VL's image processor refuses longer ones.
 MAX_ASPECT = 200
 _ORIENTATION = 0x0112  # EXIF tag
@@ -46,6 +49,7 @@ def load_image(source: Path | bytes) -> tuple[Image.Image, list[str]]:
             notes.append(ANIMATED)
         deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))  # of which `load` leaves nothing
         image.load()
+        _check_size(image)  # of an icon, it is that of the file in it
         if deep and image.mode in ("RGB", "RGBA") and np.asarray(image)[..., :3].max() < 16:
             raise BadImage(HELD_TOO_LITTLE)
         if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
@@ -61,25 +65,38 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
         if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
             raise BadImage("image file is empty")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, which are judged here, and of odd EXIF blocks
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                if not width or not height:
-                    raise BadImage("image has zero size")
-                if max(width, height) > MAX_ASPECT * min(width, height):
-                    raise BadImage(f"image is more than {MAX_ASPECT} times longer than wide")
+            warnings.simplefilter("ignore")  # of odd EXIF blocks
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+                _check_size(image)
                 yield image
     except BadImage:
         raise
     except FileNotFoundError:
         raise BadImage("image file not found") from None
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"image has more than {MAX_PIXELS // 10**6} million pixels") from None
     except Exception as error:  # decoders meet broken files with anything from struct.error to ZeroDivisionError
         truncated = "truncated" in str(error).lower()
         raise BadImage("image file is truncated" if truncated else "image cannot be read") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """What may be opened, the usual formats first."""
+    Image.preinit()
+    Image.init()
+    return [name for name in Image.ID if name not in PROGRAMS]
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if not width or not height:
+        raise BadImage("image has zero size")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"image is more than {MAX_ASPECT} times longer than wide")
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from mr1fast.data.columns import first_filled, is_empty
 from mr1fast.data.tables import Table
 
 TEXT_ONLY = "no image, asked in text alone"
+OUTSIDE = "image is outside the folder of the data (--allow-outside reads it)"
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]*")
 
 
@@ -45,7 +47,7 @@ def images_of(table: Table, row: int) -> list[Path | bytes]:
     cell = _as_list(table.reading.cell(values, "image"))
     if not cell and (chat := _chat(table, values)) is not None:
         cell = chat.images
-    return [_image(item, table.folder) for item in cell]
+    return [_image(item, table) for item in cell]
 
 
 def others_of(table: Table, row: int) -> dict[str, Any]:
@@ -86,14 +88,26 @@ def _as_list(cell: Any) -> list[Any]:
     return list(cell) if isinstance(cell, list | tuple) else [cell]
 
 
-def _image(cell: Any, folder: Path) -> Path | bytes:
+def _image(cell: Any, table: Table) -> Path | bytes:
     if isinstance(cell, dict):
         cell = first_filled(cell, ("bytes", "path", "url"))
     if isinstance(cell, bytes):
         return cell
     if not isinstance(cell, str) or not cell:
         raise BadRow("image is neither a path nor image bytes")
-    return _located(cell, folder)
+    located = _located(cell, table.folder)
+    return located if isinstance(located, bytes) else _inside(located, table)
+
+
+def _inside(path: Path, table: Table) -> Path:
+    """The path. Raises BadRow if it leads out of the data, by itself or by a link, unless the user allows that."""
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # a character that no path has
+        raise BadRow("image cannot be read") from None
+    if not table.reading.allow_outside and not any(real.is_relative_to(root) for root in table.roots):
+        raise BadRow(OUTSIDE)
+    return path
 
 
 def _located(image: str, folder: Path) -> Path | bytes:
@@ -102,7 +116,10 @@ def _located(image: str, folder: Path) -> Path | bytes:
         return _content_of_url(image)
     if re.match("file:", image, re.IGNORECASE):
         # urlsplit cuts off what follows an unescaped ? or #, which no image's name need lack.
-        url = urlsplit(image.replace("?", "%3F").replace("#", "%23"))
+        try:
+            url = urlsplit(image.replace("?", "%3F").replace("#", "%23"))
+        except ValueError:  # file://[
+            raise BadRow("image is not a valid URL") from None
         if url.netloc not in ("", "localhost"):
             raise BadRow("image is on another machine, not a file")
         return folder / url2pathname(url.path)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mr1fast.data.arrow_files import ArrowRows, Unreadable, read_hub, read_parquet, read_saved
+from mr1fast.data.arrow_files import ArrowRows, Unreadable, hub_folders, read_hub, read_parquet, read_saved
 from mr1fast.data.columns import Reading
 from mr1fast.data.sources import is_hub_name
 from mr1fast.data.text_files import Row, read_csv, read_json, read_json_lines, whole_characters
@@ -33,6 +33,7 @@ class Table:
 
     rows: Sequence[Row]
     file: Path
+    source: Path  # what the user named: this file, a folder that it is in, or a data set on the hub
     reading: Reading
     name: str  # unique among the tables of a source
     split: str | None = None  # the split after which it, or a folder above it, is named
@@ -45,6 +46,14 @@ class Table:
         if self.reading.image_root is not None:
             return self.reading.image_root
         return self.file if self.file.is_dir() else self.file.parent
+
+    @cached_property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that images must be in, unless the user allows all others, free of links."""
+        if is_hub_name(str(self.source)):
+            return hub_folders()
+        data = self.source if self.source.is_dir() else self.source.parent
+        return tuple(Path(os.path.realpath(root)) for root in (data, self.reading.image_root) if root is not None)
 
     @cached_property
     def columns(self) -> frozenset[str]:
@@ -60,7 +69,8 @@ def read_tables(source: Path, reading: Reading) -> list[Table]:
     """
     if is_hub_name(str(source)):
         return [
-            Table(rows, source, reading, name, _split_of(Path(name))) for name, rows in read_hub(str(source)).items()
+            Table(rows, source, source, reading, name, _split_of(Path(name)))
+            for name, rows in read_hub(str(source)).items()
         ]
     if not source.exists():
         raise UserError(f"data {str(source)!r} does not exist")
@@ -68,7 +78,7 @@ def read_tables(source: Path, reading: Reading) -> list[Table]:
     if source.is_file():
         if source.suffix.lower() not in SUFFIXES:
             raise UserError(f"data {str(source)!r} is not a {_choices()} file")
-        return [_table(source, reading, whole_characters(source.name), own)]
+        return [_table(source, source, reading, whole_characters(source.name), own)]
     if (source / "state.json").exists() or (source / "dataset_dict.json").exists():
         return _saved_tables(source, reading, own)
     files = [file for file in sorted(source.rglob("*")) if _is_table(file, source)]
@@ -78,7 +88,8 @@ def read_tables(source: Path, reading: Reading) -> list[Table]:
         raise UserError(f"data folder {str(source)!r} has no {_choices()} file")
     names = [file.relative_to(source) for file in files]
     return [
-        _table(file, reading, whole_characters(str(name)), _split_of(name) or own) for file, name in zip(files, names)
+        _table(file, source, reading, whole_characters(str(name)), _split_of(name) or own)
+        for file, name in zip(files, names)
     ]
 
 
@@ -122,7 +133,7 @@ def _is_table(file: Path, source: Path) -> bool:
     return not hidden and file.suffix.lower() in SUFFIXES and file.name not in _NOT_DATA and file.is_file()
 
 
-def _table(file: Path, reading: Reading, name: str, split: str | None) -> Table:
+def _table(file: Path, source: Path, reading: Reading, name: str, split: str | None) -> Table:
     suffix, encoding = file.suffix.lower(), ""
     rows: Sequence[Row]
     try:
@@ -133,11 +144,11 @@ def _table(file: Path, reading: Reading, name: str, split: str | None) -> Table:
         else:
             rows = (read_json if suffix == ".json" else read_json_lines)(file.read_bytes())
     except Unreadable as error:
-        return Table([], file, reading, name, split, unreadable=f"{name} {error}")
+        return Table([], file, source, reading, name, split, unreadable=f"{name} {error}")
     except OSError as error:
         raise UserError(f"data file {str(file)!r} cannot be read: {error.strerror or error}") from None
     note = f"{name} is not UTF-8, read as {encoding}" if encoding else ""
-    return Table(rows, file, reading, name, split, note=note)
+    return Table(rows, file, source, reading, name, split, note=note)
 
 
 def _saved_tables(source: Path, reading: Reading, own: str | None) -> list[Table]:
@@ -146,7 +157,8 @@ def _saved_tables(source: Path, reading: Reading, own: str | None) -> list[Table
     except Unreadable as error:
         raise UserError(f"data folder {str(source)!r} {error}") from None
     return [
-        Table(rows, source, reading, name or source.name, _split_of(Path(name)) or own) for name, rows in saved.items()
+        Table(rows, source, source, reading, name or source.name, _split_of(Path(name)) or own)
+        for name, rows in saved.items()
     ]
 
 

@@ -17,6 +17,7 @@ from mr1fast.errors import UserError
 from mr1fast.integrations.trl import GRPODConfig
 from mr1fast.model.load import choose_device
 from mr1fast.options.config import TaskConfig, TrainConfig
+from mr1fast.options.config_file import safely_loaded
 from mr1fast.options.fields import MANY, option_string
 
 # Options of these headings of --help have nothing to do with the engine.
@@ -218,8 +219,8 @@ def _converted(source: str, text: str, hint: Any) -> Any:
     """The value that YAML makes of the text, if the hint allows for it, or the text itself."""
     allowed = _types(hint)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        _, value = safely_loaded(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     if float in allowed and not isinstance(value, bool):
         try:

@@ -41,7 +41,7 @@ class Layout(NamedTuple):
         checked = shaped(name, tensor, shapes, self.device, self.hint)
         if self.is_per_completion(checked):
             checked = self.completions.spread(checked)
-        return checked if checked.shape == self.shape else checked.expand(self.shape)
+        return checked if checked.shape == self.shape else checked.expand(*self.shape)
 
     def per_completion(self, name: str, tensor: Any) -> Tensor:
         return shaped(name, tensor, [(self.completions.size,)], self.device, self.hint)
@@ -98,11 +98,12 @@ def check_cu_seqlens(cu_seqlens: Any, T: int, device: torch.device) -> None:
         raise ValueError(f"cu_seqlens must be on {device} like the tokens, got {cu_seqlens.device}")
     if torch.compiler.is_compiling():
         return
-    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
     if cu_seqlens.is_cuda:  # the CPU does not wait for its values: a device-side assert, as for ids
+        fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
         torch._assert_async(fits, _cu_seqlens_must(T))
-    elif not fits:
-        values = cu_seqlens.tolist()
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != T or values != sorted(values):
         shown = ", ".join(map(str, values[:8])) + (f", ..., {values[-1]}" if len(values) > 8 else "")
         raise ValueError(f"{_cu_seqlens_must(T)}, got [{shown}]")
 
@@ -140,6 +141,8 @@ def shaped(
     if not isinstance(tensor, Tensor) or not (tensor.shape in shapes or any(tensor.shape == each for each in shapes)):
         wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name} must be a tensor of shape {wanted}{hint}, got {described(tensor)}")
+    if tensor.is_complex():
+        raise ValueError(f"{name} must be real, got {described(tensor)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the logits, got {tensor.device}")
     return tensor

@@ -74,6 +74,8 @@ def load_adapter(model: nn.Module, folder: Path) -> peft.PeftModel:
         weights = peft.load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # what PEFT meets in other people's folders can be of any type
         raise UserError(f"the adapter {str(folder)!r} cannot be loaded: {_one_line(error)}") from error
+    if getattr(config, "megatron_config", None):  # with it, PEFT imports the module that megatron_core names
+        raise UserError(f"the adapter {str(folder)!r} cannot be loaded: it is for Megatron (it has a megatron_config)")
     _check_reversible(config, folder)
     adapted = _inject(model, config, f"the adapter {str(folder)!r}")
     misfit = f"the adapter {str(folder)!r} does not fit its base {base!r}"

@@ -104,7 +104,7 @@ def load_model(
     check_folder(path)
     check_weight_files(path)
     try:
-        kind = family(path, AutoConfig.from_pretrained(path).model_type)
+        kind = family(path, AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
         with _without_loading_report():
             loaded: Any = kind.model_class.from_pretrained(
                 path,
@@ -113,6 +113,7 @@ def load_model(
                 key_mapping=_WRAPPERS,
                 ignore_mismatched_sizes=True,  # `check_weights` reports them
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     except (UserError, ModuleNotFoundError):  # a package that is missing is named by the program
         raise
@@ -138,7 +139,7 @@ def load_config(path: str | Path) -> Any:
         return _of_base(path, load_config)
     check_folder(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # as above
@@ -206,7 +207,7 @@ def load_processor(
             return load_processor(base, max_pixels=max_pixels, prompt=prompt)
         check_processor_files(folder)
     try:
-        processor = Qwen2VLTextImageProcessor.from_pretrained(path)
+        processor = Qwen2VLTextImageProcessor.from_pretrained(path, trust_remote_code=False)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # as above

@@ -40,9 +40,9 @@ class Kernel(NamedTuple):
 
 
 def _flash_forward(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Found:
-    # What torch.nn.attention.varlen.varlen_attn calls; its backward is not given another log-sum-exp.
-    out, lse, _ = torch.ops.torch_attn._varlen_attn(
-        query, key, value, *segments.bounds, segments.causal, scale, None, True
+    # What torch.nn.attention.varlen.varlen_attn calls; its own backward could not be given another log-sum-exp.
+    out, lse, *_ = aten._flash_attention_forward(
+        query, key, value, *segments.bounds, 0.0, segments.causal, False, scale=scale
     )
     return out, lse.t()
 
@@ -57,8 +57,8 @@ def _flash_backward(
     segments: Segments,
     scale: float,
 ) -> Gradients:
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return torch.ops.torch_attn._varlen_attn_backward(
+    random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+    return aten._flash_attention_backward(
         grad.contiguous(),
         query,
         key,
@@ -66,9 +66,11 @@ def _flash_backward(
         out.contiguous(),
         lse.t().contiguous(),
         *segments.bounds,
+        0.0,
         segments.causal,
-        no_dropout,
-        scale,
+        random_state,
+        random_state.new_empty(0),
+        scale=scale,
     )
 
 

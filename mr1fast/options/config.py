@@ -94,7 +94,7 @@ class TrainConfig(TrainOptions):
 
     @property
     def reading(self) -> Reading:
-        return read_as(self.columns, self.image_root)
+        return read_as(self.columns, self.image_root, self.allow_outside)
 
     @property
     def test_sources(self) -> tuple[str, ...]:

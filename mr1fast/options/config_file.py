@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from mr1fast.options.values import FIELDS, convert
 SCHEMA_VERSION = 1
 # Entries of config.json that are no options.
 RECORDS = ("schema_version", "max_steps_changes")
+MOST_NODES = 100_000  # a file of a few lines may stand for more than any memory holds, see `_written_out`
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        node, content = safely_loaded(text)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -47,6 +49,26 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: unknown option {unknown[0]!r}{known}")
     say_unknown(path, unknown)
     return given
+
+
+def safely_loaded(text: str) -> tuple[Any, Any]:
+    """The node of a YAML text and what it stands for. Raises yaml.YAMLError, ValueError and RecursionError."""
+    import yaml
+
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if _written_out(node, {}) > MOST_NODES:
+        raise yaml.YAMLError("its aliases refer to themselves, or to one another too often")
+    return node, yaml.safe_load(text)
+
+
+def _written_out(node: Any, known: dict[int, float]) -> float:
+    """How many nodes there would be without aliases; infinitely many where one refers to itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # if it is met again in itself
+        value = getattr(node, "value", None)  # a list of nodes, one of pairs of nodes, or a text
+        parts = [each if isinstance(each, tuple) else (each,) for each in value] if isinstance(value, list) else []
+        known[id(node)] = 1 + sum(_written_out(part, known) for pair in parts for part in pair)
+    return known[id(node)]
 
 
 def read_options(content: Mapping[Any, Any], path: str) -> tuple[dict[str, Any], list[str]]:

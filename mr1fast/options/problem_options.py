@@ -110,6 +110,11 @@ class ProblemOptions:
         metavar="DIR",
         shown="that of the file which names them",
     )
+    allow_outside: bool = option(
+        False,
+        "read images whose paths lead out of the folder of the data and that of --image-root",
+        group="data",
+    )
     train_samples: int | None = option(
         None,
         "few-shot: train on this many examples alone, drawn from those for training by --seed",

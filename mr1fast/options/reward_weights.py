@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mr1fast.checks import nearest
 from mr1fast.errors import UserError
 from mr1fast.rewards import REWARDS
-from mr1fast.rewards.own import OwnReward, RewardFunction
+from mr1fast.rewards.own import OwnReward, RewardFunction, renew_process
 
 DEFAULT_REWARDS = "accuracy=1,format=0.5"
 # Advantages divide by the rewards' standard deviation + 1e-4; rewards far smaller than that would not count.
@@ -69,6 +69,7 @@ def _weight(name: str, text: str, source: str) -> float:
 
 def load_rewards(weights: Mapping[str, float]) -> list[Reward]:
     """The functions behind the names; those of the user's are tried. Raises UserError where one cannot be had."""
+    renew_process()
     rewards = [
         Reward(f"{name}_reward", weight, REWARDS[name])
         if name in REWARDS

@@ -11,7 +11,7 @@ from mr1fast.losses.kl_weight import EXPLORING
 from mr1fast.options.fields import check_choice, option_string
 from mr1fast.options.loss_keywords import DEFAULT_LOSS, try_loss
 from mr1fast.options.problem_options import PARTS
-from mr1fast.options.reading import check_no_reading, read_as
+from mr1fast.options.reading import check_no_reading
 from mr1fast.options.recipes import KL_DEFAULTS, TASK_NAMES
 from mr1fast.options.run_options import LOGGERS
 from mr1fast.options.train_options import BY_TASK
@@ -34,8 +34,8 @@ def check_together(config: TrainConfig) -> None:
 
 def _check_data(config: TrainConfig) -> None:
     if (config.data, config.test_data) == (None, None):
-        check_no_reading(config.columns, config.image_root)
-    read_as(config.columns, config.image_root)
+        check_no_reading(config.columns, config.image_root, config.allow_outside)
+    _ = config.reading  # raises for what is not KEY=VALUE
     if len(set(config.test_sources)) < len(config.test_sources):
         raise UserError(f"--test-data {config.test_data} names the same data twice")
     if config.epochs is not None and config.max_steps is not None:

@@ -31,16 +31,20 @@ SECONDS = 30.0  # for all completions of a step
 FORM = "(completions, solutions, **columns) -> list of numbers"
 
 
+_surroundings: tuple[str, list[str], dict[str, str]] | None = None  # current folder, sys.path and environment
+
+
 class Absent(Exception):
     """A function has no reward for any completion; the message is the reason."""
 
 
 class OwnReward:
-    """The function `module:function`, called in the other process."""
+    """The function `module:function`, called in the other process. The module may be in the current folder."""
 
     def __init__(self, name: str):
         """Raises UserError where it cannot be imported or takes other arguments."""
         self.name = name
+        self.folder = os.getcwd()  # that of the other process may be another one
         try:
             self._ask(_check, START_SECONDS)
         except Absent as error:
@@ -63,12 +67,24 @@ class OwnReward:
 
     def _ask(self, function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
         try:
-            answer, reason = _worker.ask(function, self.name, *arguments, seconds=seconds)
+            answer, reason = _worker.ask(function, self.name, self.folder, *arguments, seconds=seconds)
         except Unanswered as error:
             raise Absent(str(error)) from None
         if reason:
             raise Absent(reason)
         return answer
+
+
+def renew_process() -> None:
+    """End the other process if it was started with another current folder, path of imports or environment than now.
+
+    It would find other modules, also under the same names, and read other files and variables.
+    """
+    global _surroundings
+    now = os.getcwd(), list(sys.path), dict(os.environ)
+    if now != _surroundings:
+        _worker.end()
+        _surroundings = now
 
 
 def as_numbers(values: Any, n: int) -> list[float]:
@@ -100,17 +116,17 @@ _worker = Worker(_nothing)
 _Answer = tuple[Any, str]  # what was asked for, or the reason why it cannot be had
 
 
-def _imported(name: str) -> Any:
+def _imported(name: str, folder: str) -> Any:
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # an installed command does not look there, python -m does
-        sys.path.append(os.getcwd())
+    if folder not in sys.path:  # an installed command does not look there, python -m does
+        sys.path.append(folder)
     importlib.invalidate_caches()  # the file may be newer than what Python remembers of its folder
     return getattr(importlib.import_module(module), attribute)
 
 
-def _check(name: str) -> _Answer:
+def _check(name: str, folder: str) -> _Answer:
     try:
-        function = _imported(name)
+        function = _imported(name, folder)
     except (Exception, SystemExit) as error:  # whatever the user's module raises
         return None, f"cannot be imported: {_described(error)}"
     if not callable(function):
@@ -137,16 +153,18 @@ def _columns_of(signature: inspect.Signature) -> Sequence[str]:
     ]
 
 
-def _needed(name: str) -> _Answer:
+def _needed(name: str, folder: str) -> _Answer:
     try:
-        return _columns_of(inspect.signature(_imported(name))), ""
+        return _columns_of(inspect.signature(_imported(name, folder))), ""
     except (TypeError, ValueError):
         return [], ""
 
 
-def _call(name: str, completions: list[str], solutions: list[str], columns: dict[str, list[Any]]) -> _Answer:
+def _call(
+    name: str, folder: str, completions: list[str], solutions: list[str], columns: dict[str, list[Any]]
+) -> _Answer:
     try:
-        values = _imported(name)(completions=completions, solutions=solutions, **columns)
+        values = _imported(name, folder)(completions=completions, solutions=solutions, **columns)
         return as_numbers(values, len(completions)), ""
     except Absent as error:
         return None, str(error)

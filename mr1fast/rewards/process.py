@@ -74,6 +74,11 @@ class Worker:
             except (Exception, CancelledError) as error:  # what happened in the process
                 raise Unanswered(_reason(error)) from error
 
+    def end(self) -> None:
+        """Wait for the question that is being answered, and end the process; the next question starts a new one."""
+        with self.lock:
+            self.stop()
+
     def stop(self) -> None:
         pool, self.pool = self.pool, None
         if pool is not None:

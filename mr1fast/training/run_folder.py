@@ -40,7 +40,7 @@ METRICS = "metrics.jsonl"  # of a run, and the rows of one task so far in each c
 LEFT_AT_THE_START = (".probe.tmp", ".config.json.tmp")  # by a run that was killed before it had a config.json
 STATE = "trainer_state.pt"  # of a checkpoint; training cannot be continued without it
 # Options that a resumed run may be given anew; config.json then has the new values.
-CHANGEABLE = ("data", "image_root", "max_steps")
+CHANGEABLE = ("data", "image_root", "allow_outside", "max_steps")
 
 
 class ResumeError(UserError):
