@@ -91,7 +91,7 @@ def test_lost_rows_of_the_metrics_come_from_the_checkpoint(tmp_path, capsys):
         assert [json.loads(line) for line in file.read_text().splitlines()] == rows
     file.unlink()
     restore_rows(file, "vc", kept)
-    assert "3 steps of vc come from" in capsys.readouterr().out
+    assert "3 steps of vc restored from" in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_in_a_second_folder(tmp_path):

@@ -76,7 +76,7 @@ def restore_rows(file: Path, task: str, kept: Path) -> None:
     found = {json.dumps(row) for row in there}
     if lost := [row["step"] for row in saved if json.dumps(row) not in found]:
         steps = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps"
-        print(f"{file} is damaged: {steps} of {task} come from {kept}", flush=True)
+        print(f"{file} is damaged: {steps} of {task} restored from {kept}", flush=True)
         rows = [row for row in there if row["task"] != task] + saved
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
