@@ -21,7 +21,7 @@ from loss_cases import (
 from oracle import oracle
 
 from mr1fast import grpo_loss, token_logprobs
-from mr1fast.kernels.reference import LOSS_TYPES, levels_of
+from mr1fast.kernels.loss_types import LOSS_TYPES, levels_of
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, every_backend, random_batch
 
 BACKENDS = every_backend()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mr1fast.checks import described, integer
-from mr1fast.kernels import reference
+from mr1fast.kernels import loss_types
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
 from mr1fast.kernels.reference import BatchwiseSpec, LogitMap, LossBatch, LossSpec
@@ -157,7 +157,7 @@ def loss_call(
 def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fields that BatchwiseSpec adds to LossSpec; None where the call needs no more than a token at a time."""
     loss_type, level, sampling = options["loss_type"], options["importance_sampling_level"], options[_SAMPLING]
-    if level not in reference.levels_of(loss_type):
+    if level not in loss_types.levels_of(loss_type):
         raise ValueError(f"importance_sampling_level must be 'token' with loss_type={loss_type!r}, got {level!r}")
     if sampling is not None:
         sampling = _constant(layout.per_token(_SAMPLING, sampling), dtype)
@@ -165,7 +165,7 @@ def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -
         # No completion is off-policy then.
         options = {**options, "off_policy_mask_threshold": math.inf}
     masked = options["top_entropy_quantile"] < 1 or options["off_policy_mask_threshold"] != math.inf
-    if not masked and loss_type in reference.ONE_PASS_LOSS_TYPES:
+    if not masked and loss_type in loss_types.ONE_PASS_LOSS_TYPES:
         return None
     return {"sampling_logps": sampling, **{name: options[name] for name in _BATCHWISE_FIELDS}}
 
@@ -226,7 +226,7 @@ def _token_weight(
     if reduction != "mean" and options["num_sequences"] is not None:
         raise ValueError(f"num_sequences must be None with reduction={reduction!r}, which has no normaliser")
     if reduction == "mean":
-        weight = reference.token_weight(
+        weight = loss_types.token_weight(
             ids,
             mask,
             dtype,
