@@ -6,7 +6,7 @@
 # make fuzz     whatever files, answers, options and tensors may come: 10,000 cases of each kind (CASES=N: so many)
 # make check    lint, format, types
 # make wheel    the source distribution and the wheel, in dist/; make wheel-check   the wheel, tried beside torch alone
-# make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
+# make sanitize    the C++ kernel under AddressSanitizer, UBSan and ThreadSanitizer (built aside, in build)
 # make compile-check, compile-check-old    every GPU kernel through its compiler, no GPU needed; old: on Triton 3.6.0
 # make device-dry-run    benchmarks/device.sh without a GPU, on tiny shapes: does every stage run?
 # Each sets up .venv first if it is missing or out of date.
@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help train reproduce test test-all faults fuzz soak check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
+.PHONY: help train reproduce test test-all faults fuzz soak check wheel wheel-check sanitize sanitize-threads compile-check compile-check-old device-dry-run format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -116,15 +116,25 @@ device-dry-run: $(READY)
 	@DRY_RUN=1 PYTHON=$(firstword $(wildcard .venv312/bin/python) $(BIN)/python) \
 	    bash benchmarks/device.sh build/device-dry-run
 
-# Leaks are not looked for: Python and torch leave much behind on purpose. libstdc++ must be there before libasan looks for
-# the functions it replaces, or the first C++ exception aborts.
+# The kernel without Python and torch, in threads: see tests/cpu_threads.cpp. Leaks are looked for here.
+THREADS_SOURCES := tests/cpu_threads.cpp csrc/grpo_cpu.cpp csrc/row_kernels.cpp
+build/cpu_threads_%: $(THREADS_SOURCES) $(wildcard csrc/*.h)
+	@mkdir -p build
+	g++ -std=c++20 -O0 -g1 -Icsrc -fsanitize=$* -fno-sanitize-recover=all $(THREADS_SOURCES) -o $@
+
+comma := ,
+sanitize-threads: build/cpu_threads_thread build/cpu_threads_address$(comma)undefined
+	for program in $^; do ./$$program || exit 1; done
+
+# The tests of the kernel under AddressSanitizer and UBSan. Leaks are not looked for: Python and torch leave much behind on
+# purpose. libstdc++ must be there before libasan looks for the functions it replaces, or the first C++ exception aborts.
 ASAN_LIBRARIES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)
-asan: $(READY)
-	@rm -rf build/asan && mkdir -p build/asan && git ls-files -z | xargs -0 cp --parents -P -t build/asan
-	cd build/asan && MR1FAST_SANITIZE=1 $(abspath $(BIN)/python) setup.py -q build_ext --inplace
-	cd build/asan && LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+sanitize: $(READY) sanitize-threads
+	@rm -rf build/sanitize && mkdir -p build/sanitize && git ls-files -z | xargs -0 cp --parents -P -t build/sanitize
+	cd build/sanitize && MR1FAST_SANITIZE=address,undefined $(abspath $(BIN)/python) setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	    $(abspath $(BIN)/python) -m pytest -q -p no:cacheprovider -k "cpp and not install" \
-	    tests/test_cpp.py tests/test_cpp_values.py tests/test_loss.py tests/test_linear.py
+	    tests/test_cpp.py tests/test_cpp_values.py tests/test_loss.py tests/test_linear.py tests/test_fuzz_loss.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -31,7 +31,10 @@ def extensions() -> list[Extension]:
     flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
     # at::parallel_for is a header, and serial without OpenMP. Apple's compiler has none.
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
-    sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g"] if os.environ.get("MR1FAST_SANITIZE") else []
+    # Such as address,undefined: see `make sanitize`.
+    sanitizers = os.environ.get("MR1FAST_SANITIZE")
+    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+    sanitize = sanitize if sanitizers else []
     return [
         Extension(
             "mr1fast._C",
