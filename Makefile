@@ -1,6 +1,7 @@
 # make train    GRPO-D training of the embedded Qwen2-VL on the CPU; options in ARGS, e.g. make train ARGS="--task vc"
 # make reproduce   the paper's table and figures; what of them in ARGS, e.g. make reproduce ARGS="table1 --seeds 0-2"
 # make test     the tests, but for the slow ones; make test-all   all of them
+# make faults   what they leave out: kills, full disks, damaged files (minutes)
 # make check    lint, format, types
 # make wheel    the source distribution and the wheel, in dist/; make wheel-check   the wheel, tried beside torch alone
 # make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help train reproduce test test-all check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
+.PHONY: help train reproduce test test-all faults check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,15 +44,20 @@ train: $(READY)
 	@echo "==> python -m mr1fast.train $(ARGS)"
 	@$(BIN)/python -m mr1fast.train $(ARGS)
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 test: $(READY)
 	@echo "==> pytest without the slow tests, a process for each core (8 at most)"
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not faults" $(ARGS)
 
 test-all: $(READY)
 	@echo "==> pytest, a process for each core (8 at most)"
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -m "not faults" $(ARGS)
+
+# One at a time: each has several processes, and some count seconds.
+faults: $(READY)
+	@echo "==> pytest: kills, full disks and damaged files"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -111,11 +111,9 @@ def _fail(message: str, exit_code: int, opened: OpenRun | None = None) -> int:
     print(f"\n{message}" if exit_code > 2 else message, file=sys.stderr)
     if opened is not None:
         opened.processes.report(message)
-        if not opened.processes.is_main:
-            return exit_code
         if opened.folder.config_file.exists():
             print(how_to_continue(opened.folder), file=sys.stderr)
-        elif not any(opened.folder.path.iterdir()):
+        elif opened.processes.is_main and not any(opened.folder.path.iterdir()):
             opened.folder.path.rmdir()
     return exit_code
 

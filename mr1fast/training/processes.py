@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -24,6 +25,8 @@ from mr1fast.options.config import TaskConfig
 T = TypeVar("T")
 # Longer than the main process ever writes or draws while the others wait.
 TIMEOUT = timedelta(hours=2)
+# For all to begin: a process that ended before is not noticed.
+CONNECT_TIMEOUT = timedelta(minutes=10)
 SECONDS_FOR_REASONS = 3.0
 BUCKET_BYTES = 64 * 2**20
 CODE = Path(__file__).parents[1]
@@ -122,20 +125,30 @@ class Processes:
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name != "auto" or torch.cuda.is_available() else "cpu"
 
     def report(self, message: str) -> None:
-        """Leave for the main process why this one ends."""
-        if self.count > 1 and not self.is_main:
+        """Leave for the others why this one ends."""
+        if self.count > 1:
             with suppress(RuntimeError):
+                _store().set(f"mr1fast/alive/{self.rank}", "")
                 _store().set(f"mr1fast/{self.rank}", message)
 
     def _peer_failed(self) -> PeerFailed:
-        """With the reasons that the others have left, which may take them a moment."""
+        """With the reasons that the others have left, which may take them a moment.
+
+        Where no process before this one is left, this one is heard from now on.
+        """
         keys = {rank: f"mr1fast/{rank}" for rank in range(self.count) if rank != self.rank}
         until = time.monotonic() + SECONDS_FOR_REASONS
         said: list[str] = []
+        speaks = True
         with suppress(RuntimeError):  # the store may have ended with them
+            _store().set(f"mr1fast/alive/{self.rank}", "")
             while not said and time.monotonic() < until:
                 said = [f"process {rank}: {_store().get(key).decode()}" for rank, key in keys.items() if _has(key)]
                 time.sleep(0.1)
+            speaks = not any(_has(f"mr1fast/alive/{rank}") for rank in range(self.rank))
+        if speaks and not self.is_main:
+            assert sys.__stderr__ is not None
+            sys.stderr = sys.__stderr__
         return PeerFailed("; ".join(said) or "another process has ended without a word, so this one ends as well")
 
     @contextmanager
@@ -233,6 +246,8 @@ def started(error: UserError | OSError | None, description: str) -> Iterator[Pro
             raise error
         yield ALONE
         return
+    # Else its store warns, with a stack of C++ functions, where the main process has ended.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     import torch.distributed as dist
 
@@ -240,13 +255,14 @@ def started(error: UserError | OSError | None, description: str) -> Iterator[Pro
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=CONNECT_TIMEOUT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as failed:
         why = str(failed).partition("\n")[0]
         advice = "start them by accelerate launch or torchrun, or unset WORLD_SIZE"
         raise UserError(f"WORLD_SIZE is {count}, but the processes cannot be connected ({why}); {advice}") from failed
+    processes = Processes(rank, count)
     try:
-        processes = Processes(dist.get_rank(), count)
         said = processes.gather((None if error is None else str(error), f"{_code()} {description}"))
         for reason, _ in said:
             if reason is not None:
@@ -258,6 +274,18 @@ def started(error: UserError | OSError | None, description: str) -> Iterator[Pro
         yield processes
     finally:
         dist.destroy_process_group()
+        vars(processes).pop("_objects", None)
+        _wait_until_all_leave(processes, store)
+
+
+def _wait_until_all_leave(processes: Processes, store: Any) -> None:
+    """The main process's part: with it ends the store, in which the others find why it does."""
+    until = time.monotonic() + SECONDS_FOR_REASONS
+    with suppress(RuntimeError):
+        left = store.add("mr1fast/left", 1)
+        while processes.is_main and left < processes.count and time.monotonic() < until:
+            time.sleep(0.02)
+            left = store.add("mr1fast/left", 0)
 
 
 def _code() -> str:
