@@ -103,11 +103,14 @@ def logit_map(dtype: torch.dtype, layout: Layout, mask: Tensor | None, **given: 
 
 def _temperatures(dtype: torch.dtype, layout: Layout, mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
     """The temperature of each token, by which the logits as they were given are divided, [B, L]."""
-    each = _constant(_setting("temperature", options["temperature"], layout), dtype)
-    if mask is not None:  # as NaN they would reach the gradient of masked logits as 0 / NaN
-        each = torch.where(mask, each, 1)
+    each = _used(mask, _constant(_setting("temperature", options["temperature"], layout), dtype))
     check_values("temperature", (each > 0) & (each < torch.inf), "finite and > 0 wherever the mask is set", each)
     return each if options["logit_scale"] == 1 else each / options["logit_scale"]
+
+
+def _used(mask: Tensor | None, each: Tensor) -> Tensor:
+    """A setting of each token, and 1 at masked ones: NaN would reach the gradient of masked logits as 0 / NaN."""
+    return each if mask is None else torch.where(mask, each, 1)
 
 
 def chunk_bytes(value: int | None) -> int | None:
@@ -130,7 +133,9 @@ def loss_call(
     values["final_logit_softcapping"] /= options["logit_scale"]
     for name in ("epsilon_low", "epsilon_high"):
         if isinstance(values[name], Tensor):
-            epsilons[name] = _constant(_setting(name, values.pop(name), layout), dtype)
+            each = _used(mask, _constant(_setting(name, values.pop(name), layout), dtype))
+            check_values(name, (each >= 0) & (each < torch.inf), "finite and >= 0 wherever the mask is set", each)
+            epsilons[name] = each
     batchwise = _batchwise(dtype, layout, options)
     spec = LossSpec(**values) if batchwise is None else BatchwiseSpec(**values, **batchwise)
 
