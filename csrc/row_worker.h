@@ -100,6 +100,14 @@ class Job::Worker {
     float sampled_value;  // the gradient at the id
   };
 
+  // What is known of the rows in flight once they have been read.
+  struct Scores {
+    RowStats<double> rows[kLanes];
+    float top[kLanes];  // the maximum of the logits
+    Floats sum, logp, entropy;
+    Logarithm log_sum;
+  };
+
   void step(Slot& slot, const char* z, float* e) {
     Step step;
     step.z = z;
@@ -126,7 +134,26 @@ class Job::Worker {
     }
     if (grad) memset(grad, 0, row_bytes_);
   }
+  // A value of each row in flight; lanes that are left over repeat the first one.
+  template <typename Value>
+  Floats each(const Value& value) const {
+    Floats x{};
+    for (int k = 0; k < kLanes; ++k) x[k] = value(k < filled_ ? k : 0);
+    return x;
+  }
+  Floats of(const View<const float>& view) const { return each([&](int k) { return view(slot_[k].b, slot_[k].l); }); }
+  template <typename T, typename Lanes>
+  void store(T* out, const Lanes& x) const {
+    if (!out) return;
+    for (int k = 0; k < filled_; ++k) out[slot_[k].b * x_.L + slot_[k].l] = x[k];
+  }
+
+  // From the statistics of the rows in flight to their tokens' outputs and the plan of their gradients.
   void settle();
+  // The loss of each token and token_weight * dloss/dlogp, which is returned.
+  Floats lose(const Objective& f, const Floats& logp);
+  // Writes the gradients, or has the next step of each slot write them.
+  void plan(const Scores& s, const Floats& coef, float entropy_weight);
   RowStats<double> merge_blocks(const Slot& slot, float* top);
   double inv_temperature(int64_t b, int64_t l) {
     return 1.0 / (x_.temperatures ? (double)x_.temperatures(b, l) : x_.temperature);
@@ -182,41 +209,28 @@ inline void Job::Worker::forward(int64_t b, int64_t l) {
   if (++filled_ == slots_) settle();
 }
 
-// From the statistics of the rows in flight to their tokens' outputs and the plan of their gradients.
 inline void Job::Worker::settle() {
-  const int count = filled_;
-  filled_ = 0;
-  if (count == 0) return;
-  RowStats<double> rows[kLanes]{};
-  float top[kLanes];
-  const auto each = [&](auto value) {  // of the slots; lanes that are left over repeat the first one
-    Floats x{};
-    for (int k = 0; k < kLanes; ++k) x[k] = value(k < count ? k : 0);
-    return x;
-  };
-  const auto of = [&](const View<const float>& view) {
-    return each([&](int k) { return view(slot_[k].b, slot_[k].l); });
-  };
-  for (int k = 0; k < count; ++k) rows[k] = merge_blocks(slot_[k], top + k);
-  const Floats sum = each([&](int k) { return (float)rows[k].sum; });
-  const Floats weighted = each([&](int k) { return (float)rows[k].weighted; });
-  const Logarithm log_sum = log_of(sum);
+  if (filled_ == 0) return;
+  Scores s{};
+  for (int k = 0; k < filled_; ++k) s.rows[k] = merge_blocks(slot_[k], s.top + k);
+  s.sum = each([&](int k) { return (float)s.rows[k].sum; });
+  const Floats weighted = each([&](int k) { return (float)s.rows[k].weighted; });
+  s.log_sum = log_of(s.sum);
   // logp = z_id / temperature - lse, of which the maximum is subtracted in float64, where large logits lose no digits.
-  const Floats from_max = each([&](int k) { return (float)(slot_[k].sampled - rows[k].max); });
-  const Floats logp = from_max - log_sum.most - log_sum.rest;
-  const Floats entropy = log_sum.most + (log_sum.rest - weighted / sum);
-  const Outputs& o = job_.out_;
-  const auto store = [&](auto* out, const auto& x) {
-    if (out) {
-      for (int k = 0; k < count; ++k) out[slot_[k].b * x_.L + slot_[k].l] = x[k];
-    }
-  };
-  store(o.logps, logp);
-  store(o.entropies, entropy);
-  store(o.lse, each([&](int k) { return (float)rows[k].max; }) + log_sum.most + log_sum.rest);
-  if (!job_.objective_) return;
+  const Floats from_max = each([&](int k) { return (float)(slot_[k].sampled - s.rows[k].max); });
+  s.logp = from_max - s.log_sum.most - s.log_sum.rest;
+  s.entropy = s.log_sum.most + (s.log_sum.rest - weighted / s.sum);
+  store(job_.out_.logps, s.logp);
+  store(job_.out_.entropies, s.entropy);
+  store(job_.out_.lse, each([&](int k) { return (float)s.rows[k].max; }) + s.log_sum.most + s.log_sum.rest);
+  if (job_.objective_) {
+    const Floats coef = lose(*job_.objective_, s.logp);
+    if (x_.grad) plan(s, coef, job_.objective_->entropy_weight);
+  }
+  filled_ = 0;
+}
 
-  const Objective& f = *job_.objective_;
+inline Floats Job::Worker::lose(const Objective& f, const Floats& logp) {
   TokenInput<Floats> token{};
   token.logp = logp;
   token.has_old = (bool)f.old_logps;
@@ -230,21 +244,24 @@ inline void Job::Worker::settle() {
   token.epsilon_high = f.epsilon_high ? of(f.epsilon_high) : Floats{} + f.spec.numbers.epsilon_high;
   const TokenLoss<Floats> t = token_loss(token, f.spec);
   const Floats coef = of(f.token_weight) * t.dloss_dlogp;
+  const Outputs& o = job_.out_;
   store(o.loss, t.loss);
   store(o.kl, t.kl);
   store(o.is_low, t.low);
   store(o.is_high, t.high);
   store(o.coef, coef);
-  if (!x_.grad) return;
+  return coef;
+}
 
+inline void Job::Worker::plan(const Scores& s, const Floats& coef, float entropy_weight) {
   const Floats inv_temperature = each([&](int k) { return (float)slot_[k].inv_temperature; });
-  const RowGradient<Floats> g = row_gradient(coef, Floats{} + f.entropy_weight, entropy, inv_temperature);
+  const RowGradient<Floats> g = row_gradient(coef, Floats{} + entropy_weight, s.entropy, inv_temperature);
   const Floats cap = each([&](int k) { return slot_[k].sampled_cap; });
-  const Floats sampled_value = sampled_gradient(g, logp) * cap, factor = g.base / sum;
-  for (int k = 0; k < count; ++k) {
+  const Floats sampled_value = sampled_gradient(g, s.logp) * cap, factor = g.base / s.sum;
+  for (int k = 0; k < filled_; ++k) {
     Slot& slot = slot_[k];
     char* grad = &x_.grad(slot.b, slot.l);
-    if (coef[k] == 0.0f && f.entropy_weight == 0.0f) {
+    if (coef[k] == 0.0f && entropy_weight == 0.0f) {
       memset(grad, 0, row_bytes_);
     } else if (keep_exponentials_) {
       // p_j * base = exp((z_j - max) / temperature) * (base / sum): one multiplication of what pass 1 kept.
@@ -254,9 +271,9 @@ inline void Job::Worker::settle() {
     } else {
       // With d = (z_j - max) / temperature, p_j = exp(d) / sum and log p_j = d - log(sum):
       // p_j * (base + slope * log p_j) = exp(d) * ((base - slope * log(sum)) / sum + slope / sum * d)
-      const double log_of_sum = (double)log_sum.most[k] + log_sum.rest[k], scale = 1.0 / rows[k].sum;
+      const double log_of_sum = (double)s.log_sum.most[k] + s.log_sum.rest[k], scale = 1.0 / s.rows[k].sum;
       const double base = (g.base[k] - g.slope[k] * log_of_sum) * scale, slope = g.slope[k] * slot.inv_temperature * scale;
-      const RowDerivative derivative = {top[k], (float)base, (float)slope};
+      const RowDerivative derivative = {s.top[k], (float)base, (float)slope};
       differentiate(slot.z, grad, slot.inv_temperature, slot.id, sampled_value[k], derivative);
     }
   }

@@ -19,7 +19,7 @@ from mr1fast import (
     rollout_correction,
     token_logprobs,
 )
-from mr1fast.kernels.reference import LOSS_TYPES, ONE_PASS_LOSS_TYPES
+from mr1fast.kernels.loss_types import LOSS_TYPES, ONE_PASS_LOSS_TYPES
 from mr1fast.kernels.self_test import available_backends, random_batch
 from tests.fuzzing import at_once, cases
 
