@@ -2,6 +2,7 @@
 # make reproduce   the paper's table and figures; what of them in ARGS, e.g. make reproduce ARGS="table1 --seeds 0-2"
 # make test     the tests, but for the slow ones; make test-all   all of them
 # make faults   what they leave out: kills, full disks, damaged files (minutes)
+# make fuzz     whatever files, answers, options and tensors may come: 10,000 cases of each kind (CASES=N: so many)
 # make check    lint, format, types
 # make wheel    the source distribution and the wheel, in dist/; make wheel-check   the wheel, tried beside torch alone
 # make asan     the C++ kernel under AddressSanitizer (built aside, in build/asan)
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help train reproduce test test-all faults check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
+.PHONY: help train reproduce test test-all faults fuzz check wheel wheel-check asan compile-check compile-check-old device-dry-run format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,7 +45,7 @@ train: $(READY)
 	@echo "==> python -m mr1fast.train $(ARGS)"
 	@$(BIN)/python -m mr1fast.train $(ARGS)
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 test: $(READY)
 	@echo "==> pytest without the slow tests, a process for each core (8 at most)"
@@ -58,6 +59,16 @@ test-all: $(READY)
 faults: $(READY)
 	@echo "==> pytest: kills, full disks and damaged files"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults $(ARGS)
+
+# One process, whose statistics hypothesis can show; the log has how many cases there were.
+FUZZ_LOG := docs/results/fuzz.txt
+fuzz: $(READY)
+	@echo "==> pytest tests/test_fuzz_*.py; the log goes to $(FUZZ_LOG)"
+	@mkdir -p build docs/results
+	@FUZZ_CASES=$(or $(CASES),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout=0 \
+	    --hypothesis-show-statistics tests/test_fuzz_*.py >build/fuzz.log 2>&1; status=$$?; \
+	    grep -E '^tests/.*:$$|passing examples|^(FAILED|ERROR)|^E  |(passed|failed).* in ' build/fuzz.log \
+	    | tee $(FUZZ_LOG); exit $$status
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -89,29 +89,15 @@ def scenes(quick: bool) -> list[Scene]:
 
     def scene(shape: Shape, kind: str) -> Scene:
         work = 1e9 * sum(shape.lengths(kind))
+
+        def case(name: str, loss: Callable[[Inputs], Tensor], **how: bool) -> Case:
+            return Case(name, lambda x: call(x, loss, **how), work, "tokens/s", against=PACKED)
+
         of_scene = (
-            Case(PACKED, lambda x: call(x, of_trainer, share=True), work, "tokens/s", against=PACKED),
-            Case(
-                f"{PACKED}, checkpointed",
-                lambda x: call(x, of_trainer, share=True, again=True),
-                work,
-                "tokens/s",
-                against=PACKED,
-            ),
-            Case(
-                "mr1fast --no-share-prefix",
-                lambda x: call(x, of_trainer, share=False),
-                work,
-                "tokens/s",
-                against=PACKED,
-            ),
-            Case(
-                "repeated, padded, from logits",
-                lambda x: call(x, of_logits, share=False),
-                work,
-                "tokens/s",
-                against=PACKED,
-            ),
+            case(PACKED, of_trainer, share=True),
+            case(f"{PACKED}, checkpointed", of_trainer, share=True, again=True),
+            case("mr1fast --no-share-prefix", of_trainer, share=False),
+            case("repeated, padded, from logits", of_logits, share=False),
         )
         title = f"{shape.name}, {shape.P} x {shape.G} x {shape.L}, {kind}"
         return Scene("passes", title, "float32", lambda: make_inputs(shape, kind), of_scene)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mr1fast.kernels.reference import ONE_PASS_LOSS_TYPES, LogitMap, LossBatch, LossSpec
+from mr1fast.kernels.loss_types import ONE_PASS_LOSS_TYPES
+from mr1fast.kernels.reference import LogitMap, LossBatch, LossSpec
 from mr1fast.kernels.triton_table import TABLE
 
 ARCHITECTURES = (80, 90, 100)

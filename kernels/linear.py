@@ -236,7 +236,7 @@ def _columns(batch: LossBatch, start: int, stop: int) -> LossBatch:
 
 def _per_token(batch: LossBatch, change: Callable[[Tensor], Tensor]) -> LossBatch:
     """The batch with `change` applied to every tensor [B, L] in it; tensors with fewer dimensions stay as they are."""
-    return LossBatch(*(change(each) if isinstance(each, Tensor) and each.dim() == 2 else each for each in batch))
+    return LossBatch._make(change(each) if isinstance(each, Tensor) and each.dim() == 2 else each for each in batch)
 
 
 def _move_to_front(rows: Tensor, keep: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The divisors of the sum of a batch's token losses; `reference.py` says which loss type uses which of them."""
+"""The divisors of the sum of a batch's token losses; `loss_types.py` says which loss type uses which of them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """The definition of the loss: plain PyTorch with no hand-written derivative, selectable as `backend="torch"`.
 
 Everything the fused kernels compute is defined here and in the files that this one puts together (`policies.py`,
-`batchwise.py`, `estimators.py`, `normalisers.py`), and they are tested against these in float64. The loss of one token
-is written out in two more places together with its derivative: `triton_objective.py` and `csrc/token_loss.h`.
+`batchwise.py`, `estimators.py`, `normalisers.py`, `loss_types.py`), and they are tested against these in float64. The
+loss of one token is written out in two more places together with its derivative: `triton_objective.py` and
+`csrc/token_loss.h`.
 
-A new objective of single tokens is a function in `policies.py`, a row in `_LOSS_TYPES` below, a branch in each of the
+A new objective of single tokens is a function in `policies.py`, a row in `loss_types.py`, a branch in each of the
 other two spellings, and its statement in tests/oracle.py. One that needs more than a token at a time is a function in
 `batchwise.py`, a row and its statement.
 
@@ -26,13 +27,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mr1fast.kernels import batchwise, normalisers, policies
+from mr1fast.kernels import batchwise, loss_types
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.completions import Completions
 from mr1fast.kernels.estimators import KL_ESTIMATORS, kl_estimate
 from mr1fast.kernels.exponentials import NEG_INF, saturating_exp
-from mr1fast.kernels.normalisers import Tokens
-from mr1fast.kernels.policies import POLICIES, Policy, PolicyInput
+from mr1fast.kernels.policies import PolicyInput
 
 # ---- one call -------------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ class LossSpec:
     @property
     def policy(self) -> int:
         """The code under which the other two spellings know the policy term."""
-        return _POLICY_CODES[self.loss_type]
+        return loss_types.POLICY_CODES[self.loss_type]
 
     @property
     def estimator(self) -> int:
@@ -229,7 +229,7 @@ def objective(
     high_entropy: bool [B, L] or None, the tokens that keep their policy term.
     """
     keep = (lambda x: x) if batch.mask is None else (lambda x: torch.where(batch.mask, x, 0))
-    loss_type, completions = _LOSS_TYPES[spec.loss_type], Completions.of(logps.shape, batch.cu_seqlens)
+    loss_type, completions = loss_types.BY_NAME[spec.loss_type], Completions.of(logps.shape, batch.cu_seqlens)
     dead = logps == NEG_INF
     logps = torch.where(dead, 0, logps)
     old, log_ratio = _log_ratio(logps, dead, None if batch.old_logps is None else keep(batch.old_logps))
@@ -277,71 +277,7 @@ def _at_level(log_ratio: Tensor, logps: Tensor, mask: Tensor | None, completions
     return mean.detach() + (logps - logps.detach())  # GSPO-token: its value, but each token's own gradient
 
 
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-
-
 # ---- tokens to one number -------------------------------------------------------------------------------------------
-
-
-class LossType(NamedTuple):
-    policy: Policy
-    normaliser: normalisers.Normaliser
-    sees: str = "token"  # or "completion", "batch": what the policy term of a token depends on
-    levels: tuple[str, ...] = IMPORTANCE_SAMPLING_LEVELS  # those of its ratio that have a meaning
-
-
-_TOKEN = ("token",)
-_LOSS_TYPES = {
-    "grpo": LossType(policies.clip, normalisers.completion_tokens),
-    "bnpo": LossType(policies.clip, normalisers.all_tokens),
-    "dr_grpo": LossType(policies.clip, normalisers.longest_completions),
-    "dapo": LossType(policies.clip, normalisers.batch_tokens),
-    "luspo": LossType(policies.clip, normalisers.completions),
-    "cispo": LossType(policies.cispo, normalisers.batch_tokens),
-    "cispo_two_sided": LossType(policies.cispo_two_sided, normalisers.batch_tokens),
-    "sapo": LossType(policies.sapo, normalisers.completion_tokens),
-    "dppo_tv": LossType(policies.dppo_tv, normalisers.batch_tokens, levels=_TOKEN),
-    "dppo_kl": LossType(policies.dppo_kl, normalisers.batch_tokens, levels=_TOKEN),
-    "gmpo": LossType(batchwise.gmpo, normalisers.completion_tokens, "completion", _TOKEN),
-    "clip_cov": LossType(batchwise.clip_cov, normalisers.batch_tokens, "batch", _TOKEN),
-    "kl_cov": LossType(batchwise.kl_cov, normalisers.batch_tokens, "batch", _TOKEN),
-}
-LOSS_TYPES = tuple(_LOSS_TYPES)
-_POLICY_CODES = {
-    name: POLICIES.index(loss_type.policy) for name, loss_type in _LOSS_TYPES.items() if loss_type.sees == "token"
-}
-ONE_PASS_LOSS_TYPES = tuple(_POLICY_CODES)
-
-
-def levels_of(loss_type: str) -> tuple[str, ...]:
-    """The importance sampling levels that a loss type has."""
-    return _LOSS_TYPES[loss_type].levels
-
-
-def normalised_by(*counts: normalisers.Normaliser) -> tuple[str, ...]:
-    """The loss types with one of these normalisers."""
-    return tuple(name for name, loss_type in _LOSS_TYPES.items() if loss_type.normaliser in counts)
-
-
-def token_weight(
-    ids: Tensor,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-    loss_type: str,
-    max_completion_length: float | None,
-    num_items_in_batch: Tensor | float | None,
-    completions: Completions | None = None,
-    num_sequences: Tensor | float | None = None,
-) -> Tensor:
-    """The reciprocal of its normaliser for each token, [B, L] (a view)."""
-    completions = completions or Completions.of(ids.shape, None)
-    tokens = Tokens(ids, mask, dtype, completions, max_completion_length, num_items_in_batch, num_sequences)
-    count = _LOSS_TYPES[loss_type].normaliser(tokens)
-    if isinstance(count, Tensor):
-        weight = count.to(dtype).reciprocal()
-    else:  # a number wherever possible: small tensors cost more than they seem to
-        weight = torch.full((), 1 / count, dtype=dtype, device=ids.device)
-    return weight.expand_as(ids)
 
 
 def aggregate(per_token_loss: Tensor, entropies: Tensor | None, batch: LossBatch) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mr1fast.errors import UserError
 
+_MOST = 2**1023  # Python makes no float of a greater integer
 _NUMBERS = (int, float, numbers.Real)  # numpy's numbers are Real; the question is faster in this order
 
 
@@ -19,7 +20,7 @@ def number(name: str, value: Any, *, above: float | None = None, at_least: float
     wanted = f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise ValueError(f"{name} must be a number{wanted}, got {described(value)}")
-    result = float(value)
+    result = math.inf if isinstance(value, int) and abs(value) > _MOST else float(value)
     if (
         not -math.inf < result < math.inf  # math.isfinite cannot be traced with dynamic=True
         or (above is not None and result <= above)
@@ -37,7 +38,7 @@ def integer(name: str, value: Any, *, at_least: int) -> int:
     """
     whole: int = value if type(value) is int else _whole(name, value, at_least)
     if whole < at_least:
-        raise ValueError(f"{name} must be an integer >= {at_least}, got {whole}")
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {described(whole)}")
     return whole
 
 
@@ -95,8 +96,11 @@ def described(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         kind = "" if type(value).__name__ == "Tensor" else f"{type(value).__name__} "
         return f"{kind}{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"a {type(value).__name__}"
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = ""
+    return text if 0 < len(text) <= 80 else f"a {type(value).__name__}"
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -107,4 +111,5 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def not_one_of(name: str, value: object, known: Iterable[str]) -> str:
     known = list(known)
-    return f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
+    hint = nearest(value, known) if isinstance(value, str) else ""
+    return f"{name} must be one of {', '.join(known)}, got {described(value)}{hint}"

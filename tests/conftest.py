@@ -1,4 +1,5 @@
 import os
+import random
 import signal
 
 import pytest
@@ -18,6 +19,13 @@ else:
     # Without a GPU the Triton kernels run in Triton's interpreter. Must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     speed_up_the_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Whatever was drawn before: which tests a process runs, and in which order, differs from time to time."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from oracle import oracle
 
 from mr1fast import grpo_loss
 from mr1fast.kernels import cuda
-from mr1fast.kernels.reference import ONE_PASS_LOSS_TYPES, LogitMap, LossSpec
+from mr1fast.kernels.loss_types import ONE_PASS_LOSS_TYPES
+from mr1fast.kernels.reference import LogitMap, LossSpec
 from mr1fast.kernels.self_test import GRADIENT_FLOOR, assert_within_budget, device_of, random_batch
 
 # One loss type for each policy term, which is all that a kernel knows of it: the others differ in a normaliser.

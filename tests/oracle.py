@@ -127,6 +127,117 @@ def _quantile(values, q):
     return values[below] + (at - below) * (values[above] - values[below])
 
 
+ZERO = torch.zeros((), dtype=torch.float64)
+
+
+class _Call:
+    """The numbers of each token, as lists [B][L] of 0-d tensors, 0 where masked; s: what `oracle` was given."""
+
+    def __init__(self, s):
+        B, L, _ = s["logits"].shape
+        self.s, self.completions = s, range(B)
+        mask, advantages = s["completion_mask"], s["advantages"]
+        self.used = [[t for t in range(L) if mask is None or mask[b, t]] for b in self.completions]
+        self.chosen = self.used  # the tokens that keep their policy term
+        if s["rewards"] is not None:
+            relative = group_relative(s["rewards"], s["num_generations"], s["scale_rewards"])
+            advantages = torch.tensor(relative, dtype=torch.float64)
+        self.A = [[(row if row.dim() == 0 else row[t]).double() for t in range(L)] for row in advantages]
+        self.logps, self.entropies, self.terms, self.kls = ([[ZERO] * L for _ in self.completions] for _ in range(4))
+        self.low, self.high = ([[False] * L for _ in self.completions] for _ in range(2))
+        self.old, self.log_ratios, self.ratios = ([{} for _ in self.completions] for _ in range(3))
+
+    def setting(self, name, b, t):
+        """The value of a setting for one token: a number, or a tensor [], [B], [B, 1] or [B, L]."""
+        value = self.s[name]
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return float(value)
+        return float(value[b] if value.dim() == 1 else value[b, t if value.shape[1] > 1 else 0])
+
+    def score(self):
+        s, given = self.s, self.s["old_per_token_logps"]
+        for b in self.completions:
+            for t in self.used[b]:
+                z, warmth = s["logit_scale"] * s["logits"][b, t], self.setting("temperature", b, t)
+                logp, self.entropies[b][t] = _token(z, int(s["ids"][b, t]), warmth, s["final_logit_softcapping"])
+                self.logps[b][t] = logp
+                self.old[b][t] = logp.detach() if given is None else given[b, t].double()
+                self.log_ratios[b][t] = logp - self.old[b][t]
+
+    def choose(self):
+        top = self.s["top_entropy_quantile"]
+        if top < 1 and any(self.used):
+            entropies = [[self.entropies[b][t].item() for t in self.used[b]] for b in self.completions]
+            least = _quantile([each for row in entropies for each in row], 1 - top)
+            self.chosen = [
+                [t for t, entropy in zip(self.used[b], entropies[b]) if entropy >= least] for b in self.completions
+            ]
+
+    def policy_terms(self, b):
+        loss_type, level = self.s["loss_type"], self.s["importance_sampling_level"]
+        epsilons = {t: (self.setting("epsilon_low", b, t), self.setting("epsilon_high", b, t)) for t in self.used[b]}
+        rows = self.terms[b], self.low[b], self.high[b]
+        for t in self.used[b]:
+            logp, mean = self.logps[b][t], sum(self.log_ratios[b].values()) / len(self.used[b])
+            sequence_token = mean.detach() + (logp - logp.detach())
+            log_ratio = {"token": self.log_ratios[b][t], "sequence": mean, "sequence_token": sequence_token}[level]
+            r = self.ratios[b][t] = torch.exp(log_ratio)
+            if loss_type != "gmpo":
+                found = _policy(loss_type, r, self.A[b][t], logp, self.old[b][t], *epsilons[t], self.s)
+                for row, value in zip(rows, found):
+                    row[t] = value
+        if loss_type == "gmpo":
+            _gmpo(self.used[b], self.chosen[b], self.log_ratios[b], self.A[b], epsilons, *rows)
+
+    def drift(self, b):
+        """The mean of sampling_logp - logp of a completion."""
+        given = self.s["sampling_per_token_logps"]
+        was = {t: self.old[b][t] if given is None else given[b, t] for t in self.used[b]}
+        return sum((was[t] - self.logps[b][t]).item() for t in was if not was[t].isnan()) / max(len(was), 1)
+
+    def loss(self, b, t, drift):
+        """The loss of one token; drift: that of its completion."""
+        s, term = self.s, self.terms[b][t]
+        if s["loss_type"] != "gmpo" and t not in self.chosen[b]:
+            term = 0 * term
+        threshold = s["off_policy_mask_threshold"]
+        if threshold is not None and drift > threshold and self.A[b][t] < 0:
+            term = 0 * term
+        if s["importance_sampling_ratio"] is not None:
+            term = term * self.setting("importance_sampling_ratio", b, t)
+        if s["ref_per_token_logps"] is not None:
+            d = s["ref_per_token_logps"][b, t].double() - self.logps[b][t]
+            d = d if abs(d.item()) <= s["kl_clamp"] else ZERO + math.copysign(s["kl_clamp"], d.item())
+            kl = _kl(d, s["kl_estimator"])
+            self.kls[b][t] = kl * self.ratios[b][t] if s["use_bias_correction_kl"] else kl
+            term = term + self.setting("beta", b, t) * self.kls[b][t]
+        return term if s["token_weight"] is None else term * float(s["token_weight"][b, t])
+
+    def total(self, per_token):
+        """The mean or the sum of the losses [B, L], with the entropy bonus."""
+        s, tokens = self.s, max(1, sum(map(len, self.used)))
+        bonus = s["entropy_coef"] * sum((self.entropies[b][t] for b in self.completions for t in self.chosen[b]), ZERO)
+        if s["reduction"] == "sum":
+            return per_token.sum() - bonus
+        sums, loss_type, items = per_token.sum(1), s["loss_type"], s["num_items_in_batch"]
+        sequences = len(self.used) if s["num_sequences"] is None else float(s["num_sequences"])
+        if loss_type in ("grpo", "sapo", "gmpo"):
+            total = sum(sums[b] / max(1, len(self.used[b])) for b in self.completions) / sequences
+        elif loss_type == "luspo":
+            total = sums.sum() / sequences
+        elif loss_type == "dr_grpo":
+            total = sums.sum() / (sequences * s["max_completion_length"])
+        elif loss_type == "bnpo" or items is None:
+            total = sums.sum() / tokens
+        else:
+            total = sums.sum() / max(1.0, float(items))
+        return total - bonus / max(1, sum(map(len, self.chosen)))
+
+
+def _stack(rows):
+    return torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in row]) for row in rows])
+
+
 def oracle(
     logits,
     ids,
@@ -170,104 +281,25 @@ def oracle(
     num_sequences=None,
 ):
     """logits float64 [B, L, V]; returns the fields of GRPOLossOutput as a dict."""
-    s = locals()
-    B, L, _ = logits.shape
-    zero = torch.zeros((), dtype=torch.float64)
-    if rewards is not None:
-        advantages = torch.tensor(group_relative(rewards, num_generations, scale_rewards), dtype=torch.float64)
-    used = [[t for t in range(L) if completion_mask is None or completion_mask[b, t]] for b in range(B)]
-    tokens = max(1, sum(map(len, used)))
-    sequences = B if num_sequences is None else float(num_sequences)
-
-    def setting(value, b, t):
-        """The value of a setting for one token: a number, or a tensor [], [B], [B, 1] or [B, L]."""
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            return float(value)
-        return float(value[b] if value.dim() == 1 else value[b, t if value.shape[1] > 1 else 0])
-
-    loss, terms = ([[zero] * L for _ in range(B)] for _ in range(2))
-    logps, entropies, kls, A = ([[zero] * L for _ in range(B)] for _ in range(4))
-    low, high = ([[False] * L for _ in range(B)] for _ in range(2))
-    log_ratios, old = [{} for _ in range(B)], [{} for _ in range(B)]
-
-    for b in range(B):
-        for t in used[b]:
-            warmth, cap = setting(temperature, b, t), final_logit_softcapping
-            logps[b][t], entropies[b][t] = _token(logit_scale * logits[b, t], int(ids[b, t]), warmth, cap)
-            given = old_per_token_logps
-            old[b][t] = logps[b][t].detach() if given is None else given[b, t].double()
-            log_ratios[b][t] = logps[b][t] - old[b][t]
-            A[b][t] = (advantages[b] if advantages.dim() == 1 else advantages[b, t]).double()
-    chosen = used  # the tokens that keep their policy term
-    if top_entropy_quantile < 1 and any(used):
-        least = _quantile([entropies[b][t].item() for b in range(B) for t in used[b]], 1 - top_entropy_quantile)
-        chosen = [[t for t in used[b] if entropies[b][t].item() >= least] for b in range(B)]
-
-    ratios = [{} for _ in range(B)]
-    for b in range(B):
-        epsilons = {t: (setting(epsilon_low, b, t), setting(epsilon_high, b, t)) for t in used[b]}
-        for t in used[b]:
-            mean = sum(log_ratios[b].values()) / len(used[b])
-            own = logps[b][t] - logps[b][t].detach()
-            log_ratio = {"token": log_ratios[b][t], "sequence": mean, "sequence_token": mean.detach() + own}
-            r = ratios[b][t] = torch.exp(log_ratio[importance_sampling_level])
-            if loss_type != "gmpo":
-                found = _policy(loss_type, r, A[b][t], logps[b][t], old[b][t], *epsilons[t], s)
-                terms[b][t], low[b][t], high[b][t] = found
-        if loss_type == "gmpo":
-            _gmpo(used[b], chosen[b], log_ratios[b], A[b], epsilons, terms[b], low[b], high[b])
+    call = _Call(locals())
+    call.score()
+    call.choose()
+    for b in call.completions:
+        call.policy_terms(b)
     if loss_type in ("clip_cov", "kl_cov"):
-        _by_covariance(loss_type, chosen, logps, A, log_ratios, terms, low, high, s)
-
-    for b in range(B):
-        drift = 0.0
-        for t in used[b]:
-            was = old[b][t] if sampling_per_token_logps is None else sampling_per_token_logps[b, t]
-            drift += 0.0 if was.isnan() else (was - logps[b][t]).item() / len(used[b])
-        for t in used[b]:
-            term = terms[b][t]
-            if loss_type != "gmpo" and t not in chosen[b]:
-                term = 0 * term
-            if off_policy_mask_threshold is not None and drift > off_policy_mask_threshold and A[b][t] < 0:
-                term = 0 * term
-            if importance_sampling_ratio is not None:
-                term = term * setting(importance_sampling_ratio, b, t)
-            if ref_per_token_logps is not None:
-                d = ref_per_token_logps[b, t].double() - logps[b][t]
-                d = d if abs(d.item()) <= kl_clamp else zero + math.copysign(kl_clamp, d.item())
-                kls[b][t] = _kl(d, kl_estimator)
-                if use_bias_correction_kl:
-                    kls[b][t] = kls[b][t] * ratios[b][t]
-                term = term + setting(beta, b, t) * kls[b][t]
-            loss[b][t] = term if token_weight is None else term * float(token_weight[b, t])
-
-    def stack(rows):
-        return torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in row]) for row in rows])
-
-    per_token = stack(loss)
-    bonus = entropy_coef * sum((entropies[b][t] for b in range(B) for t in chosen[b]), zero)
-    if reduction == "none":
-        total = per_token
-    elif reduction == "sum":
-        total = per_token.sum() - bonus
-    else:
-        sums = per_token.sum(1)
-        if loss_type in ("grpo", "sapo", "gmpo"):
-            total = sum(sums[b] / max(1, len(used[b])) for b in range(B)) / sequences
-        elif loss_type == "luspo":
-            total = sums.sum() / sequences
-        elif loss_type == "dr_grpo":
-            total = sums.sum() / (sequences * max_completion_length)
-        elif loss_type == "bnpo" or num_items_in_batch is None:
-            total = sums.sum() / tokens
-        else:
-            total = sums.sum() / max(1.0, float(num_items_in_batch))
-        total = total - bonus / max(1, sum(map(len, chosen)))
+        by_token = call.logps, call.A, call.log_ratios, call.terms, call.low, call.high
+        _by_covariance(loss_type, call.chosen, *by_token, call.s)
+    losses = [[ZERO] * logits.shape[1] for _ in call.completions]
+    for b in call.completions:
+        drift = call.drift(b)
+        for t in call.used[b]:
+            losses[b][t] = call.loss(b, t, drift)
+    per_token = _stack(losses)
     return {
-        "loss": total,
-        "per_token_logps": stack(logps).detach(),
-        "entropies": stack(entropies).detach(),
-        "kl": None if ref_per_token_logps is None else stack(kls).detach(),
-        "is_low_clipped": torch.tensor(low),
-        "is_high_clipped": torch.tensor(high),
+        "loss": per_token if reduction == "none" else call.total(per_token),
+        "per_token_logps": _stack(call.logps).detach(),
+        "entropies": _stack(call.entropies).detach(),
+        "kl": None if ref_per_token_logps is None else _stack(call.kls).detach(),
+        "is_low_clipped": torch.tensor(call.low),
+        "is_high_clipped": torch.tensor(call.high),
     }

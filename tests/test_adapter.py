@@ -262,7 +262,7 @@ def test_an_adapter_that_transformers_has_put_on_its_base_is_one_sentence(traine
     """As it does with the name of an adapter on the hub; saved from there, the trained weights would be left out."""
     model = load_model()
     model._hf_peft_config_loaded = True
-    monkeypatch.setattr("mr1fast.model.load.AutoConfig.from_pretrained", lambda *_: model.config)
+    monkeypatch.setattr("mr1fast.model.load.AutoConfig.from_pretrained", lambda *_, **__: model.config)
     monkeypatch.setattr(type(model), "from_pretrained", lambda *_, **__: (model, {}))
     with pytest.raises(UserError, match=r"'me/adapter' is an adapter: download it \(hf download me/adapter"):
         load_model("me/adapter")

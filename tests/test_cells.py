@@ -124,9 +124,9 @@ def test_no_arrangement_of_markers_leaves_one_behind():
         text = "?" + "".join(rng.choices(pieces, k=rng.randint(1, 12)))
         left = question_of(text, [])
         assert not any(marker in left for marker in pieces[:3]), text
-    started = time.perf_counter()
+    started = time.process_time()
     assert question_of("<image" * 50_000 + ">" * 50_000 + "?", []) == "?"
-    assert time.perf_counter() - started < 5  # 0.3 s: in proportion to the length
+    assert time.process_time() - started < 5  # 0.3 s: in proportion to the length
 
 
 def test_a_question_with_markers_in_markers_and_broken_characters_is_encoded(folder):

@@ -7,7 +7,7 @@ import tiny_trl
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from mr1fast.integrations import check, liger
+from mr1fast.integrations import check, liger_linear
 from mr1fast.integrations import trl as integration
 from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer
 
@@ -52,12 +52,12 @@ def test_command_prints_both_and_ends_with_0(capsys):
 
 
 def test_command_finds_a_wrong_number(capsys, monkeypatch):
-    right = liger.linear_grpo_loss
+    right = liger_linear.linear_grpo_loss
 
     def wrong(*args, **keywords):
         return right(*args, **{**keywords, "beta": keywords["beta"] + 1.0})
 
-    monkeypatch.setattr(liger, "linear_grpo_loss", wrong)
+    monkeypatch.setattr(liger_linear, "linear_grpo_loss", wrong)
     monkeypatch.setattr(integration, "linear_grpo_loss", wrong)
     assert check.main(["--liger", "--loss-type", "grpo"]) == 1
     assert "3 numbers differ" in capsys.readouterr().out  # the loss and two gradients, not KL and clip ratio

@@ -7,7 +7,7 @@ from test_trainer import make_trainer
 from train_program import main
 
 from mr1fast.errors import UserError
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels.loss_types import LOSS_TYPES
 from mr1fast.model.load import load_processor
 from mr1fast.options.parse import parse_arguments
 from mr1fast.options.reward_weights import Reward

@@ -300,6 +300,7 @@ def test_what_does_not_fit_is_one_sentence(kind, copy, tmp_path, capsys, one_thr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # as a subprocess; the others are not
 def test_the_program_ends_with_exit_code_2(copy, tmp_path):
     write(copy, without(NORM))
     process = program("--task=vc", "--max-steps=1", *SMALL, "--model", str(copy), "--output-dir=run", cwd=tmp_path)

@@ -12,7 +12,8 @@ import torch
 from oracle import oracle
 
 from mr1fast import GRPOLoss, KLSchedule, group_advantages, grpo_loss, linear_grpo_loss
-from mr1fast.kernels.reference import LOSS_TYPES, BatchwiseSpec
+from mr1fast.kernels.loss_types import LOSS_TYPES
+from mr1fast.kernels.reference import BatchwiseSpec
 from mr1fast.kernels.self_test import random_batch
 
 B, L, V = 4, 3, 11

@@ -15,7 +15,7 @@ from mr1fast import (
     shift_packed,
     token_logprobs,
 )
-from mr1fast.kernels.reference import LOSS_TYPES, levels_of
+from mr1fast.kernels.loss_types import LOSS_TYPES, levels_of
 from mr1fast.kernels.self_test import available_backends, device_of, every_backend
 
 BACKENDS = every_backend()

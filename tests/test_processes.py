@@ -1,33 +1,96 @@
 """Training in two processes on the CPU (gloo): the same numbers as in one, the same files, and one end for both."""
 
 import json
+import os
+import random
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from launching import TESTS, launch, outcome, wait_for_steps
 from safetensors.torch import load_file
-from train_program import SMALL, main, metrics
-from two_processes import EXACT, RUNS, SHARDED, STEPS, steps
+from train_program import main, metrics
+from two_processes import EXACT, MISTAKES, PROGRAM, RUNS, SHARDED, steps
 
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.processes import ALONE, Processes, check_same, equal_pieces, share_weights
 
+TESTS = Path(__file__).parent
 
-def test_two_processes_take_the_steps_of_one(tmp_path, one_thread):
+
+def free_ports(number):
+    """Below those that the system gives to programs which ask for any: nobody takes them in the meantime."""
+    ports = []
+    while len(ports) < number:
+        with socket.socket() as free:
+            port = random.SystemRandom().randrange(20000, 32000)
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            ports.append(port)
+    return ports
+
+
+def launch(*arguments, **environment):
+    """Start `python ARGUMENTS` twice, as accelerate launch does."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    (port,) = free_ports(1)
+    common = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **pipes,
+        )
+        for rank in range(2)
+    ]
+
+
+def outcome(processes):
+    """(exit code, output, errors) of each."""
+    said = [process.communicate(timeout=280) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, said)]
+
+
+def sayings(folder):
+    """What each process has said: [(exit code, output, errors) of each run of the program]."""
+    return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Starts two processes for what two of the tests look at. Returns a function that waits for them."""
+    folder = tmp_path_factory.mktemp("both")
+    processes = launch(TESTS / "two_processes.py", "steps", folder, *free_ports(len(MISTAKES) + 1))
+    ended = []
+
+    def wait():
+        ended.extend(() if ended else outcome(processes))
+        for code, _, errors in ended:
+            assert code == 0, errors
+        return folder
+
+    yield wait
+    for process in processes:
+        process.kill()
+
+
+def test_two_processes_take_the_steps_of_one(both, one_thread):
     """Divided by prompts alone, by weights as well (FSDP), and with gradients added up in float64.
 
     Float32 sums depend on their order. AdamW divides a gradient by itself, and makes of the last bits of one near 0
     some thousandths of a step; steps are of 1e-3 here. In float64 it comes out that nothing else is different.
     """
-    file = tmp_path / "results.pt"
-    both = launch(TESTS / "two_processes.py", file)
     alone = {name: steps(settings, ALONE) for name, settings in RUNS.items()}
-    alone |= {f"{name}, exact": steps(EXACT[name], ALONE, exact=True) for name in EXACT}
-    for code, _, errors in outcome(both):
-        assert code == 0, errors
-    together = torch.load(file)
+    alone |= {f"{name}, exact": steps(settings, ALONE, exact=True) for name, settings in EXACT.items()}
+    together = torch.load(both() / "steps.pt")
     assert together.keys() == {*alone, *(f"{name}, sharded" for name in SHARDED)}
     for name, (found, found_weights, found_state) in together.items():
         wanted, weights, state = alone[name.removesuffix(", sharded")]
@@ -43,7 +106,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, one_thread):
         slots = [(one["adamw"]["state"][i], len(one["masters"])) for one in (state, found_state) for i in (0, 5)]
         for (mine, number), (theirs, other) in zip(slots[:2], slots[2:]):
             assert number == other == len(weights)
-            assert mine["step"] == theirs["step"] == STEPS
+            assert mine["step"] == theirs["step"] == state["adamw"]["state"][0]["step"]
             torch.testing.assert_close(theirs["exp_avg"], mine["exp_avg"], rtol=0, atol=1e-6)
 
 
@@ -60,23 +123,21 @@ def test_shares_are_whole_groups_and_come_back_in_order():
         Processes(0, 2).device("cuda:1")
 
 
-PROGRAM = ["-m", "mr1fast.train", "--task=vc", "--max-steps=4", "--save-steps=2", "--report-to=none", *SMALL]
-
-
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_by_one(tmp_path):
     """The two share weights and optimizer (FSDP)."""
-    two, one = tmp_path / "two", tmp_path / "one"
-    both = launch(*PROGRAM, "--output-dir", two, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    (code, output, errors), (second_code, *second_said) = outcome(both)
+    two, one, options = tmp_path / "two", tmp_path / "one", [*PROGRAM, "--max-steps=3"]
+    (code, output, errors), (second_code, *second_said) = outcome(
+        launch("-m", "mr1fast.train", *options, "--output-dir", two, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    )
     assert (code, second_code) == (0, 0), errors
     assert second_said == ["", ""]
     assert "2 processes, which share the weights (FSDP), each on cpu" in output
-    assert main(*PROGRAM[2:], "--output-dir", one) == 0
+    assert main(*options, "--output-dir", one) == 0
     results = [json.loads((run / "result.json").read_text()) for run in (two, one)]
     assert [result["processes"] for result in results] == [2, 1]
     assert results[0]["before"] == results[1]["before"]
-    assert [row["step"] for row in metrics(two)] == list(range(5))
+    assert [row["step"] for row in metrics(two)] == list(range(4))
     answers = [(run / "answers" / "before-training" / "vc.jsonl").read_text().splitlines() for run in (two, one)]
     assert sorted(answers[0]) == sorted(answers[1])
     wanted = load_file(one / "vc" / "model" / "model.safetensors")
@@ -88,49 +149,34 @@ def test_a_run_of_two_processes_is_resumed_by_one(tmp_path):
     assert json.loads((two / "result.json").read_text())["processes"] == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "different", "message"),
-    [
-        (["--seed=1"], ["--learning-rate=1"], "process 1 was started with other options than process 0"),
-        (["--engine=other"], [], "--engine must be one of"),
-        (["--prompts-per-step=3"], [], "must be a multiple of the number of processes, got 3 and 2"),
-        (["--max-stps=3"], [], "unknown option --max-stps"),
-    ],
-)
-def test_a_mistake_is_one_sentence_of_the_first_process(arguments, different, message, tmp_path):
-    program = [one for one in PROGRAM if one.partition("=")[0] not in {a.partition("=")[0] for a in arguments}]
-    run = tmp_path / "run"
-    both = outcome(launch(*program, *arguments, "--output-dir", run, different=different))
-    assert [code for code, *_ in both] == [2, 2]
-    assert both[0][2].startswith("error: ")
-    assert message in both[0][2]
-    assert both[0][2].count("\n") == 1
-    assert both[1][1:] == ("", "")
-    assert not run.exists()
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[message for *_, message in MISTAKES])
+def test_a_mistake_is_one_sentence_of_the_first_process(number, both):
+    folder = both()
+    (code, output, errors), second = (said[number] for said in sayings(folder))
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: ")
+    assert MISTAKES[number][-1] in errors
+    assert errors.count("\n") == 1
+    assert second == [2, "", ""]
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.slow
 def test_both_end_where_one_does(tmp_path, signals_as_in_a_terminal):
     """Ctrl-C, which only one of them notices; and one that is killed."""
     run = tmp_path / "run"
-    long = [one.replace("--max-steps=4", "--max-steps=1000") for one in PROGRAM]
-    both = launch(*long, "--output-dir", run)
-    wait_for_steps(run, both)
-    both[1].send_signal(signal.SIGINT)
-    (code, _, errors), (second_code, *_) = outcome(both)
-    assert (code, second_code) == (130, 130), errors
+    ended = outcome(launch(TESTS / "two_processes.py", "ends", tmp_path, *free_ports(2)))
+    assert [code for code, *_ in ended] == [0, -signal.SIGKILL], ended
+    (interrupted, alone), (second,) = sayings(tmp_path)
+    code, _, errors = interrupted
+    assert (code, second[0]) == (130, 130), errors
     assert "stopped by SIGINT\nto continue: python -m mr1fast.train --resume" in errors
-    done = metrics(run)[-1]["step"]
-    assert (run / "vc" / f"checkpoint-{done:06d}" / "trainer_state.pt").exists()
-
-    both = launch("-m", "mr1fast.train", "--resume", run)
-    wait_for_steps(run, both, done + 2)
-    both[1].kill()
-    (code, _, errors), _ = outcome(both)
+    assert (run / "vc" / "checkpoint-000002" / "trainer_state.pt").exists()
+    code, _, errors = alone
     assert code == 1
     assert "error: another process has ended without a word, so this one ends as well\nto continue" in errors
     assert "Traceback" not in errors
+    assert metrics(run)[-1]["step"] == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mr1fast import grpo_loss
-from mr1fast.kernels.reference import LOSS_TYPES
+from mr1fast.kernels.loss_types import LOSS_TYPES
 from mr1fast.kernels.self_test import available_backends, random_batch
 
 PER_TOKEN_MEAN = ("bnpo", "dapo", "cispo")  # the number of completions plays no part in these

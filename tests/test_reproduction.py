@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -158,8 +159,17 @@ def test_the_fingerprint_is_of_what_is_computed(monkeypatch):
     assert train.fingerprint(model) != first
 
 
+run_an_arm = runner._run
+
+
+def run_an_arm_on_few_problems(*arguments):
+    train.result_of_run = partial(train.result_of_run, tests=FEW)  # in the arm's process
+    return run_an_arm(*arguments)
+
+
 @pytest.mark.slow
-def test_arms_run_in_processes_and_once(tmp_path, capsys):
+def test_arms_run_in_processes_and_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "_run", run_an_arm_on_few_problems)
     runs = [BASE_RUN, Run("vc", "sft", 0)]
     records = Records(tmp_path, "this")
     runner.run_arms(runs, records, str(EMBEDDED), steps=1)

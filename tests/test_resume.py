@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -31,43 +30,52 @@ from mr1fast.training.trainer import Trainer
 from tests.run_files import untimed
 
 
-def stopped(number, options, run) -> subprocess.CompletedProcess:
-    """The program, sent a signal when it has logged two rows."""
-    process = program(*options, f"--output-dir={run}", cwd=run.parent)
+@pytest.mark.slow  # the next test stops runs of this process
+def test_ctrl_c_ends_the_program(tmp_path, signals_as_in_a_terminal):
+    run = tmp_path / "run"
+    options = [*SMALL, "--task=gr", "--max-steps=1000", "--save-steps=1000", "--eval-steps=0", "--eval-samples=0"]
+    process = program(*options, f"--output-dir={run}", cwd=tmp_path)
     deadline = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 2:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=100)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert f"to continue: python -m mr1fast.train --resume {run}" in errors
+    assert "Traceback" not in errors
+    assert len(list(run.glob("*/checkpoint-*"))) == 1
 
 
-@pytest.mark.slow  # `make test` resumes without signals
 @pytest.mark.parametrize(
-    ("number", "options"),
+    ("number", "options", "pictures"),
     [
-        (signal.SIGINT, ["--task=gr", "--num-iterations=2"]),
-        (signal.SIGTERM, ["--task=vc", "--method=sft"]),
+        (signal.SIGINT, ["--task=gr", "--num-iterations=2"], {"curves.png", "samples.png"}),
+        (signal.SIGTERM, ["--task=vc", "--method=sft"], {"curves.png"}),  # there may be no time for the other
     ],
 )
-def test_a_stopped_run_is_saved_and_goes_on(number, options, tmp_path):
+def test_a_stopped_run_is_saved_and_goes_on(number, options, pictures, tmp_path, capsys, monkeypatch):
     """Stopped in the middle and resumed: the weights and metrics of a run that was left alone."""
-    options += ["--max-steps=16", "--save-steps=1000", "--eval-steps=0", *SMALL]
+    options += ["--max-steps=3", "--save-steps=1000", "--eval-steps=0", *SMALL]
     run, alone = tmp_path / "run", tmp_path / "alone"
-    process = stopped(number, options, run)
-    assert process.returncode == 128 + number, process.stderr
-    assert f"to continue: python -m mr1fast.train --resume {run}" in process.stderr
-    assert "Traceback" not in process.stderr
-    assert 2 <= len(metrics(run)) < 16
+    step = Trainer.step
+
+    def second(trainer):
+        if trainer.finished_steps == 1:
+            os.kill(os.getpid(), number)
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", second)
+        assert main(*options, "--output-dir", run) == 128 + number
+    errors = capsys.readouterr().err
+    assert f"to continue: python -m mr1fast.train --resume {run}" in errors
+    assert [row["step"] for row in metrics(run)] == [1, 2]  # what was begun is finished
     assert len(list(run.glob("*/checkpoint-*"))) == 1
-    pictures = {"curves.png"}  # of run.html
-    if number == signal.SIGINT:  # after SIGTERM there may be no time
-        pictures.add("samples.png")
     assert {path.name for path in run.glob("*.png")} == pictures
     if number == signal.SIGTERM:
-        assert f"to draw its curves: python -m mr1fast.plot {run}" in process.stderr
+        assert f"to draw its curves: python -m mr1fast.plot {run}" in errors
         assert plot.main([str(run)]) == 0
         assert (run / "curves.png").exists()
 

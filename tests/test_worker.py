@@ -76,14 +76,14 @@ if os.fork() == 0:
     sys.exit(0)  # what is done at the end of a program must not end the worker
 os.wait()
 interrupted = 0
-for n in range(2, 40):
+for n in range(2, 22):
     try:
         # As Ctrl-C: to all processes of this group, while a question is being answered.
         threading.Timer(0.002 * (n % 4), os.killpg, (os.getpgrp(), signal.SIGINT)).start()
         for m in range(2, 5):
             equal = worker.equal(f"{n}\\cdot \\sqrt{{3}}", f"\\sqrt{{{3 * (n if m % 2 else n + 1) ** 2}}}")
             assert equal == bool(m % 2), (n, m)
-        time.sleep(1)
+        time.sleep(60)
     except KeyboardInterrupt:
         interrupted += 1
 assert pid in workers, "the worker was not left alone"
@@ -99,7 +99,7 @@ def test_ctrl_c_is_for_the_program_alone_and_mixes_no_replies(tmp_path, signals_
     started, last = run.stdout.strip().splitlines()
     assert started == "started"
     interrupted, pid = map(int, last.split())
-    assert interrupted == 38
+    assert interrupted == 20
     with pytest.raises(ProcessLookupError):  # it ends with the program
         os.kill(pid, 0)
 
@@ -174,21 +174,22 @@ def verify(first, second, **_):
 def fake(tmp_path, monkeypatch, new_worker):
     """Writes a math_verify that the worker will import."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(math_worker, "ANSWER_SECONDS", 0.5)
     return tmp_path / "math_verify.py"
 
 
-def test_a_question_without_an_answer_is_asked_once_more_not_cached_and_counted(fake):
+def test_a_question_without_an_answer_is_asked_once_more_not_cached_and_counted(fake, monkeypatch):
     fake.write_text(FAKE)
     before = unanswered()
     assert math_worker.equal(r"\sqrt{5}", r"\sqrt{5}")
     assert math_worker.equal(r"\sqrt{222}", r"\sqrt{222}")  # the worker dies once
     assert math_worker.equal(r"\sqrt{333}", r"\sqrt{333}") is False  # a formula that it cannot read is an answer
     assert unanswered() == before
-    for _ in range(2):
-        started = time.monotonic()
-        assert accuracy_reward(r"<answer>√111</answer>", r"\frac{\sqrt{111}}{1}") == 0.0
-        assert time.monotonic() - started > 2 * math_worker.ANSWER_SECONDS
+    with monkeypatch.context() as patch:
+        patch.setattr(math_worker, "ANSWER_SECONDS", 0.3)
+        for _ in range(2):
+            started = time.monotonic()
+            assert accuracy_reward(r"<answer>√111</answer>", r"\frac{\sqrt{111}}{1}") == 0.0
+            assert time.monotonic() - started > 2 * math_worker.ANSWER_SECONDS
     with pytest.raises(Unanswered):
         math_worker.equal(r"\sqrt{444}", r"\sqrt{444}")
     assert unanswered() == before + 3
@@ -240,6 +241,6 @@ def test_a_bomb_costs_seconds(new_worker, monkeypatch):
     started = time.monotonic()
     with pytest.raises(Unanswered):
         math_worker.equal("3", "9^{9^{9^{9}}}")
-    assert time.monotonic() - started < 5
-    monkeypatch.setattr(math_worker, "ANSWER_SECONDS", 10)
+    assert time.monotonic() - started < 60  # the bomb would take for ever
+    monkeypatch.setattr(math_worker, "ANSWER_SECONDS", 60)
     assert math_worker.equal("3", r"\frac{6}{2}")  # and the next question is answered

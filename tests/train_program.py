@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
+
+from PIL import Image
 
 from mr1fast import train
 from mr1fast.data.tasks import TASKS
+from mr1fast.evaluation.curves import read_run
 
 SMALL = [
     "--prompts-per-step=2", "--num-generations=2", "--max-completion-length=12", "--eval-samples=4",
@@ -32,9 +36,27 @@ def program(*arguments, cwd, **keywords) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, **pipes, **keywords)
 
 
+def blank(file):
+    Image.new("RGB", (8, 8)).save(file)
+
+
+def blank_curves(runs, file):
+    for run in runs:
+        read_run(run)  # may raise
+    blank(file)
+
+
 def main(*arguments) -> int:
-    """The program in this process, which has torch already."""
-    return train.main([str(argument) for argument in arguments])
+    """The program in this process, which has torch already, and with pictures that have nothing in them.
+
+    Drawing takes two thirds of the time of a small run: it is for test_plot.py, test_samples.py and the programs that
+    test_train.py starts.
+    """
+    with (
+        patch("mr1fast.evaluation.curves.draw_curves", blank_curves),
+        patch("matplotlib.figure.Figure.savefig", lambda _, file: blank(file)),
+    ):
+        return train.main([str(argument) for argument in arguments])
 
 
 def metrics(run) -> list[dict]:

@@ -28,8 +28,10 @@ class ArrowRows(Sequence):
     """The rows of a `datasets.Dataset`: images as stored, other cells as values of their column's type."""
 
     def __init__(self, dataset: datasets.Dataset, columns: Collection[str]):
+        """Raises pyarrow.ArrowInvalid for a broken file, in which a row could be anywhere in the memory."""
         import datasets
 
+        _validate(dataset.data.table)
         self.columns = frozenset(columns)  # all columns of the file; `dataset` has only those that are used
         features = datasets.Features({name: _undecoded(feature) for name, feature in dataset.features.items()})
         # Not cast(), which would write all rows anew: they are stored alike.
@@ -41,7 +43,23 @@ class ArrowRows(Sequence):
 
     def __getitem__(self, index):
         features = self._dataset.features
-        return {column: _meant(value, features[column]) for column, value in self._dataset[index].items()}
+        try:
+            row = self._dataset[index]
+        except UnicodeDecodeError:
+            return "row has text that is not UTF-8"
+        return {column: _meant(value, features[column]) for column, value in row.items()}
+
+
+def _validate(table: Any) -> None:
+    """Look at all of it but the content of images; text that is not UTF-8 costs no more than its rows."""
+    import pyarrow
+
+    for chunk in (chunk for column in table.columns for chunk in column.chunks):
+        try:
+            chunk.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
 
 
 def _undecoded(feature: Any) -> Any:
@@ -120,11 +138,11 @@ def read_saved(folder: Path) -> dict[str, Sequence[dict[str, Any]]]:
     datasets = _import_datasets(folder)
     try:
         saved = datasets.load_from_disk(str(folder))
+        parts = {"": saved} if isinstance(saved, datasets.Dataset) else saved
+        return {str(name): ArrowRows(part, part.column_names) for name, part in parts.items()}
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise Unreadable(f"is not readable as a saved data set: {reason}") from None
-    parts = {"": saved} if isinstance(saved, datasets.Dataset) else saved
-    return {str(name): ArrowRows(part, part.column_names) for name, part in parts.items()}
 
 
 @cache  # each split asks for it
@@ -147,9 +165,8 @@ def read_hub(name: str) -> dict[str, Sequence[dict[str, Any]]]:
 def hub_folders() -> tuple[Path, ...]:
     """Where `datasets` puts what it downloads, free of links."""
     from datasets import config
-    from huggingface_hub.constants import HF_HUB_CACHE
 
-    folders = (HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
+    folders = (config.constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
     return tuple(Path(os.path.realpath(folder)) for folder in folders)
 
 

@@ -116,7 +116,10 @@ def _located(image: str, folder: Path) -> Path | bytes:
         return _content_of_url(image)
     if re.match("file:", image, re.IGNORECASE):
         # urlsplit cuts off what follows an unescaped ? or #, which no image's name need lack.
-        url = urlsplit(image.replace("?", "%3F").replace("#", "%23"))
+        try:
+            url = urlsplit(image.replace("?", "%3F").replace("#", "%23"))
+        except ValueError:  # file://[
+            raise BadRow("image is not a valid URL") from None
         if url.netloc not in ("", "localhost"):
             raise BadRow("image is on another machine, not a file")
         return folder / url2pathname(url.path)

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import types
 import warnings
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import trl
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
-from mr1fast.checks import choice
+from mr1fast.integrations.trl_config import GRPODConfig as GRPODConfig
+from mr1fast.integrations.trl_config import checked_schedule
 from mr1fast.integrations.versions import check_version
-from mr1fast.kernels import normalisers
-from mr1fast.kernels.batchwise import high_entropy
-from mr1fast.kernels.reference import LOSS_TYPES, normalised_by
+from mr1fast.kernels.loss_types import LOSS_TYPES
 from mr1fast.losses.hidden import linear_grpo_loss
-from mr1fast.losses.kl_weight import SCHEDULES, kl_weight
+from mr1fast.losses.kl_weight import kl_weight
 from mr1fast.losses.logits import GRPOLossOutput
 
 TESTED = "1.16"
@@ -60,9 +58,7 @@ check_version(
 
 from mr1fast.integrations import trl_head  # noqa: E402 (after the version has been checked)
 from mr1fast.integrations.trl_head import ChunkedLogProbFunction as ChunkedLogProbFunction  # noqa: E402
-
-# Whose losses TRL counts in tokens of a whole generation batch, over all processes.
-_BY_ITEMS = normalised_by(normalisers.batch_tokens)
+from mr1fast.integrations.trl_metrics import BY_ITEMS, log_loss  # noqa: E402
 
 # What TRL passes from its batch to the model.
 _MODEL_INPUTS = (
@@ -78,51 +74,20 @@ _MODEL_INPUTS = (
     "image_position_ids",
 )
 
-
-@dataclass
-class GRPODConfig(GRPOConfig):
-    """TRL's GRPOConfig with the KL weight as a function of the optimizer step, `mr1fast.losses.kl_weight`.
-
-    Without beta_max the weight stays at `beta`, as in TRL. With it, `beta` is left alone or equal to beta_max.
-    """
-
-    kl_schedule: str = field(default="paper", metadata={"help": "How the KL weight moves: " + ", ".join(SCHEDULES)})
-    beta_min: float | None = field(default=None, metadata={"help": "Lowest KL weight; 0 if only beta_max is given."})
-    beta_max: float | None = field(default=None, metadata={"help": "Highest KL weight, the one at the end."})
-    explore_fraction: float = field(default=0.3, metadata={"help": "Share of the steps in which 'paper' falls."})
-
-    def __post_init__(self) -> None:
-        if self.beta_max is None and self.beta_min is not None:
-            raise ValueError(f"beta_max must be given with beta_min ({self.beta_min}), got None")
-        if self.beta_max is not None:
-            if self.beta not in (0.0, self.beta_max):
-                raise ValueError(f"beta must be left out (or be beta_max = {self.beta_max}), got {self.beta}")
-            # TRL prepares the reference model where beta is not 0.
-            self.beta = self.beta_max
-        _checked_schedule(self)
-        super().__post_init__()
-
-
-def _checked_schedule(args: Any) -> dict[str, Any]:
-    """The keywords of `kl_weight`; ValueError, by name, if it would not take them."""
-    name = getattr(args, "kl_schedule", "paper")
-    if name == "adaptive":
-        raise ValueError(f"kl_schedule='adaptive' is not supported in TRL's trainer; use one of {', '.join(SCHEDULES)}")
-    choice("kl_schedule", name, SCHEDULES)
-    beta_max = getattr(args, "beta_max", None)
-    if beta_max is None:
-        if name not in ("paper", "constant"):  # the default, and what there is without bounds
-            raise ValueError(f"beta_max must be given with kl_schedule={name!r}, got None")
-        return {"schedule": "constant", "beta_min": 0.0, "beta_max": args.beta}
-    keywords = {
-        "schedule": name,
-        "beta_min": getattr(args, "beta_min", None) or 0.0,
-        "beta_max": beta_max,
-        "explore_fraction": getattr(args, "explore_fraction", 0.3),
-    }
-    kl_weight(0, 1, **keywords)
-    return keywords
-
+# What our loss and TRL call by the same names: tensors of a batch, attributes of the trainer, and of its arguments.
+_TENSORS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio")
+_SETTINGS = (
+    "beta",
+    "epsilon_low",
+    "epsilon_high",
+    "loss_type",
+    "importance_sampling_level",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+    "max_completion_length",
+    "temperature",
+)
+_ARGUMENTS = ("delta", "use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg")
 
 # What the one-pass form takes the place of. An override of one of them by a trainer's own class is that class's method.
 _REPLACED = ("_compute_loss", "_get_per_token_logps_and_entropies")
@@ -164,7 +129,7 @@ class _GRPOD(GRPOTrainer):
     @property
     def kl_schedule(self) -> dict[str, Any]:
         """The keywords of `mr1fast.losses.kl_weight` in use."""
-        return self._patched_schedule or _checked_schedule(self.args)
+        return self._patched_schedule or checked_schedule(self.args)
 
     def kl_weight(self) -> float:
         """beta of the next update: a function of the optimizer steps done, and so exact after a resume."""
@@ -213,41 +178,20 @@ class _GRPOD(GRPOTrainer):
         loss_mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         scale, entropy_scale = 1 / steps, 1 / steps
-        if self.loss_type in _BY_ITEMS:
+        if self.loss_type in BY_ITEMS:
             scale = self.accelerator.num_processes
             if mode == "train":
                 scale *= self.args.steps_per_generation / steps
+        keywords = {
+            **self._loss_keywords(inputs),
+            **trl_head.of_logits(self._causal_lm(model)),
+            "completion_mask": loss_mask,
+            "entropy_coef": self.entropy_coef * entropy_scale / scale,
+        }
         results: list[GRPOLossOutput] = []
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor) -> trl_utils.FusedCausalLMOutput:
-            out = linear_grpo_loss(
-                hidden,
-                weight,
-                ids,
-                inputs["advantages"],
-                lm_head_bias=bias,
-                completion_mask=loss_mask,
-                old_per_token_logps=inputs.get("old_per_token_logps"),
-                ref_per_token_logps=inputs.get("ref_per_token_logps"),
-                beta=self.beta,
-                epsilon_low=self.epsilon_low,
-                epsilon_high=self.epsilon_high,
-                delta=self.args.delta,
-                loss_type=self.loss_type,
-                importance_sampling_level=self.importance_sampling_level,
-                use_bias_correction_kl=self.args.use_bias_correction_kl,
-                importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
-                sapo_temperature_pos=self.args.sapo_temperature_pos,
-                sapo_temperature_neg=self.args.sapo_temperature_neg,
-                top_entropy_quantile=self.top_entropy_quantile,
-                off_policy_mask_threshold=self.off_policy_mask_threshold,
-                sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
-                entropy_coef=self.entropy_coef * entropy_scale / scale,
-                max_completion_length=self.max_completion_length,
-                num_items_in_batch=inputs["num_items_in_batch"],
-                temperature=self.temperature,
-                **trl_head.of_logits(self._causal_lm(model)),
-            )
+            out = linear_grpo_loss(hidden, weight, ids, inputs["advantages"], lm_head_bias=bias, **keywords)
             results.append(out)
             return trl_utils.FusedCausalLMOutput(loss=out.loss, log_probs=out.per_token_logps, entropy=out.entropies)
 
@@ -266,55 +210,20 @@ class _GRPOD(GRPOTrainer):
         finally:
             self._head = None
         (out,) = results
-        self._log_loss(mode, out, loss_mask, self.entropy_coef * entropy_scale, scale, steps)
+        log_loss(self, mode, out, loss_mask, self.entropy_coef * entropy_scale, scale, steps)
         if aux_loss is None:
             return out.loss * scale
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         return out.loss * scale + self.router_aux_loss_coef * aux_loss / steps
 
-    def _log_loss(self, mode, out: GRPOLossOutput, mask: Tensor, entropy_coef: float, scale: float, steps: int) -> None:
-        """TRL's metrics, over all processes, with two transfers instead of one each."""
-        assert out.entropies is not None
-        metrics = self._metrics[mode]
-        flags = {"low_mean": out.is_low_clipped, "high_mean": out.is_high_clipped}
-        flags["region_mean"] = out.is_low_clipped | out.is_high_clipped
-        tokens, completions = mask.sum().float(), torch.tensor(float(len(mask)), device=mask.device)
-        sums = {"entropy": out.entropies.sum()}
-        if out.kl is not None:
-            sums["kl"] = out.kl.sum()
-        for name, flag in flags.items():
-            sums[name] = (flag.any(1) if out.clipped_per_completion else flag).sum().float()
-        totals = self.accelerator.reduce(torch.stack([tokens, completions, *sums.values()]), reduction="sum").tolist()
-        token_count, completion_count = max(totals[0], 1.0), max(totals[1], 1.0)
-        values = dict(zip(sums, totals[2:]))
-        flag_count = completion_count if out.clipped_per_completion else token_count
-        if "kl" in values:
-            metrics["kl"].append(values["kl"] / token_count)
-        metrics["entropy"].append(values["entropy"] / token_count)
-        if self.loss_type == "cispo":
-            metrics["cispo_clip_ratio"].append(values["high_mean"] / flag_count)
-        elif self.loss_type != "sapo":
-            for name in flags:
-                metrics[f"clip_ratio/{name}"].append(values[name] / flag_count)
-            pair = torch.stack([out.is_low_clipped, out.is_high_clipped], dim=-1)  # [B, L, 2]
-            if out.clipped_per_completion:
-                rates = pair.any(1).float()
-            else:
-                rates = pair.sum(1) / mask.sum(1, keepdim=True)  # NaN for a completion without tokens
-            rates = self.accelerator.gather(rates)
-            metrics["clip_ratio/low_min"].append(trl_utils.nanmin(rates[:, 0]).item())
-            metrics["clip_ratio/high_max"].append(trl_utils.nanmax(rates[:, 1]).item())
-        if self._entropy_bonus_enabled:
-            acts = mask.bool()
-            if self.top_entropy_quantile < 1:
-                acts = high_entropy(out.entropies, acts, self.top_entropy_quantile)
-            local_entropy = out.entropies[acts].sum() / acts.sum().clamp(min=1)
-            policy_loss = out.loss.detach() * scale + entropy_coef * local_entropy
-            if self.loss_type not in _BY_ITEMS:
-                policy_loss = policy_loss * steps
-            metrics["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
-            if mode == "train" and self.accelerator.sync_gradients:
-                metrics["entropy_coef"].append(self.entropy_coef)
+    def _loss_keywords(self, inputs) -> dict[str, Any]:
+        """What `linear_grpo_loss` is told of the trainer's settings and of the batch."""
+        return {
+            **{name: inputs.get(name) for name in _TENSORS},
+            "num_items_in_batch": inputs["num_items_in_batch"],
+            **{name: getattr(self, name) for name in _SETTINGS},
+            **{name: getattr(self.args, name) for name in _ARGUMENTS},
+        }
 
     def _causal_lm(self, model) -> nn.Module:
         model = self.accelerator.unwrap_model(model)
@@ -352,7 +261,7 @@ def patch_trl(
         beta_max=beta_max,
         explore_fraction=explore_fraction,
     )
-    schedule: dict[str, Any] | None = _checked_schedule(options)
+    schedule: dict[str, Any] | None = checked_schedule(options)
     if beta_max is None:
         schedule = None  # that of the trainer's arguments
     elif beta_max > 0 and trainer.args.beta == 0:

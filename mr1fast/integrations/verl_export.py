@@ -11,25 +11,14 @@ What verl would do otherwise than our own loop is said, and what it cannot do is
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
-import math
-import os
-import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from mr1fast.data.dataset import ImageTextDataset
-from mr1fast.data.example import IMAGE_MARKER, Example
 from mr1fast.errors import UserError
+from mr1fast.integrations.verl_problems import MARKERS, write_parquet
+from mr1fast.integrations.verl_script import lora_options, run_script
 from mr1fast.model import load as models
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
-from mr1fast.model.prompts import prompt_length, prompt_messages
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import option_string
 from mr1fast.options.parse import parse_arguments
@@ -40,25 +29,6 @@ from mr1fast.training.run_data import load_data
 from mr1fast.training.run_folder import new_folder
 from mr1fast.training.setup import room_for_prompts, too_long
 
-# verl puts an image, a video or a sound in place of these.
-MARKERS = (IMAGE_MARKER, "<video>", "<audio>")
-ROWS_AT_A_TIME = 256  # images are held in memory meanwhile
-SCHEMA = pa.schema(
-    [
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        (
-            "images",
-            pa.list_(pa.struct([("bytes", pa.binary()), ("min_pixels", pa.int64()), ("max_pixels", pa.int64())])),
-        ),
-        ("data_source", pa.string()),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct([("index", pa.int64()), ("split", pa.string()), ("name", pa.string()), ("columns", pa.string())]),
-        ),
-    ]
-)
 # Options of these headings of --help are about what is exported, or about our own loop alone.
 _SHARED = ("data", "reward", "files", "logging", "device")
 # Of the others, those that verl is told of. Any further one must be at its default.
@@ -74,15 +44,6 @@ DIFFERENCES = (
     "advantages are divided by the deviation + 1e-6, and not + 1e-4",
     "prompts are shuffled by verl, and a completion without a reward counts as one with the reward 0",
 )
-
-
-@dataclass
-class Written:
-    """What was written of a split."""
-
-    rows: int = 0
-    left_out: int = 0  # with a text that verl would take for an image, a video or a sound
-    longest: int = 0  # tokens of a prompt
 
 
 def export(config: TrainConfig, output: Path) -> str:
@@ -127,7 +88,7 @@ def check_options(config: TrainConfig) -> None:
             )
     if config.kl_schedule == "adaptive":
         raise UserError("verl's workers cannot honour --kl-schedule adaptive; choose another schedule")
-    _lora(config)
+    lora_options(config)  # names what is missing
 
 
 def check_tags(processor: Qwen2VLTextImageProcessor) -> None:
@@ -139,72 +100,6 @@ def check_tags(processor: Qwen2VLTextImageProcessor) -> None:
             )
 
 
-# ---- the problems ---------------------------------------------------------------------------------------------------
-
-
-def write_parquet(file: Path, splits: Sequence[ImageTextDataset], processor: Qwen2VLTextImageProcessor) -> Written:
-    """All usable problems of the splits, each once."""
-    written = Written()
-    with pq.ParquetWriter(file, SCHEMA) as writer:
-        rows: list[dict[str, Any]] = []
-        for split in splits:
-            for row in _rows(split, processor, written):
-                rows.append(row)
-                if len(rows) == ROWS_AT_A_TIME:
-                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                    rows.clear()
-        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-    return written
-
-
-def _rows(split: ImageTextDataset, processor: Qwen2VLTextImageProcessor, written: Written) -> Iterator[dict[str, Any]]:
-    for index in range(len(split)):
-        example = split.own(index)
-        if example is None:
-            continue
-        row = row_of(example, processor, index=index, split=split.split, source=split.name)
-        if row is None:
-            written.left_out += 1
-            continue
-        written.rows += 1
-        written.longest = max(written.longest, prompt_length(processor, example))
-        yield row
-
-
-def row_of(
-    example: Example, processor: Qwen2VLTextImageProcessor, *, index: int, split: str, source: str
-) -> dict[str, Any] | None:
-    """A row of SCHEMA; None where verl would take a text for an image, a video or a sound."""
-    images = example.images
-    prompt = []
-    for message in prompt_messages(processor.prompt, example.problem, len(images)):
-        texts = [part["text"] if part["type"] == "text" else None for part in message["content"]]
-        if images and any(marker in text for text in texts if text for marker in MARKERS):
-            return None
-        content = "".join(IMAGE_MARKER if text is None else text for text in texts)
-        prompt.append({"role": message["role"], "content": content})
-    size = processor.image_processor.size
-    bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-    columns = json.dumps(example.reward_columns(), default=str)
-    return {
-        "prompt": prompt,
-        "images": [{"bytes": _png(image), **bounds} for image in images],
-        "data_source": source,
-        "ability": "visual reasoning",
-        "reward_model": {"style": "rule", "ground_truth": example.solution},
-        "extra_info": {"index": index, "split": split, "name": example.name, "columns": columns},
-    }
-
-
-def _png(image: Any) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
-
-
-# ---- the reward -----------------------------------------------------------------------------------------------------
-
-
 def reward_file(config: TrainConfig) -> str:
     return f'''"""The rewards of the run, for verl's reward.custom_reward_function. Written by mr1fast."""
 
@@ -212,125 +107,6 @@ from mr1fast.integrations.verl_reward import scorer
 
 compute_score = scorer({config.rewards!r})
 '''
-
-
-# ---- the script -----------------------------------------------------------------------------------------------------
-
-
-def run_script(config: TrainConfig, name: str, model: str, longest: int, *, tested: bool) -> str:
-    """run.sh. longest: tokens of the longest prompt."""
-    told = options(config, name, model, longest)
-    lines = [f"    {key}={_value(value)} \\" for key, value in told.items()]
-    files = ["train", "test" if tested else "train"]
-    own = f'export PYTHONPATH={shlex.quote(os.getcwd())}:"${{PYTHONPATH:-}}"\n' if is_own(config) else ""
-    return f"""#!/bin/bash
-# {config.method} on {name} through verl 0.9.1. Written by mr1fast; not tried on GPUs.
-# Arguments are further options of verl, and take precedence: ./run.sh trainer.n_gpus_per_node=4
-set -euo pipefail
-here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
-export VERL_USE_EXTERNAL_MODULES=mr1fast.integrations.verl
-{own}python -m verl.trainer.main_ppo \\
-    data.train_files="$here/{files[0]}.parquet" \\
-    data.val_files="$here/{files[1]}.parquet" \\
-    reward.custom_reward_function.path="$here/reward.py" \\
-    trainer.default_local_dir="$here/checkpoints" \\
-{chr(10).join(lines)}
-    "$@"
-"""
-
-
-def is_own(config: TrainConfig) -> bool:
-    """Whether there is a reward function of the user's, which is looked for in the current folder."""
-    return any(":" in name for name in config.rewards)
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return shlex.quote(f"[{','.join(map(str, value))}]")
-    return shlex.quote(str(value))
-
-
-def options(config: TrainConfig, name: str, model: str, longest: int) -> dict[str, Any]:
-    """What verl is told beside the files, by its own names."""
-    task = config.for_task(name)
-    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-    steps = math.ceil(task.max_steps / task.num_iterations)  # verl counts batches, each used ppo_epochs times
-    loggers = ["console", *config.loggers]
-    return {
-        "algorithm.adv_estimator": "grpo",
-        "algorithm.use_kl_in_reward": False,
-        "data.train_batch_size": task.prompts_per_step,
-        "data.max_prompt_length": longest,
-        "data.max_response_length": task.max_completion_length,
-        "data.seed": task.seed,
-        "data.truncation": "error",
-        "actor_rollout_ref.model.path": model,
-        **_lora(config),
-        f"{actor}.optim.lr": task.learning_rate,
-        f"{actor}.optim.lr_warmup_steps": min(task.warmup_steps, steps),
-        f"{actor}.optim.lr_scheduler_type": "cosine",
-        f"{actor}.optim.weight_decay": 0.0,
-        f"{actor}.optim.clip_grad": task.max_grad_norm,
-        f"{actor}.grad_clip": task.max_grad_norm,
-        f"{actor}.ppo_mini_batch_size": task.prompts_per_step,
-        f"{actor}.ppo_epochs": task.num_iterations,
-        f"{actor}.use_dynamic_bsz": True,
-        f"{actor}.ppo_max_token_len_per_gpu": max(16384, longest + task.max_completion_length),
-        f"{actor}.clip_ratio": 0.2,
-        f"{actor}.clip_ratio_c": None,
-        f"{actor}.loss_agg_mode": "seq-mean-token-mean",
-        f"{actor}.entropy_coeff": 0,
-        **_kl(actor, task),
-        f"{rollout}.name": "vllm",
-        f"{rollout}.n": task.num_generations,
-        f"{rollout}.temperature": task.temperature,
-        f"{rollout}.top_k": task.top_k or -1,
-        f"{rollout}.top_p": task.top_p,
-        f"{rollout}.tensor_model_parallel_size": 1,
-        "trainer.total_training_steps": steps,
-        "trainer.total_epochs": steps,
-        "trainer.save_freq": task.save_steps,
-        "trainer.max_actor_ckpt_to_keep": task.save_total_limit,
-        "trainer.test_freq": task.eval_steps or -1,
-        "trainer.project_name": "mr1fast",
-        "trainer.experiment_name": f"{config.method}-{name}",
-        "trainer.logger": loggers,
-        "trainer.n_gpus_per_node": 8,
-        "trainer.nnodes": 1,
-    }
-
-
-def _kl(actor: str, task: Any) -> dict[str, Any]:
-    loss = f"{actor}.policy_loss"
-    made = {f"{loss}.loss_mode": "grpo_d", f"{actor}.use_kl_loss": task.needs_reference}
-    if not task.needs_reference:
-        return made
-    schedule = {"kl_schedule": task.kl_schedule, "beta_min": task.beta_min, "beta_max": task.beta_max}
-    if task.kl_schedule == "paper":
-        schedule["explore_fraction"] = task.explore_fraction
-    return {
-        **made,
-        f"{loss}._target_": "mr1fast.integrations.verl.PolicyLossConfig",
-        **{f"+{loss}.{name}": value for name, value in schedule.items()},
-        f"{actor}.kl_loss_type": "low_var_kl",
-        f"{actor}.kl_loss_coef": task.beta_max,
-    }
-
-
-def _lora(config: TrainConfig) -> dict[str, Any]:
-    if config.lora_rank is None:
-        return {}
-    if not config.lora_target_names:
-        raise UserError("verl takes the layers of an adapter by name: give --lora-targets, such as q_proj,v_proj")
-    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    model = "actor_rollout_ref.model"
-    return {
-        f"{model}.lora_rank": config.lora_rank,
-        f"{model}.lora_alpha": alpha,
-        f"{model}.target_modules": list(config.lora_target_names),
-    }
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from torch import Tensor
 from mr1fast.checks import choice, number
 from mr1fast.kernels import reference
 from mr1fast.losses import arguments
+from mr1fast.losses.keywords import completed
 from mr1fast.losses.layout import layout_of
-from mr1fast.losses.options import LossOptions, completed
+from mr1fast.losses.options import LossOptions
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 OBJECTIVES = ("vanilla", "gspo", "sapo", "cispo", "geo_mean", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov")

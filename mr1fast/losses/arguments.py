@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mr1fast.checks import described, integer
-from mr1fast.kernels import reference
+from mr1fast.kernels import loss_types
 from mr1fast.kernels.advantages import group_advantages
 from mr1fast.kernels.normalisers import token_count
 from mr1fast.kernels.reference import BatchwiseSpec, LogitMap, LossBatch, LossSpec
@@ -103,11 +103,14 @@ def logit_map(dtype: torch.dtype, layout: Layout, mask: Tensor | None, **given: 
 
 def _temperatures(dtype: torch.dtype, layout: Layout, mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
     """The temperature of each token, by which the logits as they were given are divided, [B, L]."""
-    each = _constant(_setting("temperature", options["temperature"], layout), dtype)
-    if mask is not None:  # as NaN they would reach the gradient of masked logits as 0 / NaN
-        each = torch.where(mask, each, 1)
+    each = _used(mask, _constant(_setting("temperature", options["temperature"], layout), dtype))
     check_values("temperature", (each > 0) & (each < torch.inf), "finite and > 0 wherever the mask is set", each)
     return each if options["logit_scale"] == 1 else each / options["logit_scale"]
+
+
+def _used(mask: Tensor | None, each: Tensor) -> Tensor:
+    """A setting of each token, and 1 at masked ones: NaN would reach the gradient of masked logits as 0 / NaN."""
+    return each if mask is None else torch.where(mask, each, 1)
 
 
 def chunk_bytes(value: int | None) -> int | None:
@@ -130,7 +133,9 @@ def loss_call(
     values["final_logit_softcapping"] /= options["logit_scale"]
     for name in ("epsilon_low", "epsilon_high"):
         if isinstance(values[name], Tensor):
-            epsilons[name] = _constant(_setting(name, values.pop(name), layout), dtype)
+            each = _used(mask, _constant(_setting(name, values.pop(name), layout), dtype))
+            check_values(name, (each >= 0) & (each < torch.inf), "finite and >= 0 wherever the mask is set", each)
+            epsilons[name] = each
     batchwise = _batchwise(dtype, layout, options)
     spec = LossSpec(**values) if batchwise is None else BatchwiseSpec(**values, **batchwise)
 
@@ -157,7 +162,7 @@ def loss_call(
 def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fields that BatchwiseSpec adds to LossSpec; None where the call needs no more than a token at a time."""
     loss_type, level, sampling = options["loss_type"], options["importance_sampling_level"], options[_SAMPLING]
-    if level not in reference.levels_of(loss_type):
+    if level not in loss_types.levels_of(loss_type):
         raise ValueError(f"importance_sampling_level must be 'token' with loss_type={loss_type!r}, got {level!r}")
     if sampling is not None:
         sampling = _constant(layout.per_token(_SAMPLING, sampling), dtype)
@@ -165,7 +170,7 @@ def _batchwise(dtype: torch.dtype, layout: Layout, options: Mapping[str, Any]) -
         # No completion is off-policy then.
         options = {**options, "off_policy_mask_threshold": math.inf}
     masked = options["top_entropy_quantile"] < 1 or options["off_policy_mask_threshold"] != math.inf
-    if not masked and loss_type in reference.ONE_PASS_LOSS_TYPES:
+    if not masked and loss_type in loss_types.ONE_PASS_LOSS_TYPES:
         return None
     return {"sampling_logps": sampling, **{name: options[name] for name in _BATCHWISE_FIELDS}}
 
@@ -226,7 +231,7 @@ def _token_weight(
     if reduction != "mean" and options["num_sequences"] is not None:
         raise ValueError(f"num_sequences must be None with reduction={reduction!r}, which has no normaliser")
     if reduction == "mean":
-        weight = reference.token_weight(
+        weight = loss_types.token_weight(
             ids,
             mask,
             dtype,

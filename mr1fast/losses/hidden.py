@@ -28,8 +28,9 @@ from mr1fast import checks
 from mr1fast.kernels import linear_op
 from mr1fast.kernels.reference import compute_dtype
 from mr1fast.losses import arguments
+from mr1fast.losses.keywords import completed, spelled_out
 from mr1fast.losses.logits import GRPOLossOutput
-from mr1fast.losses.options import LossOptions, completed, spelled_out
+from mr1fast.losses.options import LossOptions
 
 _Weight = TypeVar("_Weight", Tensor, Tensor | None)
 

@@ -141,6 +141,8 @@ def shaped(
     if not isinstance(tensor, Tensor) or not (tensor.shape in shapes or any(tensor.shape == each for each in shapes)):
         wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name} must be a tensor of shape {wanted}{hint}, got {described(tensor)}")
+    if tensor.is_complex():
+        raise ValueError(f"{name} must be real, got {described(tensor)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the logits, got {tensor.device}")
     return tensor

@@ -20,9 +20,10 @@ from mr1fast.kernels.completions import Completions
 from mr1fast.kernels.normalisers import token_count
 from mr1fast.kernels.reference import LossBatch, LossSpec, compute_dtype
 from mr1fast.losses import arguments
+from mr1fast.losses.keywords import checked, completed, spelled_out
 from mr1fast.losses.kl_weight import KLSchedule
 from mr1fast.losses.layout import Layout, floating
-from mr1fast.losses.options import LossOptions, checked, completed, spelled_out
+from mr1fast.losses.options import LossOptions
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from mr1fast.kernels import autograd
 from mr1fast.kernels.completions import Completions
 from mr1fast.kernels.reference import compute_dtype
 from mr1fast.losses import arguments
+from mr1fast.losses.keywords import completed, spelled_out
 from mr1fast.losses.layout import check_cu_seqlens, layout_of, shaped
 from mr1fast.losses.logits import GRPOLossOutput
-from mr1fast.losses.options import LossOptions, completed, spelled_out
+from mr1fast.losses.options import LossOptions
 
 
 @spelled_out

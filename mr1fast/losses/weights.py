@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mr1fast.kernels import reference
+from mr1fast.kernels import loss_types
 
 
 def loss_weights(
@@ -23,7 +23,7 @@ def loss_weights(
     whole, whatever its normaliser counts. num_items_in_batch, num_sequences: tokens and completions of the whole, if
     this is a part of it.
     """
-    return reference.token_weight(
+    return loss_types.token_weight(
         completion_ids,
         completion_mask,
         torch.float32,
