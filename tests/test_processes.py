@@ -1,16 +1,11 @@
 """Training in two processes on the CPU (gloo): the same numbers as in one, the same files, and one end for both."""
 
 import json
-import os
-import random
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import TESTS, free_ports, launch, outcome
 from safetensors.torch import load_file
 from train_program import main, metrics
 from two_processes import EXACT, MISTAKES, PROGRAM, RUNS, SHARDED, steps
@@ -18,45 +13,6 @@ from two_processes import EXACT, MISTAKES, PROGRAM, RUNS, SHARDED, steps
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.training.processes import ALONE, Processes, check_same, equal_pieces, share_weights
-
-TESTS = Path(__file__).parent
-
-
-def free_ports(number):
-    """Below those that the system gives to programs which ask for any: nobody takes them in the meantime."""
-    ports = []
-    while len(ports) < number:
-        with socket.socket() as free:
-            port = random.SystemRandom().randrange(20000, 32000)
-            try:
-                free.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            ports.append(port)
-    return ports
-
-
-def launch(*arguments, **environment):
-    """Start `python ARGUMENTS` twice, as accelerate launch does."""
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    (port,) = free_ports(1)
-    common = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **pipes,
-        )
-        for rank in range(2)
-    ]
-
-
-def outcome(processes):
-    """(exit code, output, errors) of each."""
-    said = [process.communicate(timeout=280) for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, said)]
 
 
 def sayings(folder):
