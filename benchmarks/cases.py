@@ -20,6 +20,7 @@ GROUPS = {
     "update": ("benchmarks.cases_update", "an update of the trainer on the CPU: its memory, with logits and without"),
     "passes": ("benchmarks.cases_passes", "the policy's forward and backward: packed, plain and padded"),
     "step": ("benchmarks.cases_step", "a whole step beside TRL's: sampling, reference, policy, optimizer"),
+    "scale": ("benchmarks.cases_scale", "a whole step on the CPU, alone and divided between two processes"),
     "gpu": ("benchmarks.cases_gpu", "the loss head from logits, on a CUDA device: Qwen2-VL's, in bfloat16"),
     "shapes": ("benchmarks.cases_gpu", "the same in float32 and with other vocabularies"),
 }

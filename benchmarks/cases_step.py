@@ -37,6 +37,7 @@ from mr1fast.options.config import TrainConfig
 from mr1fast.training import trainer as trainer_module
 from mr1fast.training.plan import StepShape
 from mr1fast.training.plan_step import build_models
+from mr1fast.training.processes import ALONE, Processes
 from mr1fast.training.trainer import Trainer
 
 OURS = "mr1fast trainer"
@@ -84,7 +85,7 @@ SHAPES = (
 class Inputs:
     shape: Shape
     lengths: list[int]
-    folder: tempfile.TemporaryDirectory  # of the model and its processor
+    folder: Any  # of the model and its processor; `name` is its path
 
     def policy(self) -> Policy:
         model = load_model(self.folder.name, device=self.shape.device, dtype=self.shape.dtype)
@@ -164,8 +165,8 @@ class _Examples(list[Example]):
     name = "examples"
 
 
-def of_trainer(x: Inputs) -> Call:
-    policy, shape = x.policy(), x.shape
+def trainer_of(x: Inputs, processes: Processes = ALONE) -> Trainer:
+    shape = x.shape
     config = replace(
         TrainConfig(task="vc", method="grpo", beta=0.04).for_task("vc"),
         prompts_per_step=shape.P,
@@ -176,19 +177,29 @@ def of_trainer(x: Inputs) -> Call:
         learning_rate=1e-6,
         reward_weights={"format": 1.0},
     )
-    trainer = Trainer(config, policy, x.policy().freeze(), _Examples(x.examples()))
+    return Trainer(config, x.policy(), x.policy().freeze(), _Examples(x.examples()), processes)
+
+
+def take_step(trainer: Trainer, lengths: Sequence[int]) -> dict[str, float]:
+    """A step's metrics. lengths: of the completions that the trainer samples."""
+    with (
+        forced(lengths, int(trainer.policy.end_ids[0])),
+        patch.object(trainer_module, "group_advantages", random_advantages),
+    ):
+        metrics = trainer.step()
+    assert metrics["grad_norm"] > 0
+    assert trainer.step_data is not None
+    assert trainer.step_data.batch.completion_mask.sum(1).tolist() == [*lengths]
+    return metrics
+
+
+def of_trainer(x: Inputs) -> Call:
+    trainer = trainer_of(x)
     times: dict[str, float] = {}
 
     def run() -> None:
-        with (
-            forced(x.lengths, int(policy.end_ids[0])),
-            patch.object(trainer_module, "group_advantages", random_advantages),
-        ):
-            metrics = trainer.step()
-        assert metrics["grad_norm"] > 0
+        metrics = take_step(trainer, x.lengths)
         times.update({name.removeprefix("step_time/"): metrics[name] for name in metrics if "step_time/" in name})
-        batch = trainer.step_data.batch  # type: ignore[union-attr]
-        assert batch.completion_mask.sum(1).tolist() == x.lengths
 
     return Call(run, remark=lambda: step_peers.remark(times), whole=True)
 

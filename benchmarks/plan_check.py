@@ -3,7 +3,8 @@
 A Qwen2-VL of 60 million random weights in the proportions of 2B takes two steps on the CPU, in a process of its own for
 each setting. Measured is by how much the resident memory of the second step rises, at most, above that of a process
 that has imported everything and trained a model of one layer. Prints a table; needs Linux, 3 GB and some minutes; the
-exit code is 1 if any plan is off by more than 10 %. `--cards` prints which GPU is enough for which training instead.
+exit code is 1 if any plan is off by more than 10 %. `--cards` prints which GPU is enough for which training instead,
+`--processes` what each of several GPUs holds.
 """
 
 from __future__ import annotations
@@ -176,10 +177,36 @@ def smallest(shape: StepShape) -> Plan:
     return planned.with_reference_offloaded() if shape.reference == "own" else planned
 
 
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+PROMPTS = 16
+
+
+def print_processes() -> None:
+    """GiB that each of n GPUs holds at most, of a step of R1-V's images and 16 prompts, of which it has its share."""
+    counts = (2, 4, 8)
+    heads = ["1 GPU", *(f"{how}, {n}" for how in ("DDP", "FSDP2") for n in counts)]
+    print(f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+    for name, (model, options) in TRAININGS.items():
+        given = {"prompts_per_step": PROMPTS, "gradient_accumulation_steps": PROMPTS, "max_pixels": PIXELS, **options}
+        run = TrainConfig(model="Qwen/Qwen2-VL", data="none", gradient_checkpointing="on", **given)
+        alone = plan(StepShape(model, run))
+        plans = [alone, *(with_share(alone, n) for n in counts), *(with_share(alone, n).shared(n) for n in counts)]
+        print(f"| {name} | {' | '.join(f'{one.peak / GIB:.1f}' for one in plans)} |", flush=True)
+
+
+def with_share(planned: Plan, processes: int) -> Plan:
+    """With so many prompts fewer in a step, one being in the model at a time: the key-value cache is that of all."""
+    held = planned.phases["rollout"]
+    rollout = held | {"key-value cache": held["key-value cache"] // processes}
+    return dataclasses.replace(planned, phases=planned.phases | {"rollout": rollout})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"{'; '.join(SETTINGS)} (all if none is named)")
     parser.add_argument("--cards", action="store_true", help="which GPU is enough for which training, planned only")
+    parser.add_argument("--processes", action="store_true", help="what each of several GPUs holds, planned only")
     parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)  # what each process is started with
     options = parser.parse_args()
     if unknown := set(options.settings) - set(SETTINGS):
@@ -187,8 +214,8 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measured(SETTINGS[options.measure])))
         return 0
-    if options.cards:
-        print_cards()
+    if options.cards or options.processes:
+        (print_cards if options.cards else print_processes)()
         return 0
     return 0 if compare(options.settings or list(SETTINGS)) else 1
 

@@ -86,7 +86,8 @@ def _train(opened: OpenRun, began: float, engine: Any) -> int:
             from mr1fast.training.task_run import TrainingError
 
             try:
-                run(opened, began, engine)
+                with opened.processes.failing_together():
+                    run(opened, began, engine)
             except (TrainingError, PeerFailed) as error:
                 return _fail(f"error: {error}", 1, opened)
             except (RuntimeError, MemoryError, UserError) as error:  # UserError: of a file that was read or written

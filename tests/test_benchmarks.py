@@ -171,3 +171,16 @@ def test_a_step_beside_trl(tmp_path):
     for row in rows:
         assert float(row["median_ms"]) > 0, row["note"]
         assert re.match(r"rollout \d+%, .*reference \d+%, policy \d+%, optimizer \d+%$", row["note"])
+
+
+@pytest.mark.slow
+def test_a_step_of_two_processes_beside_one(tmp_path):
+    table = tmp_path / "out.csv"
+    assert run.main(["scale", "--quick", "--filter", "1 thread", "--csv", str(table)]) == 0
+    alone, divided = csv.DictReader(table.open())
+    assert (alone["case"], divided["case"]) == ("1 process, 1 thread", "2 processes, 1 thread")
+    assert float(alone["median_ms"]) > 0, alone["note"]
+    shares = [int(share) for share in re.findall(r"(\d+)%", divided["note"])]
+    assert len(shares) == 2, divided["note"]
+    assert all(0 < share < 100 for share in shares)
+    assert "computed, not measured: 4.4 GB" in divided["note"]

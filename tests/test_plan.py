@@ -121,6 +121,25 @@ def test_bytes_of_each_category(planned):
     assert planned.least < planned.peak
 
 
+def test_what_processes_share(planned):
+    """FSDP2: each has its part throughout, and beside it what is gathered at a time."""
+    alone, both = planned.phases, planned.shared(2).phases
+    every = planned.parameters
+    for phase in alone:
+        for name in ("masters", "moments"):
+            assert both[phase][name] == -(-alone[phase][name] // 2)
+        for name in ("key-value cache", "logits", "activations"):
+            assert both[phase][name] == alone[phase][name]
+    weights = alone["policy"]["weights"]
+    gathered = weights * planned.at_a_time // every
+    assert 0 < planned.at_a_time < every
+    assert both["rollout"]["weights"] == -(-weights // 2) + weights
+    assert both["policy"]["weights"] == -(-weights // 2) + gathered
+    assert both["optimizer"]["weights"] == both["reference"]["weights"] == -(-weights // 2)
+    assert both["reference"]["reference"] == -(-weights // 2) + gathered
+    assert both["policy"]["reference"] == -(-weights // 2)
+
+
 def test_bytes_of_the_key_value_cache():
     """Prompts are not repeated. Completions are so long that there is most in memory while they are sampled."""
     length, token = 200, 3 * 2 * 2 * 32 * 2  # bytes of a token: layers, keys and values, heads, width, bfloat16

@@ -149,10 +149,10 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(requires_grad)
 
 
-def save_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors."""
+def save_adapter(model: peft.PeftModel, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors. weights: of the whole model, by name, if not its own."""
     # To decide whether to save embeddings, which are never trained, PEFT would look at the base's folder or at the hub.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
 
 

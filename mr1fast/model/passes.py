@@ -1,11 +1,13 @@
 """The hidden states of given completions: in one packed pass, or plainly, one whole padded sequence each.
 
 Both take inputs of `Policy.place` for P prompts, completion_ids and completion_mask [B, L], and return [N, H] for the N
-tokens of the mask, differentiable. checkpointing: each layer runs again in backward instead of keeping its activations.
+tokens of the mask, differentiable. body: runs the model without its head. checkpointing: each layer runs again in
+backward instead of keeping its activations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,13 +20,19 @@ from mr1fast.model.prompts import take_prompts
 
 
 def packed_hidden(
-    model: Any, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, *, checkpointing: bool
+    model: Any,
+    body: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    checkpointing: bool,
 ) -> Tensor:
     """Prompts and completions as one row: linear layers and vision tower see each token once, and no padding."""
     packed = Packed.of(inputs, completion_ids, completion_mask)
     attention = partial(shared_attention, model)
     with attention(), checkpointed(model, on=checkpointing, within=attention):
-        hidden = model.model(
+        hidden = body(
             input_ids=packed.input_ids,
             attention_mask={"full_attention": None},  # the layout says who attends to whom
             position_ids=packed.position_ids,
@@ -37,14 +45,20 @@ def packed_hidden(
 
 
 def plain_hidden(
-    model: Any, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, *, checkpointing: bool
+    model: Any,
+    body: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    checkpointing: bool,
 ) -> Tensor:
     """Every completion after a prompt with images of its own, as transformers would run them."""
     (P, T), (B, L) = inputs["input_ids"].shape, completion_ids.shape
     inputs = take_prompts(inputs, [prompt for prompt in range(P) for _ in range(B // P)])
     positions = inputs["next_position"][:, None] + torch.arange(L, device=completion_ids.device)
     with checkpointed(model, on=checkpointing):
-        hidden = model.model(
+        hidden = body(
             input_ids=torch.cat([inputs["input_ids"], completion_ids], 1),
             attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(completion_ids)], 1),
             position_ids=torch.cat([inputs["position_ids"].transpose(0, 1), positions.expand(3, B, L)], 2),

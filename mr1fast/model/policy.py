@@ -10,8 +10,8 @@ adjacent, L tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Policy:
         self.model: Any = model
         self.processor = processor
         self._base = _base_model(model)
+        # How its layers are run, and within what each process has all weights: training.sharding changes these.
+        self.body: Callable[..., Any] = self._base.model
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.release: Callable[[], None] = lambda: None  # gives up what a pass without backward has left gathered
         self._head = _head(self._base)
         check_fit(self._base.config, processor)
         ends = _end_ids(self._base, processor)
@@ -58,6 +62,16 @@ class Policy:
         self.checkpointing = False  # whether layers run again in backward instead of keeping their activations
         self.end_ids = torch.tensor(ends, device=device)  # [N] int64: any of them ends a completion; the first, a turn
         self.banned_ids = torch.tensor(sorted(banned - {*ends}), device=device)  # never sampled
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are divided among processes."""
+        return self.body is not self._base.model
+
+    @property
+    def base(self) -> Model:
+        """The model without the adapter, if it has one, which is in its layers."""
+        return self._base
 
     @property
     def device(self) -> torch.device:
@@ -122,11 +136,16 @@ class Policy:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Model (if it has an adapter, only that) and processor in Hugging Face format, as `load_model` reads them."""
+        """Model (if it has an adapter, only that) and processor in Hugging Face format, as `load_model` reads them.
+
+        Of a sharded policy within `gathered`.
+        """
+        # Of a sharded model, state_dict() would be that of its parts.
+        weights = dict(self.model.named_parameters(remove_duplicate=False)) if self.is_sharded else None
         if self.has_adapter:
-            save_adapter(self.model, folder)
+            save_adapter(self.model, folder, weights)
         else:
-            save_model(self.model, folder)
+            save_model(self.model, folder, weights)
         self.save_processor(folder)
 
     def save_processor(self, folder: Path) -> None:
@@ -189,7 +208,7 @@ class Policy:
     def encode_prefix(self, inputs: dict[str, Tensor]) -> Prefix:
         """Run prompts, of `encode` or `place`, through vision tower and language model."""
         cache = DynamicCache()
-        hidden = self._base.model(
+        hidden = self.body(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"].transpose(0, 1),
@@ -226,7 +245,7 @@ class Policy:
         order is that of the completions, one after another. Differentiable.
         """
         run = packed_hidden if self.shares_prefix else plain_hidden
-        return run(self._base, inputs, completion_ids, completion_mask, checkpointing=self.checkpointing)
+        return run(self._base, self.body, inputs, completion_ids, completion_mask, checkpointing=self.checkpointing)
 
     def describe_pass(self, *, share_prefix: bool = True) -> str:
         """What `completion_hidden` does with these weights, if it shares prefixes where it can."""

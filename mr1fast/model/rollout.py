@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -54,6 +54,8 @@ class Sampler:
         """pace: by default the one for the policy's device."""
         self.policy, self.max_completion_length = policy, max_completion_length
         self.pace = pace or PACES.get(policy.device.type, PACES["cpu"])
+        if policy.is_sharded:  # what gathers its layers cannot be captured, not even where it has nothing to do
+            self.pace = replace(self.pace, graph=False)
 
     @torch.no_grad()
     def generate(

@@ -18,9 +18,9 @@ from mr1fast.model.processor import Qwen2VLTextImageProcessor
 _LOADING = ("backend", "is_local", "local_files_only", "processor_class")
 
 
-def save_model(model: Model, folder: Path) -> None:
-    """Write weights, config.json and generation_config.json."""
-    model.save_pretrained(folder)
+def save_model(model: Model, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Write config.json, generation_config.json and the weights, which may be given by name."""
+    model.save_pretrained(folder, state_dict=weights)
     _write(folder / "config.json", flat_config(_read(folder / "config.json")))
 
 

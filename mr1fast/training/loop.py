@@ -106,9 +106,9 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
     on_main(folder.write_result, result)
     policy = engine(setup, name, checkpoint)
     if setup.config.merge:
-        on_main(save_model, policy, folder.adapter(name))
-        policy = policy.merge()
-    on_main(save_model, policy, folder.model(name))
+        save_whole(policy, folder.adapter(name), setup)
+        policy = merged(policy, folder.adapter(name), setup)
+    save_whole(policy, folder.model(name), setup)
     on_main(write_card, folder.model(name), setup, name, result)
     figures = {data: evaluate_on_test_split(setup, policy, data, f"trained on {name}") for data in setup.tests}
     own = figures.get(name, {})  # none where it is not tested on
@@ -117,6 +117,19 @@ def train_and_test(setup: Setup, name: str, checkpoint: Path | None, result: dic
     result["steps"][name] = setup.config.for_task(name).max_steps
     on_main(write_card, folder.model(name), setup, name, result)
     on_main(folder.write_result, result)
+
+
+def save_whole(policy: Policy, folder: Path, setup: Setup) -> None:
+    with policy.gathered():
+        setup.processes.on_main(save_model, policy, folder)
+
+
+def merged(policy: Policy, adapter: Path, setup: Setup) -> Policy:
+    """The policy with its adapter, which has been saved, in its weights."""
+    if policy.is_sharded:  # each process then has all of it
+        setup.processes.gather(None)  # it is there
+        policy = setup.load(adapter)
+    return policy.merge()
 
 
 def closing_words(setup: Setup, result: dict[str, Any]) -> str:
@@ -152,10 +165,11 @@ def train_task(setup: Setup, name: str, checkpoint: Path | None) -> Policy:
             run.record_skipped(trainer.skipped_sample, trainer.skipped_in_a_row)
             if run.saves(step):
                 state = None if setup.config.save_only_model else trainer.state_dict()
-                if setup.processes.is_main:
-                    setup.folder.check_there()
-                    rows = rows_of_task(setup.folder.metrics_file, name)
-                    save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit, metrics=rows)
+                with policy.gathered():
+                    if setup.processes.is_main:
+                        setup.folder.check_there()
+                        rows = rows_of_task(setup.folder.metrics_file, name)
+                        save_checkpoint(policy, state, folder, step=step, keep=config.save_total_limit, metrics=rows)
             run.stop_if_asked(step)
     return policy
 

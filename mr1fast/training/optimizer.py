@@ -31,13 +31,19 @@ class Optimizer:
 
         If the norm is not finite, nothing is updated.
         """
-        norm = _norm([weight.grad for weight in self.weights if weight.grad is not None])
+        norm = self.norm()
         if norm.isfinite():
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
             self._update(norm)
         self.zero_grad()
         return norm.item()
+
+    def norm(self) -> Tensor:
+        """Of all gradients together, 0-d float32; in the sums, too, whatever their own precision."""
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     @torch.no_grad()
     def _update(self, norm: Tensor) -> None:
@@ -74,12 +80,6 @@ class Optimizer:
                 if saved is not None:
                     master.copy_(saved)
                     weight.copy_(master)
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Of all of them together, 0-d float32; in the sums, too, whatever their own precision."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def _chunks(masters: list[Tensor]) -> Iterator[list[int]]:

@@ -30,7 +30,8 @@ class StepShape:
 
     model: the Qwen2VLConfig. options: of the run; name: of the task in it. dtype: of the weights, "bfloat16" or
     "float32". device: "cuda" or "cpu", by which the loss head takes larger or smaller blocks. most_pixels: to which
-    the processor resizes an image. text_tokens: of a prompt, its image not counted.
+    the processor resizes an image. text_tokens: of a prompt, its image not counted. sharers: processes among which
+    weights and optimizer are divided (FSDP2); 1 if they are not.
     """
 
     model: Any
@@ -40,6 +41,7 @@ class StepShape:
     device: str = "cuda"
     most_pixels: int = 28 * 28 * 1280
     text_tokens: int = TEXT_TOKENS
+    sharers: int = 1
 
     @property
     def task(self) -> TaskConfig:
@@ -98,7 +100,8 @@ class Plan:
     """What a step holds: in each phase, the bytes of each category at the moment when the phase holds most.
 
     offload_reference: whether the reference is to wait on the CPU while its log-probabilities are not computed.
-    options: those that the plan has chosen, with their values.
+    options: those that the plan has chosen, with their values. at_a_time: parameters that a process has gathered at
+    once where several share them: two layers of the language model, and all that is in no layer.
     """
 
     parameters: int
@@ -106,6 +109,7 @@ class Plan:
     phases: dict[str, dict[str, int]]
     offload_reference: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    at_a_time: int = 0
 
     @property
     def peak(self) -> int:
@@ -116,6 +120,20 @@ class Plan:
     def least(self) -> int:
         """Bytes that are held however short prompts and completions are."""
         return max(sum(held[name] for name in FIXED) for held in self.phases.values())
+
+    def shared(self, sharers: int) -> Plan:
+        """That of each of so many processes among which weights and optimizer are divided (FSDP2)."""
+        at_a_time, every, phases = min(self.at_a_time, self.parameters), self.parameters, {}
+        for phase, held in self.phases.items():
+            part = held | {name: -(-held[name] // sharers) for name in FIXED}
+            computes = "reference" if phase == "reference" and held["reference"] else "weights"
+            if phase in ("rollout", "reference", "policy"):
+                gathered = every if phase == "rollout" else at_a_time
+                part[computes] += held[computes] * gathered // every
+            if phase == "policy":
+                part["gradients"] += held["gradients"] * at_a_time // every
+            phases[phase] = part
+        return dataclasses.replace(self, phases=phases)
 
     def with_reference_offloaded(self) -> Plan:
         phases = {
@@ -135,7 +153,10 @@ def plan(shape: StepShape) -> Plan:
     phases = {phase: {name: held.get(name, 0) for name in CATEGORIES} for phase, held in found.items()}
     parameters = sum(parameter.numel() for parameter in trainer.policy.model.parameters())
     trainable = sum(parameter.numel() for parameter in trainer.policy.trainable_parameters())
-    return Plan(parameters, trainable, phases)
+    layers = trainer.policy.base.model.language_model.layers
+    layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    planned = Plan(parameters, trainable, phases, at_a_time=parameters - (len(layers) - 2) * layer)
+    return planned if shape.sharers == 1 else planned.shared(shape.sharers)
 
 
 def plan_for(shape: StepShape, usable: int) -> Plan:
@@ -175,7 +196,7 @@ def _fitted(shape: StepShape, usable: int) -> Plan:
 
 def _with_reference_where_it_fits(shape: StepShape, usable: int) -> Plan:
     planned = plan(shape)
-    if planned.peak > usable and shape.reference == "own" and shape.device != "cpu":
+    if planned.peak > usable and shape.reference == "own" and shape.device != "cpu" and shape.sharers == 1:
         offloaded = planned.with_reference_offloaded()
         return offloaded if offloaded.peak <= usable else planned
     return planned

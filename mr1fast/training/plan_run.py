@@ -48,8 +48,10 @@ def device_of(options: TrainConfig, gigabytes: int | None = None) -> Device:
     return Device(name, kind, free, default if options.dtype == "auto" else options.dtype)
 
 
-def shapes_of(options: TrainConfig, path: str | Path, device: Device) -> Iterator[StepShape]:
+def shapes_of(options: TrainConfig, path: str | Path, device: Device, sharers: int = 1) -> Iterator[StepShape]:
     """The steps of each task. Of the model, config.json and the image processor's settings are read.
+
+    sharers: see StepShape.
 
     Raises UserError if there is no such model.
     """
@@ -58,7 +60,9 @@ def shapes_of(options: TrainConfig, path: str | Path, device: Device) -> Iterato
         options = _as_if_asked_for(options)
     options = options.with_steps(dict.fromkeys(options.names, 1))  # a step holds the same, however many there are
     for name in options.names:
-        yield StepShape(model, options, name, dtype=device.dtype, device=device.kind, most_pixels=pixels)
+        yield StepShape(
+            model, options, name, dtype=device.dtype, device=device.kind, most_pixels=pixels, sharers=sharers
+        )
 
 
 def _as_if_asked_for(options: TrainConfig) -> TrainConfig:
@@ -137,9 +141,9 @@ def _gib(size: int) -> str:
 # ---- before a run ---------------------------------------------------------------------------------------------------
 
 
-def plans_before(options: TrainConfig) -> dict[str, Plan]:
+def plans_before(options: TrainConfig, sharers: int = 1) -> dict[str, Plan]:
     """The plan of each task of a run that is about to begin; none for a small model, which fits anywhere, and for
-    another engine.
+    another engine. sharers: see StepShape.
 
     Raises UserError where a step cannot fit however short prompts and completions are; where only the longest do not
     fit, it is said as a warning.
@@ -149,7 +153,7 @@ def plans_before(options: TrainConfig) -> dict[str, Plan]:
     assert options.model is not None
     device = device_of(options)
     plans: dict[str, Plan] = {}
-    for shape in shapes_of(options, options.model, device):
+    for shape in shapes_of(options, options.model, device, sharers):
         try:
             plans[shape.name] = planned = plan_for(shape, device.usable)
         except UserError:

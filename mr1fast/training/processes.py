@@ -152,6 +152,16 @@ class Processes:
         return PeerFailed("; ".join(said) or "another process has ended without a word, so this one ends as well")
 
     @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """For what waits for the others by itself, as a sharded model does. Raises PeerFailed where that has failed."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not (type(error).__name__.startswith("Dist") or "gloo/" in str(error)):
+                raise
+            raise self._peer_failed() from error
+
+    @contextmanager
     def _peers(self) -> Iterator[None]:
         try:
             yield
@@ -209,6 +219,26 @@ def equal_pieces(config: TaskConfig, processes: Processes) -> int | None:
     return next(pieces for pieces in range(wanted, share + 1) if share % pieces == 0)
 
 
+# Of accelerate's fsdp_config, by the variable that `accelerate launch` sets: what cannot be done here.
+REFUSED = {
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing",
+}
+
+
+def share_weights(processes: Processes) -> bool:
+    """Whether accelerate's configuration asks for FSDP. Raises UserError for what of that cannot be done here."""
+    if processes.count == 1 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate's configuration asks for FSDP 1; write fsdp_version: 2 in its fsdp_config")
+    for variable, name in REFUSED.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            instead = "; use --gradient-checkpointing on" if "CHECKPOINTING" in variable else ""
+            raise UserError(f"{name} in accelerate's fsdp_config must be false here{instead}")
+    return True
+
+
 # ---- at the start ---------------------------------------------------------------------------------------------------
 
 
@@ -264,18 +294,26 @@ def started(error: UserError | OSError | None, description: str) -> Iterator[Pro
     processes = Processes(rank, count)
     try:
         said = processes.gather((None if error is None else str(error), f"{_code()} {description}"))
-        for reason, _ in said:
-            if reason is not None:
-                raise UserError(reason)
-        for rank, (_, other) in enumerate(said):
-            if other != said[0][1]:
-                what = "code" if other.split()[0] != said[0][1].split()[0] else "options"
-                raise UserError(f"process {rank} was started with other {what} than process 0; they must be the same")
+        check_same(said)
         yield processes
     finally:
         dist.destroy_process_group()
         vars(processes).pop("_objects", None)
         _wait_until_all_leave(processes, store)
+
+
+def check_same(said: Sequence[tuple[str | None, str]]) -> None:
+    """Raises UserError if any process has a mistake to report, or is about to do something else than the first.
+
+    said: by each, what is wrong, if anything is, and its code and options.
+    """
+    for reason, _ in said:
+        if reason is not None:
+            raise UserError(reason)
+    for rank, (_, other) in enumerate(said):
+        if other != said[0][1]:
+            what = "code" if other.split()[0] != said[0][1].split()[0] else "options"
+            raise UserError(f"process {rank} was started with other {what} than process 0; they must be the same")
 
 
 def _wait_until_all_leave(processes: Processes, store: Any) -> None:

@@ -33,7 +33,7 @@ from mr1fast.training.device_memory import free_memory
 from mr1fast.training.open_run import OpenRun
 from mr1fast.training.plan import Plan
 from mr1fast.training.plan_run import plans_before
-from mr1fast.training.processes import ALONE, Processes, equal_pieces
+from mr1fast.training.processes import ALONE, Processes, equal_pieces, share_weights
 from mr1fast.training.run_data import RunData, check_same_data, load_data
 from mr1fast.training.run_folder import RunFolder
 from mr1fast.training.trainer import without_reasoning
@@ -97,19 +97,20 @@ class Setup(RunData):
     def evaluate(self, policy: Policy, dataset: ImageTextDataset, name: str, **keywords: Any) -> dict[str, float]:
         """The figures of `evaluation.evaluate.evaluate`, which takes the keywords, with the run's settings."""
         config = self.config.for_task(name if name in (*self.names, *TASK_NAMES) else self.names[0])
-        result = evaluate(
-            policy,
-            dataset,
-            max_completion_length=config.max_completion_length,
-            sampled=config.eval_sampled,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            batch_size=config.eval_batch_size,
-            seed=config.seed,
-            divide=self._divide(),
-            **keywords,
-        )
+        with policy.gathered():
+            result = evaluate(
+                policy,
+                dataset,
+                max_completion_length=config.max_completion_length,
+                sampled=config.eval_sampled,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                batch_size=config.eval_batch_size,
+                seed=config.seed,
+                divide=self._divide(),
+                **keywords,
+            )
         return result.figures()
 
     def _divide(self) -> Divide:
@@ -128,7 +129,8 @@ class Setup(RunData):
         threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
         where = f"{self.base.device}, {dtype}, {threads} thread{'s' * (threads > 1)}"
         if self.processes.count > 1:
-            where = f"{self.processes.count} processes, each on {where}"
+            shared = ", which share the weights (FSDP)" * _share_weights(self.config, self.processes)
+            where = f"{self.processes.count} processes{shared}, each on {where}"
         lines = [f"{what}: {self.base_path}, {parameters:,} parameters, {where}"]
         lines += [_settings(self.config, name) for name in self.names]
         lines += dict.fromkeys(_passes(self.task_config(name), self.base) for name in self.names)
@@ -210,7 +212,7 @@ def prepare(opened: OpenRun) -> Setup:
     )
     for name in config.names:
         equal_pieces(config.for_task(name), processes)  # raises for a batch that cannot be divided
-    plans = plans_before(config)
+    plans = plans_before(config, sharers=processes.count if _share_weights(config, processes) else 1)
     base_path = models.EMBEDDED if config.model is None else config.model
     model = load_model(base_path)
     processor = models.load_processor(base_path, max_pixels=config.max_pixels, prompt=config.prompt)
@@ -246,6 +248,11 @@ def prepare(opened: OpenRun) -> Setup:
         for name in setup.names:
             check_columns(rewards, setup.train[name][0].reward_columns())
     return setup
+
+
+def _share_weights(config: TrainConfig, processes: Processes) -> bool:
+    """In our own loop; another engine has its own way with accelerate's configuration."""
+    return config.engine == "mr1fast" and share_weights(processes)
 
 
 def _given_reference(config: TrainConfig, base: Policy, load_model: Callable[[str], Any]) -> Policy | None:

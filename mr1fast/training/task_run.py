@@ -81,8 +81,9 @@ class TaskRun:
     def stop_if_asked(self, step: int) -> None:
         """After the checkpoint: raises Stopped if there was a signal."""
         if self.stopping is not None:
-            if self.stopping == signal.SIGINT and self.setup.processes.is_main:  # after SIGTERM there may be no time
-                draw_pictures(self.setup, Unfinished(self.name, self.policy, step))
+            if self.stopping == signal.SIGINT:  # after SIGTERM there may be no time
+                with self.policy.gathered():
+                    self.setup.processes.on_main(draw_pictures, self.setup, Unfinished(self.name, self.policy, step))
             raise Stopped(self.stopping)
 
 

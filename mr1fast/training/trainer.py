@@ -35,7 +35,7 @@ from mr1fast.training.metrics import completion_metrics, cut_off, difference, me
 from mr1fast.training.optimizer import Optimizer
 from mr1fast.training.order import rows_of_step
 from mr1fast.training.phases import Phases
-from mr1fast.training.processes import ALONE, Processes, equal_pieces
+from mr1fast.training.processes import ALONE, Processes, equal_pieces, share_weights
 from mr1fast.training.scoring import Scored, first_scored, score, weighted_sum
 from mr1fast.training.skipped import skipped_sample, useless
 
@@ -64,7 +64,7 @@ class Trainer:
         policy.checkpointing = config.gradient_checkpointing == "on"
         self.rewards = load_rewards(config.reward_weights)
         self.kl_schedule = _kl_schedule(config)
-        self.optimizer = Optimizer(policy.trainable_parameters(), max_grad_norm=config.max_grad_norm)
+        self.optimizer = self._optimizer()
         self.equal_pieces = equal_pieces(config, processes)
         self.sampler = Sampler(policy, max_completion_length=config.max_completion_length)
         self.phases = Phases(policy.device)
@@ -77,6 +77,17 @@ class Trainer:
         self.step_data: StepData | None = None
         self.scored: list[Scored] = []  # the first completions of the last batch that was sampled
         self.skipped_sample: dict[str, Any] | None = None  # of the last step, if that was skipped
+
+    def _optimizer(self) -> Optimizer:
+        """Divides policy and reference first, if that is asked for."""
+        most, processes = self.config.max_grad_norm, self.processes
+        if not share_weights(processes):
+            return Optimizer(self.policy.trainable_parameters(), max_grad_norm=most)
+        from mr1fast.training.sharding import ShardedOptimizer, shard  # there are builds of torch without this
+
+        for one in filter(None, (self.policy, self.reference)):
+            shard(one)
+        return ShardedOptimizer(self.policy.trainable_parameters(), max_grad_norm=most, is_main=processes.is_main)
 
     def step(self) -> dict[str, float]:
         """Take one optimizer step and return its metrics. A step with NaN or inf in it changes no weight."""
@@ -160,17 +171,16 @@ class Trainer:
         config, G = self.config, self.config.num_generations
         examples = self.examples(rows)
         inputs = self.policy.encode(examples)
-        with torch.no_grad():
-            prefix = self.policy.encode_prefix(inputs)
-        rollout = self.sampler.generate(
-            examples,
-            num_generations=G,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            prefix=prefix,
-            streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in places],
-        )
+        with self.policy.gathered(), torch.no_grad():
+            rollout = self.sampler.generate(
+                examples,
+                num_generations=G,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                prefix=self.policy.encode_prefix(inputs),
+                streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in places],
+            )
         self.phases.begin("rewards")
         self._count_tokens(inputs, G, rollout.completion_mask)
         scores = score(self.rewards, rollout.completions, [example for example in examples for _ in range(G)])
@@ -198,11 +208,18 @@ class Trainer:
             logps = torch.zeros(batch.completion_mask.shape, device=self.policy.device)
             for prompts in self._pieces(batch):
                 logps[batch.rows_of(prompts)] = batch_logps(reference, batch.take(prompts), self.config.temperature)
+            reference.release()
         return logps
 
     def _pieces(self, batch: Batch) -> list[Sequence[int]]:
         """The prompts that are in the model at a time, with all of their completions."""
-        return pieces_of(batch, equal=self.equal_pieces, most_tokens=self.config.tokens_per_microbatch)
+        pieces = pieces_of(batch, equal=self.equal_pieces, most_tokens=self.config.tokens_per_microbatch)
+        if self.policy.is_sharded:  # a process waits for the others in each layer
+            most = max(self.processes.gather(len(pieces)))
+            while len(pieces) < most:
+                longest = pieces.pop(max(range(len(pieces)), key=lambda i: len(pieces[i])))
+                pieces += [longest[:1], longest[1:]]
+        return pieces
 
     def _targets(self, rows: list[int]) -> StepData:
         """What supervised fine-tuning imitates."""
@@ -263,7 +280,8 @@ class Trainer:
         old = batch.old_per_token_logps
         self.phases.begin("optimizer")
         if math.isfinite(metrics["loss"]):
-            self.processes.sum_gradients(self.optimizer.weights)
+            if not self.policy.is_sharded:
+                self.processes.sum_gradients(self.optimizer.weights)
             metrics["grad_norm"] = self.optimizer.step(self.learning_rate)
             if config.num_iterations > 1 and old is None:
                 # The policy that sampled is the one before this update; the next ones on this batch are off-policy.
