@@ -310,7 +310,7 @@ def test_plan_for_a_card(large, capsys):
 
 
 def test_plan_of_a_model_on_the_hub(capsys, monkeypatch):
-    def offline(*_):
+    def offline(*_, **__):
         raise OSError("We couldn't connect to the hub")
 
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", offline)
@@ -358,7 +358,7 @@ def test_a_run_that_cannot_fit(large, planned, monkeypatch, capsys):
 
 
 def test_a_run_says_so_before_it_loads_anything(monkeypatch, capsys, tmp_path):
-    def cannot_fit(_):
+    def cannot_fit(_, **__):
         raise UserError("it cannot fit")
 
     monkeypatch.setattr(setup, "plans_before", cannot_fit)
@@ -371,7 +371,7 @@ def test_a_run_says_so_before_it_loads_anything(monkeypatch, capsys, tmp_path):
 def test_a_run_offloads_the_reference_if_the_plan_says_so(planned, monkeypatch, tmp_path):
     options = TrainConfig(task="vc", eval_steps=0, eval_samples=1, max_steps=1)
     for plans, offloads in (({}, False), ({"vc": planned}, False), ({"vc": planned.with_reference_offloaded()}, True)):
-        monkeypatch.setattr(setup, "plans_before", lambda _, plans=plans: plans)
+        monkeypatch.setattr(setup, "plans_before", lambda _, plans=plans, **__: plans)
         prepared = setup.prepare(OpenRun(RunFolder(tmp_path), options))
         assert prepared.offloads_reference is offloads
         assert ("the reference waits in the CPU's memory" in prepared.description()) is offloads

@@ -22,7 +22,7 @@ def tuned(monkeypatch, tmp_path):
     def run(*arguments, stop_at=None):
         seen = []
 
-        def best_of(key):
+        def best_of(key, _):
             if len(seen) == stop_at:
                 raise KeyboardInterrupt
             seen.append(key)

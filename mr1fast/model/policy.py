@@ -74,6 +74,11 @@ class Policy:
         return self._base
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """Of the language model, from the first."""
+        return list(self._base.model.language_model.layers)
+
+    @property
     def device(self) -> torch.device:
         return self._base.device
 

@@ -153,7 +153,7 @@ def plan(shape: StepShape) -> Plan:
     phases = {phase: {name: held.get(name, 0) for name in CATEGORIES} for phase, held in found.items()}
     parameters = sum(parameter.numel() for parameter in trainer.policy.model.parameters())
     trainable = sum(parameter.numel() for parameter in trainer.policy.trainable_parameters())
-    layers = trainer.policy.base.model.language_model.layers
+    layers = trainer.policy.layers
     layer = sum(parameter.numel() for parameter in layers[0].parameters())
     planned = Plan(parameters, trainable, phases, at_a_time=parameters - (len(layers) - 2) * layer)
     return planned if shape.sharers == 1 else planned.shared(shape.sharers)

@@ -32,14 +32,14 @@ def shard(policy: Policy) -> None:
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise UserError(f"FSDP needs torch 2.13 or newer, and this is {torch.__version__}")
     mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
-    for layer in model.model.language_model.layers:
+    for layer in policy.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.run = MethodType(lambda self, **inputs: self.model(**inputs), model)  # without the head, which the loss runs
     register_fsdp_forward_method(model, "run")
     # In backward, what is gathered ahead is the layer below. By default it is whatever ran before, and before the first
     # layer, that is what each process has sampled last.
-    layers = list(model.model.language_model.layers)
+    layers = policy.layers
     for part, below in zip([model, *layers[::-1]], [*layers[::-1], model]):
         part.set_modules_to_backward_prefetch([below])
     for part in _parts(model):
