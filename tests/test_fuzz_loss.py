@@ -51,6 +51,7 @@ def spoilt(batch, junk):
 @cases(12)
 def test_the_loss_is_that_of_the_oracle_whatever_is_masked(shape, seed, loss_type, option, dtype, junk, backend, flat):
     assume(not option.startswith(("rewards", "no_mask")))  # for groups of a size, and without a mask
+    assume(shape[2] > 1)  # of a single token the gradient is 0, by which no rounding can be measured
     torch.manual_seed(seed)
     batch = spoilt(random_batch(*shape, seed=seed, dtype=dtype), junk)
     settings = {"loss_type": loss_type, **OF_LOSS_TYPE.get(loss_type, {}), **OPTIONS[option](batch)}
