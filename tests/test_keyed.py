@@ -127,7 +127,7 @@ def test_mistakes_in_a_file(text, message, tmp_path):
 def test_help_lists_an_option_once_and_no_more_than_sixty():
     listed = [action for action in build_parser()._actions if action.help != argparse.SUPPRESS]
     assert len(listed) <= 60
-    assert len(re.findall(r"^  -", build_parser().format_help(), re.MULTILINE)) <= 60
+    assert len(re.findall(r"^ +-", build_parser().format_help(), re.MULTILINE)) <= 60
     strings = [string for action in listed for string in action.option_strings]
     assert {f"--{option}" for option in KEYED} <= set(strings)
     assert {field.metadata["key_of"] for field in FIELDS.values()} == {"", *KEYED}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from mr1fast.checks import nearest
 from mr1fast.errors import UserError
 from mr1fast.options.fields import GREATEST
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 IS_CHECKOUT = (Path(__file__).parents[2] / "Makefile").is_file()
 
 
@@ -22,12 +24,13 @@ def prog(module: str) -> str:
 
 
 class _Lines(argparse.HelpFormatter):
-    """Each line of a help text begins on a line of its own."""
+    """Each line of a help text begins on a line of its own, and none with an option that it only mentions."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         lines: list[str] = []
         for line in text.splitlines():
-            lines += super()._split_lines(line, width)
+            bound = re.sub(r" (?=--\w)", NO_BREAK, line)
+            lines += [part.replace(NO_BREAK, " ") for part in super()._split_lines(bound, width)]
         return lines
 
 
