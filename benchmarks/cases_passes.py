@@ -43,18 +43,8 @@ class Inputs:
 
 def make_inputs(shape: Shape, kind: str) -> Inputs:
     x = cases_step.make_inputs(shape, kind)
-    policy, lengths = x.policy(), torch.tensor(x.lengths)
-    rng = torch.Generator().manual_seed(0)
-    B = shape.P * shape.G
-    batch = Batch(
-        inputs=policy.encode(x.examples()),
-        num_generations=shape.G,
-        completion_ids=torch.randint(0, 256, (B, shape.L), generator=rng),
-        completion_mask=torch.arange(shape.L) < lengths[:, None],
-        advantages=torch.randn(B, generator=rng),
-        ref_per_token_logps=torch.full((B, shape.L), -5.0),
-    )
-    return Inputs(policy, batch)
+    policy = x.policy()
+    return Inputs(policy, cases_step.random_batch(x, policy))
 
 
 def call(x: Inputs, loss: Callable[[Inputs], Tensor], *, share: bool, again: bool = False) -> Call:

@@ -3,7 +3,8 @@
 Sampling, reference, loss with its gradient, clipping and AdamW: same model, prompts, groups and loss, and completions
 whose lengths are forced: all as long as they may be ("equal"), or lognormal with a mean of a third of that. Rewards are
 drawn at random, as those of models that know nothing would leave nothing to learn. `rate` counts the tokens of
-completions; the note says how the last step's time divides.
+completions; the note says how the last step's time divides. What remains of a step if all but its matrix products took
+no time is a case as well.
 
 On a GPU it is Qwen2-VL-2B's shape with random weights in bfloat16. TRL's trainers then update the bfloat16 weights
 themselves, which is less work than ours does, whose optimizer keeps them in float32.
@@ -14,13 +15,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import step_peers
 from benchmarks.cases import Call, Case, Scene, without_gpu
@@ -35,6 +37,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.sampling import Choice, Streams
 from mr1fast.options.config import TrainConfig
 from mr1fast.training import trainer as trainer_module
+from mr1fast.training.batch import Batch, batch_on
 from mr1fast.training.plan import StepShape
 from mr1fast.training.plan_step import build_models
 from mr1fast.training.processes import ALONE, Processes
@@ -123,6 +126,21 @@ def make_inputs(shape: Shape, kind: str) -> Inputs:
     return Inputs(shape, shape.lengths(kind), folder)
 
 
+def random_batch(x: Inputs, policy: Policy) -> Batch:
+    """Completions of random bytes, which differ from each other, with these lengths."""
+    shape, generator = x.shape, torch.Generator().manual_seed(0)
+    B = shape.P * shape.G
+    batch = Batch(
+        inputs=policy.encode(x.examples()),
+        num_generations=shape.G,
+        completion_ids=torch.randint(0, 256, (B, shape.L), generator=generator),
+        completion_mask=torch.arange(shape.L) < torch.tensor(x.lengths)[:, None],
+        advantages=torch.randn(B, generator=generator),
+        ref_per_token_logps=torch.full((B, shape.L), -5.0),
+    )
+    return batch_on(policy.device, vars(batch))
+
+
 # ---- forced lengths -------------------------------------------------------------------------------------------------
 
 ENDS = 2.0  # in the place of a random number, for the token that ends a completion
@@ -165,7 +183,7 @@ class _Examples(list[Example]):
     name = "examples"
 
 
-def trainer_of(x: Inputs, processes: Processes = ALONE) -> Trainer:
+def trainer_of(x: Inputs, processes: Processes = ALONE, *, share_prefix: bool = True) -> Trainer:
     shape = x.shape
     config = replace(
         TrainConfig(task="vc", method="grpo", beta=0.04).for_task("vc"),
@@ -176,6 +194,7 @@ def trainer_of(x: Inputs, processes: Processes = ALONE) -> Trainer:
         max_steps=10_000,
         learning_rate=1e-6,
         reward_weights={"format": 1.0},
+        share_prefix=share_prefix,
     )
     return Trainer(config, x.policy(), x.policy().freeze(), _Examples(x.examples()), processes)
 
@@ -193,8 +212,8 @@ def take_step(trainer: Trainer, lengths: Sequence[int]) -> dict[str, float]:
     return metrics
 
 
-def of_trainer(x: Inputs) -> Call:
-    trainer = trainer_of(x)
+def of_trainer(x: Inputs, *, share_prefix: bool = True) -> Call:
+    trainer = trainer_of(x, share_prefix=share_prefix)
     times: dict[str, float] = {}
 
     def run() -> None:
@@ -202,6 +221,43 @@ def of_trainer(x: Inputs) -> Call:
         times.update({name.removeprefix("step_time/"): metrics[name] for name in metrics if "step_time/" in name})
 
     return Call(run, remark=lambda: step_peers.remark(times), whole=True)
+
+
+def of_products(x: Inputs) -> Call:
+    """The matrix products of a step alone: of each prompt and completion once, and of nothing that is padding.
+
+    Forward for sampling (as if all tokens were known), reference and policy, and the two products of the policy's
+    gradients.
+    """
+    policy = x.policy()
+    batch = random_batch(x, policy)
+    operands = [_operands(int(batch.completion_mask.sum()), policy.head_weight.detach())]  # the loss multiplies by it
+
+    def note(module: Any, inputs: tuple[Tensor], _: Tensor) -> None:
+        rows = inputs[0].numel() // module.weight[0].numel()
+        operands.append(_operands(rows, module.weight.detach().flatten(1)))
+
+    linear = [module for module in policy.model.modules() if isinstance(module, (nn.Linear, nn.Conv3d))]
+    hooks = [module.register_forward_hook(note) for module in linear]
+    with torch.no_grad():
+        batch.hidden(policy)
+    for hook in hooks:
+        hook.remove()
+
+    def run() -> None:
+        for inputs, weight, gradient in operands:
+            for _ in range(3):
+                inputs @ weight.T
+            gradient @ weight
+            gradient.T @ inputs
+
+    return Call(run)
+
+
+def _operands(rows: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Random inputs of so many rows, the weight [outputs, inputs], and a random gradient of their product."""
+    outputs, inputs = weight.shape
+    return weight.new_empty(rows, inputs).normal_(), weight, weight.new_empty(rows, outputs).normal_()
 
 
 def of_peer(name: str) -> Callable[[Inputs], Call]:
@@ -218,6 +274,8 @@ def scenes(quick: bool) -> list[Scene]:
         work = 1e9 * sum(shape.lengths(kind))
         of_scene = (
             Case(OURS, of_trainer, work, "tokens/s", against=OURS),
+            Case("mr1fast --no-share-prefix", partial(of_trainer, share_prefix=False), work, "tokens/s", against=OURS),
+            Case("the matrix products alone", of_products, work, "tokens/s", against=OURS),
             Case("trl GRPOTrainer", of_peer("GRPOTrainer"), work, "tokens/s", against=OURS),
             Case("GRPODTrainer", of_peer("GRPODTrainer"), work, "tokens/s", against=OURS),
         )
