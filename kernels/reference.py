@@ -171,10 +171,10 @@ def score(logits: Tensor, ids: Tensor, mask: Tensor | None, logit_map: LogitMap)
     Raises ValueError for an unmasked id out of range (CPU, outside of torch.compile).
     """
     check_ids(ids, mask, logits.shape[-1])
-    z = logit_map(logits.to(compute_dtype(logits.dtype)))
-    if mask is not None:
-        z = torch.where(mask[..., None], z, 0)
-        ids = torch.where(mask, ids, 0)
+    x = logits.to(compute_dtype(logits.dtype))
+    if mask is not None:  # before the map, whose derivative at NaN would be NaN, also times 0
+        x, ids = torch.where(mask[..., None], x, 0), torch.where(mask, ids, 0)
+    z = logit_map(x)
     log_probs = torch.log_softmax(z, dim=-1)
     entropies = -(log_probs.exp() * torch.where(log_probs == NEG_INF, 0, log_probs)).sum(-1)
     logps = log_probs.gather(-1, ids[..., None]).squeeze(-1)

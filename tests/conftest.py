@@ -19,6 +19,8 @@ else:
     # Without a GPU the Triton kernels run in Triton's interpreter. Must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     speed_up_the_interpreter()
+    # torch.manual_seed notes for every kind of device who called it: a millisecond each time, in a list without end.
+    torch.manual_seed = torch.default_generator.manual_seed
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,7 @@ BAD = [
     ("beta", float("nan"), "beta must be"),
     ("beta", "0.1", "beta must be"),
     ("beta", torch.zeros(2), "beta must be"),
+    ("beta", torch.tensor(0.1 + 1j), "beta must be real"),
     ("epsilon_low", -0.1, "epsilon_low"),
     ("epsilon_high", float("inf"), "epsilon_high"),
     ("delta", 0.0, "delta must be"),

@@ -85,7 +85,12 @@ def test_the_windows_of_qwen2_5_matter_to_these_images(folder_of, one_thread):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("2B", "grpo-d"), ("2.5, 3B", "sft"), pytest.param("2.5, 7B", "grpo", marks=pytest.mark.slow)]
+    ("kind", "method"),
+    [
+        pytest.param("2B", "grpo-d", marks=pytest.mark.slow),
+        ("2.5, 3B", "sft"),
+        pytest.param("2.5, 7B", "grpo", marks=pytest.mark.slow),
+    ],
 )
 def test_trained_frozen_resumed_and_evaluated(kind, method, folder_of, tmp_path, capsys, monkeypatch, one_thread):
     # A reward that random completions differ in.

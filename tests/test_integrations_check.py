@@ -14,6 +14,7 @@ from mr1fast.integrations.trl import GRPODConfig, GRPODTrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow  # test_integrations_trl.py has the same with a smaller model
 def test_qwen2_vl_steps_equal_trls_for_every_loss_type(tmp_path, monkeypatch):
     batches = []
     compute_loss = GRPODTrainer._compute_loss

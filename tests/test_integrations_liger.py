@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick_interpreter import speed_up_the_interpreter
 
 from mr1fast.integrations import liger
 
@@ -254,4 +255,5 @@ def test_settings_that_are_not_computed_raise_and_say_why():
 
 
 if __name__ == "__main__":
+    speed_up_the_interpreter()
     main(sys.argv[1])

@@ -268,6 +268,7 @@ MISTAKES = {
     "eos true": (in_text_config(eos_token_id=True), "eos_token_id in .* got True"),
     "vocabulary below pad": (in_text_config(vocab_size=321), "pad_token_id in .* from 0 to 320, got 321"),
     "vocabulary below tokenizer": (in_tokenizer(pad_token="<pad>"), "has 333 tokens, .* embeddings for 332"),
+    "a length in words": (in_tokenizer(model_max_length="long"), "has a tokenizer that cannot be used: .*'str'"),
     "padding with images": (in_tokenizer(pad_token="<|image_pad|>"), r"pads with <\|image_pad\|>"),
     "ids exchanged": (in_config(image_token_id=326, video_token_id=325), "image_token_id is 326 in config.json.* 325"),
     "a word that is no image": (in_config(vision_end_token_id=7), "vision_end_token_id is 7"),

@@ -28,7 +28,7 @@ def head(batch, *, seed=0, width=16, dtype=torch.float32):
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_compile_fullgraph_and_beta_as_a_tensor(level, inplace, backend):
     hidden, weight, batch = head(random_batch(3, 4, 40))
 
@@ -51,7 +51,7 @@ def test_compile_fullgraph_and_beta_as_a_tensor(level, inplace, backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compile_with_any_length(masked, backend):
     """One graph of three losses, each with another kind of normaliser."""
 

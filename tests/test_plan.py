@@ -71,7 +71,7 @@ def slow(*values):
         {"method": "sft"},
         {"method": "grpo", "beta": 0.0, "loss": "importance_sampling_level=sequence", "gradient_accumulation_steps": 2},
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "lora_rank": 4},
-        {"tokens_per_microbatch": 420, "gradient_checkpointing": "on", "max_completion_length": 20},
+        slow({"tokens_per_microbatch": 420, "gradient_checkpointing": "on", "max_completion_length": 20}),
         slow({"share_prefix": False, "max_completion_length": 20}),
     ],
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),

@@ -214,7 +214,7 @@ def _beta(options: Mapping[str, Any], layout: Layout, dtype: torch.dtype) -> Ten
         raise ValueError("ref_per_token_logps [B, L] must be given unless beta is the float 0.0, got None")
     if not isinstance(beta, Tensor):
         return torch.full((), beta, dtype=dtype, device=layout.device)
-    if beta.shape in ((), (1,)):
+    if beta.shape in ((), (1,)) and not beta.is_complex():
         return beta.detach().reshape(()).to(layout.device, dtype)
     return _constant(_setting("beta", beta, layout), dtype)
 

@@ -224,6 +224,10 @@ def load_processor(
                 f"model {str(path)!r} has a tokenizer with neither pad_token nor eos_token; it needs one of them"
             )
         tokenizer.pad_token = tokenizer.eos_token  # any will do: it is masked
+    try:
+        tokenizer("a question")
+    except Exception as error:  # its settings are looked at only now, such as a model_max_length that is no number
+        raise UserError(f"model {str(path)!r} has a tokenizer that cannot be used: {_reason(error)}") from error
     _set_image_size(path, processor.image_processor, max_pixels)
     return processor
 
