@@ -45,7 +45,8 @@ def loss_and_gradient(batch, **keywords):
 
 
 @BACKENDS
-@given(cases(), st.floats(-30, 30))
+# Not of those that take the tokens of the largest covariance: two tokens have the same one, and rounding chooses.
+@given(cases([name for name in LOSS_TYPES if not name.endswith("_cov")]), st.floats(-30, 30))
 @SEARCH
 def test_shifting_a_row_changes_nothing(backend, case, shift):
     batch, keywords = prepare(case)
