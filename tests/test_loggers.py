@@ -2,6 +2,7 @@
 
 import math
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -148,6 +149,20 @@ def test_a_package_that_is_missing_is_one_sentence(tmp_path, capsys, monkeypatch
     assert error.startswith("error: --report-to wandb: the package wandb is not installed; run '")
     assert "-m pip install wandb', or leave wandb out of --report-to\n" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboards_own_thread_prints_no_traceback(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # which pytest replaces
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    (logger,) = open_loggers(["tensorboard"], RunFolder(tmp_path), "vc", first_step=0, config={})
+    for step in range(3):
+        logger.log(step, {"loss": 1.0}, [])
+    logger.close()
+    warning = "warning: tensorboard failed, and the run goes on without it: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == warning
 
 
 def test_tensorboard_shows_completions_as_they_are(tmp_path):

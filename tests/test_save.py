@@ -16,7 +16,7 @@ from mr1fast.data.example import Example
 from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.prompts import encode_prompts
-from mr1fast.model.save import flat_config
+from mr1fast.model.save import flat_config, save_processor
 from mr1fast.options.prompt import PROMPT_SUFFIX
 
 # A Python with transformers 4.49 (and torch and pillow), or the test that needs it is skipped:
@@ -38,6 +38,13 @@ def content(file):
 
 def weight_names(folder):
     return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+def test_what_tokenizers_cannot_write_is_an_os_error(tmp_path):
+    """As where the disk is full, which is one sentence of the program then. Its own exceptions have no type."""
+    (tmp_path / "vocab.json").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        save_processor(load_processor(), tmp_path, "qwen2_vl")
 
 
 @pytest.mark.parametrize("kind", KINDS)

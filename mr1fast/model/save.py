@@ -7,7 +7,8 @@ the versions before 4.52 understand.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ def save_processor(processor: Qwen2VLTextImageProcessor, folder: Path, model_typ
     written = {"chat_template": template["default"] if isinstance(template, dict) else template}
     tokenizer.backend_tokenizer.no_padding()  # tokenizer.json would keep how the last batch was padded
     tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
+    with _os_errors_of_tokenizers():
+        tokenizer.save_pretrained(folder)
+        tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     config = {name: value for name, value in _read(folder / "tokenizer_config.json").items() if name not in _LOADING}
     config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
     config["added_tokens_decoder"] = {token: _fields(added) for token, added in tokenizer.added_tokens_decoder.items()}
@@ -44,6 +46,17 @@ def save_processor(processor: Qwen2VLTextImageProcessor, folder: Path, model_typ
     size = images.pop("size")
     images |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     _write(folder / "preprocessor_config.json", images | {"processor_class": FAMILIES[model_type].processor_class})
+
+
+@contextmanager
+def _os_errors_of_tokenizers() -> Iterator[None]:
+    """OSError where tokenizers could not write, which itself raises a bare `Exception` whatever happens."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error
 
 
 def make_readable(folder: Path) -> None:

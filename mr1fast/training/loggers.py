@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -87,10 +88,17 @@ class Guarded:
             tqdm.write(f"warning: {self.name} failed, and the run goes on without it: {reason}", file=sys.stderr)
 
 
+def _leave_to_the_next_call(args: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's own thread: the run's next call raises the same error, which `Guarded` reports."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
+
+
 class TensorBoard:
     def __init__(self, run: RunFolder, task: str, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _leave_to_the_next_call
         self.writer = SummaryWriter(str(run.tensorboard(task)), purge_step=first_step)
 
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored]) -> None:
