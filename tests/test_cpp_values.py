@@ -134,7 +134,9 @@ def test_signs_and_nan():
 # ---- instruction sets -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "portable")) for name in INSTRUCTION_SETS]
+)
 def test_instruction_set(name):
     code = f"""
 import itertools, torch, test_cpp_values as values

@@ -116,7 +116,7 @@ def test_trained_frozen_resumed_and_evaluated(kind, method, folder_of, tmp_path,
     assert json.loads((output / "evaluation.json").read_text())["n"] == 4
 
 
-@pytest.mark.parametrize(("kind", "method"), [("7B", "grpo-d"), ("2.5, 3B", "sft")])
+@pytest.mark.parametrize(("kind", "method"), [pytest.param("7B", "grpo-d", marks=pytest.mark.slow), ("2.5, 3B", "sft")])
 def test_lora_trained_resumed_merged_and_evaluated(kind, method, folder_of, tmp_path, capsys, monkeypatch, one_thread):
     monkeypatch.setitem(REWARDS, "accuracy", lambda completions, solutions, **_: [len(text) for text in completions])
     folder, run = folder_of(kind), tmp_path / "run"

@@ -103,7 +103,7 @@ def test_autocast(inplace, backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("with_ref", [True, False])
+@pytest.mark.parametrize("with_ref", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_opcheck(with_ref, backend):
     batch = random_batch(3, 4, 40)
     ids, mask = batch["completion_ids"], batch["completion_mask"]

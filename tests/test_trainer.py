@@ -64,7 +64,7 @@ SETTINGS = {
 
 
 # `make test` takes those that differ most.
-SLOW = ("grpo", "grpo-d", "grpo without KL")
+SLOW = ("grpo", "grpo-d", "grpo without KL", "refilled, 2 iterations")
 
 
 @pytest.mark.parametrize(
