@@ -188,7 +188,7 @@ mr1fast.grpo_loss(x, ids, advantages, backend="cpp")
     assert "install a C++ compiler" in done.stderr
 
 
-@pytest.mark.parametrize("missing", ["compiler", "torch"])
+@pytest.mark.parametrize("missing", ["compiler", pytest.param("torch", marks=pytest.mark.slow)])
 def test_install_without(missing, tmp_path):
     """The build succeeds in pure Python and says what will be missing."""
     tree = tmp_path / "tree"

@@ -219,6 +219,7 @@ def test_mistakes_are_one_sentence(tmp_path, write, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_without_datasets_only_parquet_and_saved_data_cannot_be_read(folder):
     rows = [row(n) for n in range(5)]
     files = [as_jsonl(folder, rows), as_csv(folder, rows), as_parquet_of_bytes(folder, rows), as_saved(folder, rows)]

@@ -84,14 +84,8 @@ def test_the_windows_of_qwen2_5_matter_to_these_images(folder_of, one_thread):
     assert changed.tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        pytest.param("2B", "grpo-d", marks=pytest.mark.slow),
-        ("2.5, 3B", "sft"),
-        pytest.param("2.5, 7B", "grpo", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method"), [("2B", "grpo-d"), ("2.5, 3B", "sft"), ("2.5, 7B", "grpo")])
 def test_trained_frozen_resumed_and_evaluated(kind, method, folder_of, tmp_path, capsys, monkeypatch, one_thread):
     # A reward that random completions differ in.
     monkeypatch.setitem(REWARDS, "accuracy", lambda completions, solutions, **_: [len(text) for text in completions])

@@ -21,7 +21,9 @@ ROUNDING = {"rel": 1e-4, "abs": 1e-6}
 TIPPED = {"rel": 0.3, "abs": 0.05}
 
 
-@pytest.mark.parametrize("method", golden.METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[pytest.mark.slow] * (method == "sft")) for method in golden.METHODS]
+)
 def test_ten_steps_are_those_of_the_record(method, one_thread):
     """If they are meant to be others: `python -m tests.golden` writes the record again."""
     wanted, tolerance = json.loads(golden.RECORD.read_text())[method], ROUNDING
@@ -52,7 +54,7 @@ def weights_after(steps, settings):
     return [weight.detach().clone() for weight in policy.trainable_parameters()]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "grpo-d")) for name in RUNS])
 def test_the_same_run_twice_gives_the_same_bytes(name, one_thread):
     first, second = (weights_after(4, RUNS[name]) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -8,6 +8,8 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 OF_THE_INTEGRATIONS = ("mr1fast/integrations/", "mr1fast/model/liger.py")  # Liger's layers only where it is installed
 OF_THE_LOSS = ("kernels", "mr1fast/losses", "mr1fast/__init__.py", "mr1fast/checks.py", "mr1fast/errors.py")
@@ -32,6 +34,7 @@ def declared(*extras):
     return {canonical(re.match(r"[\w.-]+", line).group()) for line in lines}
 
 
+@pytest.mark.slow
 def test_import_leaves_the_compilers_alone():
     """torch's compiler takes two seconds to import, Triton a quarter of one, transformers several."""
     heavy = ("torch._dynamo", "torch._inductor", "triton", "transformers")

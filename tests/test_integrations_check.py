@@ -52,6 +52,7 @@ def test_command_prints_both_and_ends_with_0(capsys):
     assert "<--" not in printed
 
 
+@pytest.mark.slow
 def test_command_finds_a_wrong_number(capsys, monkeypatch):
     right = liger_linear.linear_grpo_loss
 

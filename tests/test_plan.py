@@ -197,6 +197,7 @@ def test_rewards_of_the_users_are_not_called_to_plan():
 # ---- what fits ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reference_is_offloaded_where_that_makes_it_fit(planned):
     waiting = planned.with_reference_offloaded()
     assert waiting.phases["reference"] == planned.phases["reference"]

@@ -88,7 +88,7 @@ def test_only_panels_with_data_are_drawn(tmp_path, drawn):
     assert [title for title in drawn if "/" not in title] == ["GRPO loss"]
 
 
-@pytest.mark.parametrize("steps", [1, 3, 3000])
+@pytest.mark.parametrize("steps", [1, 3, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_length_of_run(tmp_path, drawn, steps):
     run = write_run(tmp_path / "run", [row(step) for step in range(1, steps + 1)])
     with warnings.catch_warnings():

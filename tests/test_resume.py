@@ -91,6 +91,7 @@ def test_a_stopped_run_is_saved_and_goes_on(number, options, pictures, tmp_path,
         assert untimed(a) == untimed(b)
 
 
+@pytest.mark.slow
 def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     options = ["--task=vc", "--method=sft", "--max-steps=4", "--save-steps=1", "--save-total-limit=3", *SMALL]

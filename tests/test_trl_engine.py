@@ -83,6 +83,7 @@ def test_both_engines_take_the_same_steps(tmp_path, same_completions, monkeypatc
     assert_same(rows, metrics(theirs))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(REWARDS, "format", lambda completions, *_, **columns: [math.inf] * len(completions))
     run = tmp_path / "run"
