@@ -29,6 +29,15 @@ def test_usual_names_need_no_option(folder, image, problem, solution):
     assert parts(load_split(file, "all")) == [("How many?", "3", [7])]
 
 
+def test_a_csv_whose_quotes_are_wrong_is_one_sentence(folder):
+    """A column is named after several lines."""
+    file = folder / "data.csv"
+    file.write_text('"image,question\n0.png,How many?",solution\n1.png,3\n')
+    with pytest.raises(UserError, match=r"its columns are image,question 0\.png,How many\?, solution; say") as error:
+        load_split(file, "all")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("write", [as_jsonl, as_csv])
 def test_the_first_name_that_is_not_empty_counts_and_is_said(folder, write):
     rows = [

@@ -71,7 +71,8 @@ class Reading:
 
     def check(self, source: str, columns: Collection[str]) -> None:
         """A column that no row has is one mistake, not a thousand skipped rows. Raises UserError."""
-        there = f"its columns are {', '.join(sorted(map(str, columns)))}"
+        names = sorted(" ".join(str(name).split()) for name in columns)  # whole lines, where a CSV's quotes are wrong
+        there = f"its columns are {', '.join(names)}"
         for what, name in self.columns.items():
             if self.strict and name not in columns:
                 hint = nearest(name, columns)
