@@ -228,7 +228,7 @@ def check_packed(lengths, V, backend, option=lambda batch: {}, *, dtype=torch.fl
 def assert_exact_in_float64(batch, exact, exact_gradient, **settings):
     """The budget of `compare` is twice torch's own error, so that a wrong formula in torch would not show there.
 
-    Not to the last bits of float64: up to 2e-6 apart, mostly with sapo, presumably by settings that are rounded to float32.
+    Not to the last bits of float64: they are up to 2e-6 apart, mostly with sapo, presumably as settings become float32.
     """
     actual, gradient = run(grpo_loss, batch["logits"].double(), batch, backend="torch", **settings)
     torch.testing.assert_close(actual["loss"], exact["loss"], rtol=1e-5, atol=1e-7)
