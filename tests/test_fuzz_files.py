@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 from data_files import as_csv, as_json_under_a_key, as_jsonl, as_parquet_of_bytes, as_saved, encoded, picture, row
@@ -194,7 +195,7 @@ def folders(draw):
     content = json.loads(text)
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from([path for path in places_in(content) if path]))
-        put(content, path, draw(JUNK | st.just(...)))
+        put(content, path, deepcopy(draw(JUNK | st.just(...))))  # the next change may be within it
     return name, json.dumps(content).encode()
 
 
