@@ -190,6 +190,10 @@ def test_questions_that_cannot_be_encoded_are_named(problem, says, processor):
             "of type 'llama', which is not of these families: Qwen2-VL, Qwen2.5-VL$",
         ),
         (
+            lambda folder: (folder / "config.json").write_text('{"model_type": ["qwen2_vl"]}') and folder,
+            r"of type \['qwen2_vl'\], which is not",
+        ),
+        (
             lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_vl"}') and folder,
             "has no weights",
         ),

@@ -36,6 +36,6 @@ def known() -> str:
 
 def family(path: str | Path, model_type: Any) -> Family:
     """The family of the model at that path. Raises UserError for any other model."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{str(path)!r} holds a model of type {model_type!r}, which is {known()}")
     return FAMILIES[model_type]

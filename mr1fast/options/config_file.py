@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 # Entries of config.json that are no options.
 RECORDS = ("schema_version", "max_steps_changes")
 MOST_NODES = 100_000  # a file of a few lines may stand for more than any memory holds, see `_written_out`
+LONGEST_NUMBER = 1000  # characters; Python itself does not spell out numbers of more than 4,300 digits
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -58,7 +59,21 @@ def safely_loaded(text: str) -> tuple[Any, Any]:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if _written_out(node, {}) > MOST_NODES:
         raise yaml.YAMLError("its aliases refer to themselves, or to one another too often")
-    return node, yaml.safe_load(text)
+
+    class Loader(yaml.SafeLoader):
+        """That takes whole numbers of any length for a mistake of the file."""
+
+    Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+    try:
+        return node, yaml.load(text, Loader)
+    except (LookupError, AttributeError) as error:  # of PyYAML itself, for "!!int ''" and "!!timestamp x"
+        raise yaml.YAMLError("a tag does not fit its value") from error
+
+
+def _whole_number(loader: Any, node: Any) -> int:
+    if len(node.value) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(node.value):,} digits is not an option's")
+    return loader.construct_yaml_int(node)
 
 
 def _written_out(node: Any, known: dict[int, float]) -> float:
