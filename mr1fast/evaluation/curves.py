@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class Series:
 
     run: Path
     task: str
-    rows: list[dict[str, Any]]  # by step, ascending
+    rows: list[dict[str, Any]]  # by step, ascending; of the metrics only those that are drawn
     result: dict[str, Any]  # of result.json, as far as the run has come
 
     @property
@@ -114,13 +115,15 @@ def read_run(run: Path) -> list[Series]:
     if not file.exists():
         raise UserError(f"{str(run)!r} is not a run: it has no metrics.jsonl")
     tasks: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a run that was killed leaves half a line
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            tasks.setdefault(str(row.get("task", run.name)), {})[row["step"]] = row
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a run that was killed leaves half a line
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                task = str(row.get("task", run.name))
+                tasks.setdefault(task, {})[row["step"]] = {name: row[name] for name in _drawn(task) if name in row}
     if not tasks:
         raise UserError(f"{str(file)!r} has no training step in it yet")
     try:
@@ -129,6 +132,12 @@ def read_run(run: Path) -> list[Series]:
         result = {}
     result = result if isinstance(result, dict) else {}
     return [Series(run, task, [rows[step] for step in sorted(rows)], result) for task, rows in tasks.items()]
+
+
+@cache
+def _drawn(task: str) -> list[str]:
+    """The metrics of a task that are drawn: a long run has more of others than should be held at once."""
+    return ["step", *dict.fromkeys(curve.metric.format(data=task) for panel in PANELS for curve in panel.curves)]
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ class MetricsLog:
     ):
         self.run, self.file, self.task = run, run.metrics_file, task
         self.loggers, self.labels = loggers, labels or {}
-        if rows := read_rows(self.file):
-            kept = [row for row in rows if row["task"] != task or row["step"] < first_step]
+        if self.file.exists():
+            kept = (row for row in rows_in(self.file) if row["task"] != task or row["step"] < first_step)
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored] = ()) -> None:
@@ -65,14 +65,14 @@ class NoLog:
 
 def rows_of_task(file: Path, task: str) -> str:
     """The rows of metrics.jsonl that a task has so far, as they are kept in a checkpoint."""
-    return "".join(json.dumps(row) + "\n" for row in read_rows(file) if row["task"] == task)
+    return "".join(json.dumps(row) + "\n" for row in rows_in(file) if row["task"] == task)
 
 
 def restore_rows(file: Path, task: str, kept: Path) -> None:
     """Give metrics.jsonl the rows of a task that a checkpoint has `kept`, if it has lost any, and say so."""
     if not kept.exists():  # older versions kept none
         return
-    saved, there = read_rows(kept), read_rows(file)
+    saved, there = list(rows_in(kept)), list(rows_in(file))
     found = {json.dumps(row) for row in there}
     if lost := [row["step"] for row in saved if json.dumps(row) not in found]:
         steps = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps"
@@ -81,19 +81,21 @@ def restore_rows(file: Path, task: str, kept: Path) -> None:
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The complete rows of metrics.jsonl: a run that was killed may have left half a line."""
-    rows: list[dict[str, Any]] = []
+def rows_in(file: Path) -> Iterator[dict[str, Any]]:
+    """The complete rows of metrics.jsonl, if there is one: a run that was killed may have left half a line.
+
+    One at a time, as all rows of a long run together take much memory.
+    """
     if not file.exists():
-        return rows
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "task" in row and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "task" in row and isinstance(row.get("step"), int):
+                yield row
 
 
 def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: int) -> dict[str, float]:

@@ -9,7 +9,8 @@ import base64
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,7 @@ from mr1fast.data.images import side_by_side
 from mr1fast.errors import UserError
 from mr1fast.training.run_folder import RunFolder, write_text
 from mr1fast.training.scoring import Scored
-from mr1fast.training.watch import WINDOW, warnings
+from mr1fast.training.watch import LOOKED_AT, WINDOW, warnings
 
 EVERY = 30.0  # seconds at least between two of them; and drawing takes at most a thirtieth of the time
 SIDE = 256  # pixels of an image
@@ -46,15 +47,15 @@ SHOWN_METRICS = {
 class Page:
     """rows: those of metrics.jsonl that the task has from before a resumption; total: steps of its training."""
 
-    def __init__(self, run: RunFolder, task: str, rows: Sequence[dict[str, Any]], total: int):
+    def __init__(self, run: RunFolder, task: str, rows: Iterable[dict[str, Any]], total: int):
         self.run, self.task, self.total = run, task, total
-        self.rows = list(rows)
+        self.rows = list(deque(rows, maxlen=LOOKED_AT))
         self.completions: Sequence[Scored] = ()
         self.said: set[str] = set()
         self.written, self.cost = 0.0, 0.0
 
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored]) -> None:
-        self.rows.append({"step": step, **metrics})
+        self.rows = [*self.rows[-LOOKED_AT + 1 :], {"step": step, **metrics}]
         self.completions = completions or self.completions
         for metric, sentence in warnings(self.rows).items():
             if metric not in self.said:

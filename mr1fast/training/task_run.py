@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mr1fast.model.policy import Policy
 from mr1fast.training.loggers import Guarded, open_loggers
-from mr1fast.training.metrics import MetricsLog, NoLog, read_rows
+from mr1fast.training.metrics import MetricsLog, NoLog, rows_in
 from mr1fast.training.page import Page
 from mr1fast.training.pictures import Unfinished, draw_pictures
 from mr1fast.training.run_folder import checkpoints, record_max_steps, remove_folder, step_of, versions, write_json
@@ -111,7 +111,7 @@ def _open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
     own = config.for_task(name)
     recorded = {**config.resolved(), **dataclasses.asdict(own), "versions": versions()}
     loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
-    before = [row for row in read_rows(folder.metrics_file) if row["task"] == name and row["step"] < first_step]
+    before = (row for row in rows_in(folder.metrics_file) if row["task"] == name and row["step"] < first_step)
     loggers.append(Guarded(folder.page.name, lambda: Page(folder, name, before, own.max_steps)))
     labels = {} if config.method == "sft" else {"loss_type": own.loss["loss_type"]}
     return MetricsLog(folder, name, first_step, loggers, labels)

@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 WINDOW = 20  # the latest steps, of which a warning speaks
+LOOKED_AT = 1000  # steps, these and those before: a longer run must not become slower for it
 RUNAWAY = 10.0  # times what it was in the steps before these
 LARGE_KL = 0.5  # nats per token; below that, ten times as much is no harm yet
 
