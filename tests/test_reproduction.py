@@ -7,12 +7,14 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mr1fast import reproduce
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import kl_weight
 from mr1fast.model.load import EMBEDDED
+from mr1fast.model.policy import Policy
 from mr1fast.options.parse import parse_arguments
 from mr1fast.options.preset import PRESETS
 from mr1fast.reproduction import experiments, runner, train
@@ -147,6 +149,23 @@ def test_twists():
     assert 0.1 < len(wrong) / 300 < 0.25  # some of the fifth come by the right answer
     assert noisy[wrong[0]] == noisy[wrong[0]]
     assert replace(noisy[wrong[0]], solution=problems[wrong[0]].solution) == problems[wrong[0]]
+
+
+def test_prompts_encoded_once_are_those_that_a_policy_encodes(monkeypatch):
+    policy = train._policy(str(EMBEDDED))
+    problems = [one for test in TESTS[:2] for one in train._problems(test)[:5]]  # of several lengths
+    for _ in range(2):
+        for batch in (problems, problems[::-1], problems[6:7]):
+            expected, found = Policy.encode(policy, batch), policy.encode(batch)
+            assert found.keys() == expected.keys()
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+    monkeypatch.setattr(Policy, "encode", None)
+    policy.encode(problems)
+    monkeypatch.undo()
+    monkeypatch.setattr("mr1fast.reproduction.encoded.MOST", len(policy.known))
+    policy.encode([replace(problems[0], problem="How many?")])
+    assert len(policy.known) == 1
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.reproduction.arms import SETTING, STEPS, TESTS, TRAIN_SAMPLES, Arm, Test
+from mr1fast.reproduction.encoded import EncodedOnce
 from mr1fast.reproduction.experiments import BASE_RUN, Run
 from mr1fast.training.trainer import Trainer
 
@@ -121,20 +122,27 @@ def _is_watched(run: Run) -> bool:
 
 def _trainer(arm: Arm, config: TaskConfig, policy: Policy, model: str, task: str) -> Trainer:
     reference = _base(model) if config.needs_reference else None
-    examples: Examples = load_split(task, "train", count=TRAIN_SAMPLES[task], sample_seed=config.seed, reworded=True)
-    examples = [examples[index] for index in range(len(examples))]  # drawn once
+    examples = _drawings(task, config.seed)
     return TWISTS[arm.twist](config, policy, reference, Noisy(examples) if arm.twist == "noise" else examples)
 
 
 @cache
-def _base(model: str) -> Policy:
-    return Policy(load_model(model), load_processor(model)).freeze()
+def _base(model: str) -> EncodedOnce:
+    policy = EncodedOnce(load_model(model), load_processor(model), known={})
+    policy.freeze()
+    return policy
 
 
 def _policy(model: str) -> Policy:
     """The base, to be trained. Copied, as a process runs several arms."""
     base = _base(model)
-    return Policy(copy.deepcopy(base.model).requires_grad_(True), base.processor)
+    return EncodedOnce(copy.deepcopy(base.model).requires_grad_(True), base.processor, base.known)
+
+
+@lru_cache(maxsize=2)  # arms are run seed by seed
+def _drawings(task: str, seed: int) -> list[Example]:
+    split = load_split(task, "train", count=TRAIN_SAMPLES[task], sample_seed=seed, reworded=True)
+    return [split[index] for index in range(len(split))]
 
 
 @cache
