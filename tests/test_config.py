@@ -225,6 +225,7 @@ def test_absurd_numbers_are_answered_in_one_sentence(name):
         ("task: [vc, gr]", "task must be text, got ['vc', 'gr']"),
         ("seed: {vc: 1}", "seed must be a whole number, got {'vc': 1}"),
         ("max_steps: {vc: many}", "max_steps: vc must be a whole number, got 'many'"),
+        ("max_steps: {vc: {}}", "max_steps: vc must be a whole number, got {}"),
         ("max_steps: {vc: 0}", "max_steps: vc must be at least 1, got 0"),
         ("max_steps: {cv: 1}", "--max-steps: a task must be one of vc, gr, got 'cv'"),
         ("data: x\nmax_steps: {vc: 1}", "--max-steps must be one value with --data"),

@@ -27,7 +27,11 @@ def field_type(name: str) -> type:
 def convert(name: str, value: Any, source: str) -> Any:
     """Convert a value from the command line or a YAML file to the option's type, and check its range."""
     if isinstance(value, dict) and name in BY_TASK:
-        return {str(task): convert(name, each, f"{source}: {task}") for task, each in value.items()}
+        return {str(task): _convert_one(name, each, f"{source}: {task}") for task, each in value.items()}
+    return _convert_one(name, value, source)
+
+
+def _convert_one(name: str, value: Any, source: str) -> Any:
     field, wanted = FIELDS[name], field_type(name)
     value = _as_text(field, value)
     try:
