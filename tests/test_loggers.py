@@ -155,7 +155,8 @@ def test_tensorboards_own_thread_prints_no_traceback(tmp_path, monkeypatch, caps
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # which pytest replaces
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
     (logger,) = open_loggers(["tensorboard"], RunFolder(tmp_path), "vc", first_step=0, config={})
     for step in range(3):
@@ -163,6 +164,11 @@ def test_tensorboards_own_thread_prints_no_traceback(tmp_path, monkeypatch, caps
     logger.close()
     warning = "warning: tensorboard failed, and the run goes on without it: [Errno 28] No space left on device\n"
     assert capsys.readouterr().err == warning
+    assert seen == []
+    other = threading.Thread(target=full)  # the program's hook has those of all other threads
+    other.start()
+    other.join()
+    assert [args.exc_type for args in seen] == [OSError]
 
 
 def test_tensorboard_shows_completions_as_they_are(tmp_path):

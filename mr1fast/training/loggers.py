@@ -88,17 +88,20 @@ class Guarded:
             tqdm.write(f"warning: {self.name} failed, and the run goes on without it: {reason}", file=sys.stderr)
 
 
-def _leave_to_the_next_call(args: threading.ExceptHookArgs) -> None:
-    """No traceback of TensorBoard's own thread: the run's next call raises the same error, which `Guarded` reports."""
+def _leave_to_the_next_call(before: Callable[[Any], Any], args: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's own thread: the run's next call raises the same error, which `Guarded` reports.
+
+    before: the hook that was there, which other threads keep.
+    """
     if not type(args.thread).__module__.startswith("tensorboard."):
-        threading.__excepthook__(args)
+        before(args)
 
 
 class TensorBoard:
     def __init__(self, run: RunFolder, task: str, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        threading.excepthook = _leave_to_the_next_call
+        threading.excepthook = partial(_leave_to_the_next_call, threading.excepthook)
         self.writer = SummaryWriter(str(run.tensorboard(task)), purge_step=first_step)
 
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored]) -> None:
