@@ -6,6 +6,7 @@ It is written anew now and then, with curves.png beside it, and is another logge
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 import sys
 import time
@@ -75,6 +76,7 @@ class Page:
         with suppress(UserError):  # there is nothing to draw yet
             draw_curves([self.run.path], self.run.curves)
         write_text(self.run.page, self._render(is_running))
+        _return_freed_memory()
         self.written = time.monotonic()
         self.cost = self.written - started
 
@@ -97,6 +99,15 @@ class Page:
             version=int(time.time()),  # else a browser shows the curves that it has
             now=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
+
+
+def _return_freed_memory() -> None:
+    """To the system. glibc keeps a picture's megabytes, and what is allocated among them pushes the next one further up.
+
+    Without this, a long run grows by some ten megabytes with every few pictures (benchmarks/LOG.md).
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _prompts(completions: Sequence[Scored]) -> list[tuple[str | None, list[Scored]]]:
