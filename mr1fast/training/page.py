@@ -102,9 +102,9 @@ class Page:
 
 
 def _return_freed_memory() -> None:
-    """To the system. glibc keeps a picture's megabytes, and what is allocated among them pushes the next one further up.
+    """To the system: glibc keeps a picture's megabytes, and what is then put among them pushes the next one further up.
 
-    Without this, a long run grows by some ten megabytes with every few pictures (benchmarks/LOG.md).
+    Without this, a run of 2,000 steps grew by 28 MB per 1,000 steps (docs/reliability.md).
     """
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
