@@ -180,6 +180,7 @@ def test_group_advantages():
         group_advantages(torch.zeros(4, 2), 2)
     with pytest.raises(ValueError, match=r"eps must be .* >= 0, got -1"):
         group_advantages(torch.zeros(4), 2, eps=-1)
+    assert group_advantages(torch.zeros(0), 10**30).shape == (0,)
 
 
 def test_scale_rewards_without_rewards():

@@ -320,6 +320,8 @@ MISTAKES = [
     (["--task", "vcc"], r"--task must be one of vc, gr, got 'vcc' \(did you mean 'vc'\?\)"),
     (["--task", "vc", "--split", "all"], "--split must be one of train, validation, test"),
     (["--data", "nowhere"], "--data nowhere does not exist"),
+    (["--data", "n" * 300], "--data n* does not exist"),  # longer than any file's name may be
+    (["--task", "vc", "--model", "n" * 300], "model folder 'n*' does not exist"),
     (["--data", "full/vc"], "data 'full/vc' has no readable row for test: there are no rows"),
     (["--task", "vc", "--temperature", "0"], "--temperature must be a finite number above 0, got 0"),
     (["--task", "vc", "--temperature", "nan"], "--temperature must be a finite number above 0"),

@@ -189,6 +189,7 @@ def test_print_config(tmp_path, capsys):
     assert options == {**json.loads((run / "config.json").read_text()), "threads": 2}
     for arguments, message in (
         (["--data", "nowhere"], "--data nowhere does not exist"),
+        (["--data=x", "--test-data=" + "n" * 300 + ",y"], "--data x does not exist"),
         (["--model", "./nowhere"], "--model ./nowhere is not a folder"),
         (["--max-steps", "0"], "--max-steps must be at least 1"),
     ):

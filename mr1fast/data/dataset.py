@@ -7,6 +7,7 @@ and the images' headers up front, the rest when an image is decoded.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from array import array
 from collections import Counter
@@ -181,7 +182,7 @@ def load_split(
     if split not in (None, *SPLITS, "all"):
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = Path(source)
-    if not path.exists() and not is_hub_name(str(source)):
+    if not os.path.exists(path) and not is_hub_name(str(source)):
         hint = nearest(str(source), TASKS)
         raise UserError(f"data {str(source)!r} does not exist{hint}")
     tables = read_tables(path, reading)

@@ -205,7 +205,7 @@ def group_size(B: int, num_generations: int | None) -> int:
         raise ValueError(
             f"num_generations must be an integer >= 1 that divides the number of rewards ({B}), got {num_generations}"
         )
-    return num_generations
+    return min(num_generations, max(B, 1))  # of no rewards, any number
 
 
 def _beta(options: Mapping[str, Any], layout: Layout, dtype: torch.dtype) -> Tensor:

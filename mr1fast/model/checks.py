@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sized
 from pathlib import Path
@@ -45,10 +46,10 @@ FOREIGN_WEIGHTS = {
 def check_folder(path: str | Path) -> None:
     """Raise UserError unless the folder (or the hub name, which is not looked at) may hold a model of FAMILIES."""
     folder = Path(path)
-    if not folder.exists():
+    if not os.path.exists(folder):  # False, too, for a name that is too long, of which Path.exists() makes an error
         if isinstance(path, Path) or path.startswith((".", "/")) or path.count("/") != 1:
             raise UserError(f"model folder {str(path)!r} does not exist")
-        if folder.parent.exists():
+        if os.path.exists(folder.parent):
             why = f"it is not looked up on the hub, because there is a folder {str(folder.parent)!r}"
             raise UserError(f"model folder {path!r} does not exist; {why}")
         return
@@ -161,7 +162,7 @@ def image_starts(is_image: Tensor) -> Tensor:
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds an adapter. Raises UserError if it holds a model as well, or does not name the base."""
     folder = Path(path)
-    adapter = read_json(folder / "adapter_config.json") if folder.is_dir() else None
+    adapter = read_json(folder / "adapter_config.json") if os.path.isdir(folder) else None
     if adapter is None:
         return False
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def check_processor_files(folder: Path) -> None:
 
 def check_readable(path: str | Path) -> None:
     """To be called where loading has failed. Raises UserError, which names it, if that is because of a broken file."""
-    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    files = sorted(Path(path).iterdir()) if os.path.isdir(path) else []
     for file in files:
         if file.suffix not in (".json", ".safetensors", ".bin"):
             continue

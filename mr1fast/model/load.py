@@ -159,7 +159,7 @@ def most_pixels(path: str | Path) -> int:
 
 def _cannot_be_loaded(path: str | Path, error: Exception) -> UserError:
     check_readable(path)
-    nowhere = "" if Path(path).exists() else ", and there is no such folder"
+    nowhere = "" if os.path.exists(path) else ", and there is no such folder"
     return UserError(f"model {str(path)!r} cannot be loaded: {_reason(error)}{nowhere}")
 
 
@@ -201,7 +201,7 @@ def load_processor(
     missing or cannot be used, or if `max_pixels` is less than one image token.
     """
     folder, prompt = Path(path), prompt or recorded_prompt(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         base = recipes.adapter_base(folder)
         if base and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
             return load_processor(base, max_pixels=max_pixels, prompt=prompt)

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mr1fast.checks import pairs
@@ -231,7 +230,7 @@ def canonical(name: str, value: Any) -> Any:
         return source_of(value)
     if name == "test_data":
         return ",".join(sources_of(value))
-    if name == "image_root" or (name in ("model", "reference_model") and Path(value).is_dir()):
+    if name == "image_root" or (name in ("model", "reference_model") and os.path.isdir(value)):
         return os.path.abspath(value)
     lists = ("columns", "freeze", "lora_targets", "loss", "report_to", "reward_weights", "task")
     return "".join(value.split()) if name in lists else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def preset_file(name: str) -> Path:
 def sizes_of(model: str) -> Path | None:
     """A folder with the published configuration of a preset's model, so that a plan needs no network; else None."""
     folder = FOLDER / model.rpartition("/")[2]
-    named = model.startswith("Qwen/") and not Path(model).exists()
+    named = model.startswith("Qwen/") and not os.path.exists(model)
     return folder if named and (folder / "config.json").exists() else None
 
 

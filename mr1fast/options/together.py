@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mr1fast.errors import UserError
@@ -106,7 +106,7 @@ def _check_parts(config: TrainConfig) -> None:
         raise UserError(f"--freeze {config.freeze} leaves nothing to train")
     if config.lora_rank is None and (config.lora_alpha, config.lora_targets) != (None, None):
         raise UserError("--lora-alpha and --lora-targets need --lora-rank, which is not given")
-    if config.merge and not config.trains_adapter and (config.model is None or Path(config.model).is_dir()):
+    if config.merge and not config.trains_adapter and (config.model is None or os.path.isdir(config.model)):
         raise UserError("--merge needs --lora-rank, or the folder of an adapter as --model")
 
 

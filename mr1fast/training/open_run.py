@@ -105,18 +105,18 @@ def _new_run(config: TrainConfig) -> OpenRun:
 def _check_paths(config: TrainConfig) -> None:
     check_data_paths(config.data, config.image_root)
     for option, model in (("--model", config.model), ("--reference-model", config.reference_model)):
-        if model is not None and model.startswith((".", "/")) and not Path(model).is_dir():
+        if model is not None and model.startswith((".", "/")) and not os.path.isdir(model):
             raise UserError(f"{option} {model} is not a folder")  # else it may be a name on the hub
     for source in config.test_sources:
-        if source not in TASKS and not Path(source).exists() and not is_hub_name(source):
+        if source not in TASKS and not os.path.exists(source) and not is_hub_name(source):
             raise UserError(f"--test-data {source} does not exist{nearest(source, TASKS)}")
 
 
 def check_data_paths(data: str | None, image_root: str | None) -> None:
     """Raises UserError for what is not there."""
-    if data is not None and not Path(data).exists() and not is_hub_name(data):
+    if data is not None and not os.path.exists(data) and not is_hub_name(data):
         raise UserError(f"--data {data} does not exist")
-    if image_root is not None and not Path(image_root).is_dir():
+    if image_root is not None and not os.path.isdir(image_root):
         raise UserError(f"--image-root {image_root} is not a folder")
 
 
@@ -145,7 +145,7 @@ def _find_run(request: Request) -> tuple[RunFolder, Path | None]:
     if not request.resume:
         return _newest_run(RUNS if output_dir is None else Path(output_dir)), None
     path = Path(request.resume)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"--resume {path}: there is no such folder")
     checkpoint = path.absolute() if is_checkpoint(path) else None
     run = path if checkpoint is None else checkpoint.parent.parent

@@ -6,7 +6,7 @@ It is written anew now and then, with curves.png beside it, and is another logge
 from __future__ import annotations
 
 import base64
-import ctypes
+import gc
 import io
 import sys
 import time
@@ -76,7 +76,7 @@ class Page:
         with suppress(UserError):  # there is nothing to draw yet
             draw_curves([self.run.path], self.run.curves)
         write_text(self.run.page, self._render(is_running))
-        _return_freed_memory()
+        gc.collect()  # a picture is a cycle of few objects and 10 MB, of which Python would wait for a dozen
         self.written = time.monotonic()
         self.cost = self.written - started
 
@@ -99,15 +99,6 @@ class Page:
             version=int(time.time()),  # else a browser shows the curves that it has
             now=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
-
-
-def _return_freed_memory() -> None:
-    """To the system: glibc keeps a picture's megabytes, and what is then put among them pushes the next one further up.
-
-    Without this, a run of 2,000 steps grew by 28 MB per 1,000 steps (docs/reliability.md).
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _prompts(completions: Sequence[Scored]) -> list[tuple[str | None, list[Scored]]]:

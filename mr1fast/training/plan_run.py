@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def report(options: TrainConfig, gigabytes: int | None = None) -> tuple[str, boo
     try:
         shapes = list(shapes_of(options, sizes_of(str(path)) or path, device))
     except UserError as error:
-        enough = "" if Path(path).exists() else "; for --plan, a folder with its config.json is enough"
+        enough = "" if os.path.exists(path) else "; for --plan, a folder with its config.json is enough"
         raise UserError(f"{error}{enough}") from error
     parts, all_fit = [], True
     for shape in shapes:
