@@ -219,7 +219,7 @@ def _converted(source: str, text: str, hint: Any) -> Any:
     """The value that YAML makes of the text, if the hint allows for it, or the text itself."""
     allowed = _types(hint)
     try:
-        _, value = safely_loaded(text)
+        value = safely_loaded(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     if float in allowed and not isinstance(value, bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        node, content = safely_loaded(text)
+        content = safely_loaded(text, lambda node: _check_keys(path, node))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -43,7 +45,6 @@ def read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold lines of the form 'option: value'")
-    _check_keys(path, node)
     given, unknown = read_options(content, path)
     if unknown and not is_newer(content):
         known = nearest(unknown[0].replace("-", "_"), [*FIELDS, *KEYED])
@@ -52,20 +53,24 @@ def read_yaml(path: str) -> dict[str, Any]:
     return given
 
 
-def safely_loaded(text: str) -> tuple[Any, Any]:
-    """The node of a YAML text and what it stands for. Raises yaml.YAMLError, ValueError and RecursionError."""
-    import yaml
+def safely_loaded(text: str, check: Callable[[Any], None] = lambda node: None) -> Any:
+    """What a YAML text stands for. check: of its node, before what is merged into a mapping is in it.
 
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    if _written_out(node, {}) > MOST_NODES:
-        raise yaml.YAMLError("its aliases refer to themselves, or to one another too often")
+    Raises yaml.YAMLError, ValueError and RecursionError.
+    """
+    import yaml
 
     class Loader(yaml.SafeLoader):
         """That takes whole numbers of any length for a mistake of the file."""
 
     Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+    loader = Loader(text)
+    node = loader.get_single_node()
+    if _written_out(node, {}) > MOST_NODES:
+        raise yaml.YAMLError("its aliases refer to themselves, or to one another too often")
+    check(node)
     try:
-        return node, yaml.load(text, Loader)
+        return None if node is None else loader.construct_document(node)
     except (LookupError, AttributeError) as error:  # of PyYAML itself, for "!!int ''" and "!!timestamp x"
         raise yaml.YAMLError("a tag does not fit its value") from error
 
@@ -118,6 +123,8 @@ def say_unknown(path: str, unknown: Sequence[str]) -> None:
 def _check_keys(path: str, node: Any) -> None:
     """Refuse an option that is set twice; YAML's loader would silently take the last value."""
     lines: dict[str, int] = {}
+    if getattr(node, "id", "") != "mapping":  # which is said elsewhere
+        return
     for name, line in _lines(node, path):
         if name in lines:
             raise UserError(f"{path}: option {name!r} is set in line {lines[name]} and again in line {line}")
