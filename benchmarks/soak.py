@@ -118,7 +118,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         for axes, (name, title) in zip(grid[:, column], WATCHED.items()):
             axes.plot([row["step"] for row in own], [row[name] for row in own], ".", markersize=2)
             axes.set_ylabel(title)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max([row[name] for row in own]) or 1)
         grid[0, column].set_title(f"{size} model")
         grid[-1, column].set_xlabel("optimizer step")
     figure.tight_layout()
