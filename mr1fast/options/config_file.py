@@ -77,7 +77,7 @@ def safely_loaded(text: str, check: Callable[[Any], None] = lambda node: None) -
 
 def _whole_number(loader: Any, node: Any) -> int:
     if len(node.value) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(node.value):,} digits is not an option's")
+        raise ValueError(f"a number of {len(node.value):,} digits is too long")
     return loader.construct_yaml_int(node)
 
 
