@@ -259,6 +259,7 @@ MISTAKES = {
     "negative pad": (in_generation_config(pad_token_id=-1), r"pad_token_id in .*generation_config.json .* got -1"),
     "pad beyond": (in_generation_config(pad_token_id=332), "pad_token_id in .* got 332"),
     "pad list": (in_generation_config(pad_token_id=[321]), r"pad_token_id in .* got \[321\]"),
+    "pad without end": (in_generation_config(pad_token_id=["a" * 3000]), r"pad_token_id in .* got a list$"),
     "pad text": (in_text_config(pad_token_id="x"), r"pad_token_id in .*copy/config.json must be .* got 'x'"),
     "pad beyond, in the config": (in_text_config(pad_token_id=400), "pad_token_id in .* got 400"),
     "negative eos": (in_generation_config(eos_token_id=-1), "eos_token_id in .* or a list of token ids, .* got -1"),

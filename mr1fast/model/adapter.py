@@ -17,7 +17,7 @@ import peft
 import torch
 from torch import nn
 
-from mr1fast.checks import not_one_of
+from mr1fast.checks import described, not_one_of
 from mr1fast.errors import UserError
 from mr1fast.options.config import TrainConfig
 from mr1fast.options.fields import option_string
@@ -95,9 +95,9 @@ def load_adapter(model: nn.Module, folder: Path) -> peft.PeftModel:
 def _check_reversible(config: peft.PeftConfig, folder: Path) -> None:
     """Raises UserError if the base cannot be had back by switching the adapter off, as the KL term needs it."""
     start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
-    why = f"it changes biases of the base, too (bias is {bias!r})" if bias != "none" else ""
+    why = f"it changes biases of the base, too (bias is {described(bias)})" if bias != "none" else ""
     if isinstance(start, str) and start.startswith(CHANGES_THE_BASE):
-        why = f"it changes weights of the base, too (init_lora_weights is {start!r})"
+        why = f"it changes weights of the base, too (init_lora_weights is {described(start)})"
     if why:
         advice = "merge it into the base (PEFT's merge_and_unload), save that, and give it as --model"
         raise UserError(f"the adapter {str(folder)!r} cannot be trained further, because {why}: {advice}")

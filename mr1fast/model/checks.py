@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mr1fast.checks import described
 from mr1fast.errors import UserError
 from mr1fast.model.family import FAMILIES, Model, family
 from mr1fast.model.files import read_json
@@ -189,7 +190,7 @@ def _check_ids(folder: Path, config: dict[str, Any]) -> None:
             if value is None or (_are_ids(value if several else [value], vocabulary)):
                 continue
             room = f"from 0 to {vocabulary - 1}" if isinstance(vocabulary, int) else "from 0 on"
-            raise UserError(f"{name} in {folder / file} must be {wanted} {room}, got {value!r}")
+            raise UserError(f"{name} in {folder / file} must be {wanted} {room}, got {described(value)}")
 
 
 def _are_ids(ids: list[Any], vocabulary: Any) -> bool:

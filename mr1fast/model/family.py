@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
+from mr1fast.checks import described
 from mr1fast.errors import UserError
 
 Model = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration
@@ -37,5 +38,5 @@ def known() -> str:
 def family(path: str | Path, model_type: Any) -> Family:
     """The family of the model at that path. Raises UserError for any other model."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"{str(path)!r} holds a model of type {model_type!r}, which is {known()}")
+        raise UserError(f"{str(path)!r} holds a model of type {described(model_type)}, which is {known()}")
     return FAMILIES[model_type]
