@@ -235,8 +235,11 @@ def assert_exact_in_float64(batch, exact, exact_gradient, **settings):
     torch.testing.assert_close(gradient, exact_gradient, rtol=1e-5, atol=1e-7)
 
 
-def compare(batch, backend, exact, exact_gradient, **settings):
-    """Hold outputs and gradient of the backend to the error budget around the exact ones."""
+def compare(batch, backend, exact, exact_gradient, *, gradient_floor=0.0, **settings):
+    """Hold outputs and gradient of the backend to the error budget around the exact ones.
+
+    gradient_floor: of the gradient's budget, relative to its largest entry, where that is more than the usual one.
+    """
     logits = batch["logits"]
     peer, peer_gradient = run(grpo_loss, logits, batch, backend="torch", **settings)
     if backend == "torch":
@@ -257,7 +260,7 @@ def compare(batch, backend, exact, exact_gradient, **settings):
     for name in FLAGS:
         assert torch.equal(actual[name], exact[name]), name
     scale = exact_gradient.abs().max().clamp(min=1e-30)
-    floor = GRADIENT_FLOOR[logits.dtype]
+    floor = max(GRADIENT_FLOOR[logits.dtype], gradient_floor)
     assert_within_budget("gradient", gradient / scale, exact_gradient / scale, peer_gradient / scale, floor)
     mask = batch["completion_mask"] if "completion_mask" not in settings else settings["completion_mask"]
     if mask is not None:

@@ -62,15 +62,27 @@ def test_the_loss_is_that_of_the_oracle_whatever_is_masked(shape, seed, loss_typ
     range_of = torch.finfo(dtype)  # 0, too small or too large a gradient: no rounding can be measured by it
     largest = exact_gradient.abs().max().item()
     assume(range_of.tiny < largest < range_of.max)
-    # Nor by that of tokens which are all but certain: what 1 - p is then, the rounding of the log-sum-exp decides.
-    doubt = -torch.expm1(exact["per_token_logps"].double()).clamp(max=-1e-30)
-    assume((exact_gradient.abs().sum(-1) / doubt).max().item() < 60 * largest)
+    rounding = rounding_of_certainty(batch, exact, exact_gradient, **settings) / largest
     if flat:
         select, cu_seqlens = packing([shape[1]] * shape[0])
         exact = {name: value[select] if value is not None and value.dim() else value for name, value in exact.items()}
         batch, settings = packed(batch, select) | {"cu_seqlens": cu_seqlens}, packed(settings, select)
         exact_gradient = exact_gradient[select]
-    compare(batch, backend, exact, exact_gradient, **settings)
+    compare(batch, backend, exact, exact_gradient, gradient_floor=rounding, **settings)
+
+
+def rounding_of_certainty(batch, exact, exact_gradient, *, temperature=1.0, logit_scale=1.0, **_):
+    """How far the gradient may be off where a token is all but certain.
+
+    The logit x and the log-sum-exp m have a relative error of 2^-24 each, in float32, which 1 - p = 1 - exp(x - m)
+    has as an absolute one.
+    """
+    temperature = torch.as_tensor(temperature).double()
+    x = batch["logits"].double() * logit_scale / temperature.reshape(*temperature.shape, *[1] * (3 - temperature.dim()))
+    largest = x[batch["completion_mask"]].abs().max().item()
+    uncertainty = -torch.expm1(exact["per_token_logps"].double()).clamp(max=-1e-30)
+    rate = exact_gradient.abs().sum(-1) / (2 * uncertainty)  # of each token, which 1 - p is multiplied by
+    return 2**-23 * largest * rate.max().item()
 
 
 def laid_out(tensor, how):
