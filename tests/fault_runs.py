@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import socket
 import sys
 import time
@@ -209,7 +210,8 @@ def note(fault: str, where: str, ended: Ended, lost: str = "nothing") -> None:
         lines = csv.writer(stream, lineterminator="\n")
         if is_new:
             lines.writerow(["fault", "where", "exit code", "lost", "said"])
-        lines.writerow([fault, where, ended.exit_code, lost, ended.error])
+        said = re.sub(r"/\S*/pytest-\d+/[^/]+/(disk/)?", "", ended.error)  # the test's folder
+        lines.writerow([fault, where, ended.exit_code, lost, said])
 
 
 def draws(*names) -> random.Random:
