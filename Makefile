@@ -68,7 +68,7 @@ fuzz: $(READY)
 	@mkdir -p build docs/results
 	@FUZZ_CASES=$(or $(CASES),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout=0 \
 	    --hypothesis-show-statistics tests/test_fuzz_*.py >build/fuzz.log 2>&1; status=$$?; \
-	    grep -E '^tests/.*:$$|passing examples|^(FAILED|ERROR)|^E  |(passed|failed).* in ' build/fuzz.log \
+	    grep -E '^tests/.*:$$|test cases$$|^(FAILED|ERROR)|^E  |[0-9] (passed|failed).* in ' build/fuzz.log \
 	    | tee $(FUZZ_LOG); exit $$status
 
 soak: $(READY)
