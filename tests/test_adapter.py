@@ -125,6 +125,7 @@ def test_a_bfloat16_base_has_a_float32_adapter(processor):
 PROGRAM = [*SMALL, "--task=vc", "--method=sft", "--max-steps=1", "--eval-steps=0", "--learning-rate=1e-2"]
 
 
+@pytest.mark.slow
 def test_the_program_trains_merges_evaluates_and_trains_further(tmp_path, recwarn):
     run = tmp_path / "run"
     options = ["--lora-rank=4", "--lora-targets=q_proj, v_proj", "--merge"]

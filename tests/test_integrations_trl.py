@@ -45,6 +45,7 @@ def test_ten_steps_equal_trls(model, tmp_path):
     assert max(s["kl"] for s in steps) > 0.1
 
 
+@pytest.mark.slow
 def test_every_loss_type_with_accumulation(model, tmp_path):
     steps, _ = both(
         model,

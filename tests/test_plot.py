@@ -52,6 +52,7 @@ def test_a_whole_run(tmp_path, drawn):
     ]
 
 
+@pytest.mark.slow
 def test_runs_over_each_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / name, [row(step) for step in range(1, 9)]) for name in ("one", "two", "there/one")]

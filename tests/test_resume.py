@@ -51,7 +51,12 @@ def test_ctrl_c_ends_the_program(tmp_path, signals_as_in_a_terminal):
 @pytest.mark.parametrize(
     ("number", "options", "pictures"),
     [
-        (signal.SIGINT, ["--task=gr", "--num-iterations=2"], {"curves.png", "samples.png"}),
+        pytest.param(
+            signal.SIGINT,
+            ["--task=gr", "--num-iterations=2"],
+            {"curves.png", "samples.png"},
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGTERM, ["--task=vc", "--method=sft"], {"curves.png"}),  # there may be no time for the other
     ],
 )
@@ -176,6 +181,7 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(tmp_
 SFT = [*SMALL, "--method=sft", "--eval-steps=0", "--eval-samples=0"]
 
 
+@pytest.mark.slow
 def test_a_run_that_has_finished_or_not_is_trained_for_longer(tmp_path, capsys, monkeypatch):
     """The schedules follow the new total, which is said and recorded."""
     run = tmp_path / "run"
@@ -238,6 +244,7 @@ def test_a_checkpoint_of_the_model_alone_is_small_and_cannot_be_resumed(tmp_path
     assert "leaves it out; there is no earlier one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_that_has_moved_is_found_and_other_data_is_refused(folder, capsys):
     rows = [data_row(n, image=f"../{n}.png") for n in range(20)]
     others = [{**row, "solution": "99"} for row in rows]
@@ -316,6 +323,7 @@ def test_memory_advice_names_what_is_not_in_use_yet():
     assert "--max-completion-length, --num-generations, " in too_little_memory(TrainConfig(**small))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_survives(tmp_path, capsys):
     resource = pytest.importorskip("resource")  # not on Windows
     run = tmp_path / "run"

@@ -197,6 +197,7 @@ def test_a_run_with_test_data(lists, capsys):
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_on_rows_with_three_images_with_one_and_with_none(lists):
     """All kinds together, in pieces of one prompt each; and rows without images alone, as a whole."""
     three = row(1, image=["../1.png", "../2.png", "../3.png"], problem="Is <image> like <image> or <image>?")
