@@ -292,6 +292,7 @@ def test_gmpo_is_that_of_trls_gmpo_trainer(model, tmp_path):
     assert_same_steps(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_trainer_with_an_objective_of_its_own_keeps_it(model, tmp_path):
     """GMPO's loss is TRL's own, on our log-probabilities."""
     theirs, _ = tiny_trl.train(model, GMPOTrainer, GMPOConfig, tmp_path, beta=0.2)

@@ -142,6 +142,7 @@ def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path, capsys, monke
     assert json.loads((run / "result.json").read_text())["steps"] == {"vc": 1}
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(tmp_path, capsys, monkeypatch):
     """Before training and after it; neither is begun again, but for the training that another checkpoint leads to."""
     calls, answers = [], _Asked.answers
@@ -211,6 +212,7 @@ def test_a_run_that_has_finished_or_not_is_trained_for_longer(tmp_path, capsys, 
     assert "note: " not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_model_alone_is_small_and_cannot_be_resumed(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
 
@@ -274,6 +276,7 @@ def test_data_that_has_moved_is_found_and_other_data_is_refused(folder, capsys):
     assert "warning: the data is not what the run began with (shapes/" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_too_little_memory_in_training_keeps_the_checkpoints(tmp_path, capsys, monkeypatch):
     run, step = tmp_path / "run", Trainer.step
 

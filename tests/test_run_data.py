@@ -165,6 +165,7 @@ def test_mistakes_are_one_sentence(arguments, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_with_test_data(lists, capsys):
     """Trained on few of one data set for so many epochs, tested on two others, cross-task; mistakes leave nothing."""
     picture(22, (112, 112)).save(lists / "22.png")
