@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.drawing import drawable, drawing
+from mr1fast.training.run_folder import rows_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,15 +116,9 @@ def read_run(run: Path) -> list[Series]:
     if not file.exists():
         raise UserError(f"{str(run)!r} is not a run: it has no metrics.jsonl")
     tasks: dict[str, dict[int, dict[str, Any]]] = {}
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a run that was killed leaves half a line
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                task = str(row.get("task", run.name))
-                tasks.setdefault(task, {})[row["step"]] = {name: row[name] for name in _drawn(task) if name in row}
+    for row in rows_in(file):
+        task = str(row.get("task", run.name))
+        tasks.setdefault(task, {})[row["step"]] = {name: row[name] for name in _drawn(task) if name in row}
     if not tasks:
         raise UserError(f"{str(file)!r} has no training step in it yet")
     try:

@@ -132,8 +132,8 @@ def check(options: argparse.Namespace) -> None:
     for name in FIELDS:  # as in training
         if (value := getattr(options, name, None)) is not None:
             setattr(options, name, convert(name, value, option_string(name)))
-    found = options.model is not None and os.path.isdir(options.model)
-    if found and (models := sorted(Path(options.model).glob("*/model"))):
+    is_folder = options.model is not None and os.path.isdir(options.model)
+    if is_folder and (models := sorted(Path(options.model).glob("*/model"))):
         raise UserError(f"--model {options.model} is a run; give one of its models, such as {models[0]}")
     if options.data is None:
         check_no_reading(options.columns, options.image_root, options.allow_outside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mr1fast.training.loggers import Logger
-from mr1fast.training.run_folder import RunFolder, write_text
+from mr1fast.training.run_folder import RunFolder, rows_in, write_text
 from mr1fast.training.scoring import Scored
 
 SAME = 1e-8  # the deviation of rewards that agree is below this
@@ -35,7 +35,7 @@ class MetricsLog:
         self.run, self.file, self.task = run, run.metrics_file, task
         self.loggers, self.labels = loggers, labels or {}
         if self.file.exists():
-            kept = (row for row in rows_in(self.file) if row["task"] != task or row["step"] < first_step)
+            kept = (row for row in rows_in(self.file) if row.get("task") != task or row["step"] < first_step)
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, metrics: dict[str, float], completions: Sequence[Scored] = ()) -> None:
@@ -65,7 +65,7 @@ class NoLog:
 
 def rows_of_task(file: Path, task: str) -> str:
     """The rows of metrics.jsonl that a task has so far, as they are kept in a checkpoint."""
-    return "".join(json.dumps(row) + "\n" for row in rows_in(file) if row["task"] == task)
+    return "".join(json.dumps(row) + "\n" for row in rows_in(file) if row.get("task") == task)
 
 
 def restore_rows(file: Path, task: str, kept: Path) -> None:
@@ -77,25 +77,8 @@ def restore_rows(file: Path, task: str, kept: Path) -> None:
     if lost := [row["step"] for row in saved if json.dumps(row) not in found]:
         steps = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps"
         print(f"{file} is damaged: {steps} of {task} restored from {kept}", flush=True)
-        rows = [row for row in there if row["task"] != task] + saved
+        rows = [row for row in there if row.get("task") != task] + saved
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def rows_in(file: Path) -> Iterator[dict[str, Any]]:
-    """The complete rows of metrics.jsonl, if there is one: a run that was killed may have left half a line.
-
-    One at a time, as all rows of a long run together take much memory.
-    """
-    if not file.exists():
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "task" in row and isinstance(row.get("step"), int):
-                yield row
 
 
 def reward_metrics(rewards: dict[str, Tensor], total: Tensor, num_generations: int) -> dict[str, float]:

@@ -18,10 +18,18 @@ from tqdm import tqdm
 
 from mr1fast.model.policy import Policy
 from mr1fast.training.loggers import Guarded, open_loggers
-from mr1fast.training.metrics import MetricsLog, NoLog, rows_in
+from mr1fast.training.metrics import MetricsLog, NoLog
 from mr1fast.training.page import Page
 from mr1fast.training.pictures import Unfinished, draw_pictures
-from mr1fast.training.run_folder import checkpoints, record_max_steps, remove_folder, step_of, versions, write_json
+from mr1fast.training.run_folder import (
+    checkpoints,
+    record_max_steps,
+    remove_folder,
+    rows_in,
+    step_of,
+    versions,
+    write_json,
+)
 from mr1fast.training.scoring import Scored
 from mr1fast.training.setup import Setup
 from mr1fast.training.stop import Stopped, StopRequest, finishing_steps
@@ -111,7 +119,7 @@ def _open_log(setup: Setup, name: str, first_step: int) -> MetricsLog:
     own = config.for_task(name)
     recorded = {**config.resolved(), **dataclasses.asdict(own), "versions": versions()}
     loggers = open_loggers(config.loggers, folder, name, first_step=first_step, config=recorded)
-    before = (row for row in rows_in(folder.metrics_file) if row["task"] == name and row["step"] < first_step)
+    before = (row for row in rows_in(folder.metrics_file) if row.get("task") == name and row["step"] < first_step)
     loggers.append(Guarded(folder.page.name, lambda: Page(folder, name, before, own.max_steps)))
     labels = {} if config.method == "sft" else {"loss_type": own.loss["loss_type"]}
     return MetricsLog(folder, name, first_step, loggers, labels)
