@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
 from mr1fast.evaluation.drawing import drawable, drawing
-from mr1fast.training.run_folder import rows_in
+from mr1fast.evaluation.metrics_file import rows_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

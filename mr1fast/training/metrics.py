@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mr1fast.evaluation.metrics_file import rows_in
 from mr1fast.training.loggers import Logger
-from mr1fast.training.run_folder import RunFolder, rows_in, write_text
+from mr1fast.training.run_folder import RunFolder, write_text
 from mr1fast.training.scoring import Scored
 
 SAME = 1e-8  # the deviation of rewards that agree is below this

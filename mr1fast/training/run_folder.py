@@ -24,7 +24,6 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -234,20 +233,3 @@ def record_max_steps(folder: RunFolder, task: str, *, step: int, before: int, no
     earlier = [one for one in content.get("max_steps_changes", []) if one["task"] != task or one["after_step"] < step]
     change = {"task": task, "after_step": step, "from": before, "to": now}
     folder.write_config(content | {"max_steps_changes": [*earlier, change]})
-
-
-def rows_in(file: Path) -> Iterator[dict[str, Any]]:
-    """The complete rows of metrics.jsonl, if there is one: a run that was killed may have left half a line.
-
-    One at a time, as all rows of a long run together take much memory.
-    """
-    if not file.exists():
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                yield row

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mr1fast.evaluation.metrics_file import rows_in
 from mr1fast.model.policy import Policy
 from mr1fast.training.loggers import Guarded, open_loggers
 from mr1fast.training.metrics import MetricsLog, NoLog
@@ -25,7 +26,6 @@ from mr1fast.training.run_folder import (
     checkpoints,
     record_max_steps,
     remove_folder,
-    rows_in,
     step_of,
     versions,
     write_json,
