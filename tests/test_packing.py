@@ -168,9 +168,9 @@ def batch_of(policy, prompts, lengths, seed=0) -> Batch:
     )
 
 
-def outputs_and_gradient(policy, batch):
+def outputs_and_gradient(policy, batch, prefix=None):
     policy.model.zero_grad()
-    output = grpo_batch_loss(policy, batch, beta=0.1, temperature=0.9)
+    output = grpo_batch_loss(policy, batch, prefix, beta=0.1, temperature=0.9)
     output.loss.backward()
     return output, {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
 
@@ -190,7 +190,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_packed_and_plain_pass_agree(case):
-    """With and without gradient checkpointing, in float32: outputs and gradients to 1e-5 of their norm."""
+    """Prompts in the row, with gradient checkpointing or without, and prompts that have run before, in float32: outputs
+    and gradients to 1e-5 of their norm.
+    """
     build, prompts, lengths = CASES[case]
     policy = tiny_policy(build())
     if case == "frozen vision":
@@ -200,8 +202,9 @@ def test_packed_and_plain_pass_agree(case):
     expected, gradients = outputs_and_gradient(policy, batch)
     assert gradients
     policy.shares_prefix = True
-    for policy.checkpointing in (False, True):
-        found, ours = outputs_and_gradient(policy, batch)
+    for prompts_before, policy.checkpointing in ((False, False), (False, True), (True, False)):
+        prefix = policy.encode_prefix(batch.inputs) if prompts_before else None
+        found, ours = outputs_and_gradient(policy, batch, prefix)
         for name in ("loss", "per_token_logps", "entropies", "kl"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
         assert ours.keys() == gradients.keys()

@@ -162,6 +162,42 @@ def test_pieces_change_how_much_is_held_and_not_the_gradient(processor):
                 assert one[name] == pytest.approx(two[name], rel=2e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({}, [1, 1]),
+        ({"tokens_per_microbatch": 10_000}, [1, 1]),
+        ({"gradient_accumulation_steps": 2}, [3, 3]),
+        ({"tokens_per_microbatch": 10}, [3, 3]),
+        ({"gradient_checkpointing": "on"}, [2, 2]),
+        ({"share_prefix": False}, [2, 2]),
+        ({"num_iterations": 2}, [1, 1]),
+        ({"dynamic_sampling": True, "num_generations": 8, "max_completion_length": 5}, [11, 11]),  # all it may sample
+    ],
+    ids=str,
+)
+def test_prompts_that_were_run_to_sample_run_again_only_where_the_update_is_in_pieces(options, passes, processor):
+    """Counted by the policy's vision tower."""
+    trainer = make_trainer(processor, temperature=1.5, **options)
+    runs = []
+    trainer.policy.model.model.visual.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    found = []
+    for _ in passes:
+        before = len(runs)
+        trainer.step()
+        found.append(len(runs) - before)
+        assert trainer.step_data.prefix is None, "what has been used is not held any longer"
+    assert found == passes
+    assert runs[0] == (passes[0] == 1), "a graph is kept only if it is used"
+
+
+def test_a_step_that_is_skipped_does_not_keep_its_prompts(processor, monkeypatch):
+    trainer = make_trainer(processor)
+    monkeypatch.setattr(trainer_module, "useless", lambda *_: "no reason")
+    trainer.step()
+    assert trainer.step_data.prefix is None
+
+
 class Mixed(Drawings):
     """Questions with and without an image, images of several sizes."""
 

@@ -93,7 +93,8 @@ def _attend(
         layout = SharedPrefix(0, shared_prefix.images(tuple(cu_seq_lens_q.diff().tolist()), query.device))
     kernel = kernel_for(query.device, query.dtype, eager=eager)
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    return attention(query, key, value, layout, kernel, scaling)[None], None
+    layer = getattr(module, "layer_idx", None)  # the vision tower's have no number
+    return attention(query, key, value, layout, kernel, scaling, layer)[None], None
 
 
 for _name in (LANGUAGE, VISION):

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mr1fast.model.prefix import Prefix
 from mr1fast.model.segments import Segments
 from mr1fast.model.varlen import SharedPrefix
 
 
 @dataclass(frozen=True)
 class Packed:
-    """First the tokens of all prompts, then those of all completions, T in all.
+    """First the tokens of all prompts, unless these have run before, then those of all completions, T in all.
 
     The last token of a completion predicts nothing, and is left out. Completions of a prompt that are the same, as is
     usual when answers are short, are one.
@@ -26,11 +27,14 @@ class Packed:
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [3, 1, T] int64, as if each completion followed its prompt alone
     layout: SharedPrefix
-    predicting: Tensor  # [N] int64: the place in the row that predicts each counted token of the completions
+    predicting: Tensor  # [N] int64: the place in the row that predicts each counted token of the completions; with a
+    # prefix, the place among the last tokens of the P prompts and then the row
 
     @classmethod
-    def of(cls, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor) -> Packed:
-        """`inputs`: of `Policy.place`. The mask [B, L] says which tokens count."""
+    def of(
+        cls, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, prefix: Prefix | None = None
+    ) -> Packed:
+        """`inputs`: of `Policy.place`. The mask [B, L] says which tokens count. prefix: of prompts that have run."""
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         device, P, B = ids.device, ids.shape[0], completion_ids.shape[0]
         shown = inputs["attention_mask"].bool()
@@ -47,18 +51,22 @@ class Packed:
         next_position = inputs["next_position"][prompt][:, None] + steps[:-1]
 
         rows, t = completion_mask.nonzero(as_tuple=True)
-        total = int(prompt_lengths.sum())
-        first = total + lengths.cumsum(0) - lengths
-        last_of_prompt = prompt_lengths.cumsum(0)[torch.arange(B, device=device) // (B // P)] - 1
-        predicting = torch.where(t == 0, last_of_prompt[rows], first[of[rows]] + t - 1)
+        in_row = shown if prefix is None else torch.zeros_like(shown)
+        total = int(in_row.sum())
+        last_of_prompt = torch.arange(P, device=device) if total == 0 else prompt_lengths.cumsum(0) - 1
+        first = (total or P) + lengths.cumsum(0) - lengths
+        predicting = torch.where(t == 0, last_of_prompt[rows // (B // P)], first[of[rows]] + t - 1)
 
         of_prompts = torch.zeros(P, dtype=torch.long, device=device).index_add_(0, prompt, lengths)
-        prompt_list, list_of_prompts = prompt_lengths.tolist(), of_prompts.tolist()
-        itself = Segments([*prompt_list, *filter(None, lengths.tolist())], causal=True, device=device)
-        shared = Segments(list_of_prompts, prompt_list, causal=False, device=device) if any(list_of_prompts) else None
+        list_of_prompts = of_prompts.tolist()
+        alone = filter(None, [*in_row.sum(1).tolist(), *lengths.tolist()])
+        itself = Segments([*alone], causal=True, device=device)
+        shared = None
+        if any(list_of_prompts):
+            shared = Segments(list_of_prompts, prompt_lengths.tolist(), causal=False, device=device)
         return cls(
-            torch.cat([ids[shown], before[there]])[None],
-            torch.cat([positions.transpose(0, 1)[:, shown], next_position[there].expand(3, -1)], 1)[:, None],
-            SharedPrefix(total, itself, shared),
+            torch.cat([ids[in_row], before[there]])[None],
+            torch.cat([positions.transpose(0, 1)[:, in_row], next_position[there].expand(3, -1)], 1)[:, None],
+            SharedPrefix(total, itself, shared, None if prefix is None else prefix.packed_key_values()),
             predicting,
         )

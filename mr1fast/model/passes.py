@@ -2,7 +2,7 @@
 
 Both take inputs of `Policy.place` for P prompts, completion_ids and completion_mask [B, L], and return [N, H] for the N
 tokens of the mask, differentiable. body: runs the model without its head. checkpointing: each layer runs again in
-backward instead of keeping its activations.
+backward instead of keeping its activations. prefix: of these prompts, if they have run, with their graph.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mr1fast.model.hooks import checkpointed, shared_attention
 from mr1fast.model.packing import Packed
+from mr1fast.model.prefix import Prefix
 from mr1fast.model.prompts import take_prompts
 
 
@@ -25,11 +26,16 @@ def packed_hidden(
     inputs: dict[str, Tensor],
     completion_ids: Tensor,
     completion_mask: Tensor,
+    prefix: Prefix | None,
     *,
     checkpointing: bool,
 ) -> Tensor:
     """Prompts and completions as one row: linear layers and vision tower see each token once, and no padding."""
-    packed = Packed.of(inputs, completion_ids, completion_mask)
+    packed = Packed.of(inputs, completion_ids, completion_mask, prefix)
+    if prefix is not None:
+        inputs = {}  # whose images have run as well
+        if packed.input_ids.numel() == 0:
+            return prefix.last_hidden.index_select(0, packed.predicting)
     attention = partial(shared_attention, model)
     with attention(), checkpointed(model, on=checkpointing, within=attention):
         hidden = body(
@@ -40,8 +46,10 @@ def packed_hidden(
             image_grid_thw=inputs.get("image_grid_thw"),
             shared_prefix=packed.layout,
             use_cache=False,
-        ).last_hidden_state
-    return hidden[0].index_select(0, packed.predicting)
+        ).last_hidden_state[0]
+    if prefix is not None:
+        hidden = torch.cat([prefix.last_hidden, hidden])
+    return hidden.index_select(0, packed.predicting)
 
 
 def plain_hidden(

@@ -1,8 +1,9 @@
 """The policy: a model and its processor. Only this file knows how such a model is built inside.
 
-Each prompt, with its image, runs once for all of its completions, to sample them (`encode_prefix` and `extend`) and to
-find their log-probabilities (`completion_hidden`). That is exact, with gradients: completions attend to the prompt's
-keys and values, and a gradient flows back through them into prompt and vision tower.
+Each prompt, with its image, runs once for all of its completions: to sample them (`encode_prefix` and `next_hidden`)
+and, again or with what is left of that, to find their log-probabilities (`completion_hidden`). That is exact, with
+gradients: completions attend to the prompt's keys and values, and a gradient flows back through them into prompt and
+vision tower.
 
 Shapes: P prompts of T tokens (padded on the left), G completions each, B = P * G with the completions of a prompt
 adjacent, L tokens, H hidden, V vocabulary.
@@ -243,14 +244,23 @@ class Policy:
         decoding.advance()
         return hidden[:, 0]
 
-    def completion_hidden(self, inputs: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    def completion_hidden(
+        self,
+        inputs: dict[str, Tensor],
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         """Hidden states [N, H], each of which predicts one of the N tokens of `completion_ids` [B, L] that count.
 
         inputs: of `place`, for the P prompts of the B completions. completion_mask: [B, L], which tokens count; the
-        order is that of the completions, one after another. Differentiable.
+        order is that of the completions, one after another. Differentiable. prefix: of these prompts, if they have run
+        and share it; they do not run again, and a gradient reaches them through its graph.
         """
-        run = packed_hidden if self.shares_prefix else plain_hidden
-        return run(self._base, self.body, inputs, completion_ids, completion_mask, checkpointing=self.checkpointing)
+        given = self._base, self.body, inputs, completion_ids, completion_mask
+        if self.shares_prefix:
+            return packed_hidden(*given, prefix, checkpointing=self.checkpointing)
+        return plain_hidden(*given, checkpointing=self.checkpointing)
 
     def describe_pass(self, *, share_prefix: bool = True) -> str:
         """What `completion_hidden` does with these weights, if it shares prefixes where it can."""

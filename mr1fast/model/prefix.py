@@ -21,6 +21,15 @@ class Prefix:
     attention_mask: Tensor  # [P, T] bool
     next_position: Tensor  # [P] int64, the M-RoPE position of the first token of a completion
 
+    def packed_key_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The same one prompt after another, without padding: [tokens, key-value heads, head dim] of each layer."""
+        there = self.attention_mask.flatten().nonzero()[:, 0]
+
+        def rows(part: Tensor) -> Tensor:
+            return part.transpose(1, 2).flatten(0, 1).index_select(0, there)
+
+        return [(rows(keys), rows(values)) for keys, values in self.key_values]
+
     def take(self, prompts: Tensor) -> Prefix:
         """The prefixes of N completions, whose prompts are `prompts` [N] int64."""
         key_values = [

@@ -189,12 +189,14 @@ class SharedPrefix:
     """A row of `shared` tokens of prompts, and then of their completions.
 
     itself: each prompt and each completion on itself. on_prompts: the completions of each prompt, all as one segment,
-    on their prompt; None where there are none.
+    on their prompt; None where there are none. prompts: the prompts' keys and values [T', groups, D] of each layer if
+    they have run before and are not in the row.
     """
 
     shared: int
     itself: Segments
     on_prompts: Segments | None = None
+    prompts: list[tuple[Tensor, Tensor]] | None = None
     _images: dict[tuple[int, ...], Segments] = field(default_factory=dict)
 
     def images(self, lengths: tuple[int, ...], device: torch.device) -> Segments:
@@ -204,38 +206,74 @@ class SharedPrefix:
         return self._images[lengths]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, kernel: Kernel, scale: float) -> Tensor:
-    """Output [T, heads, D] of a row; differentiable, once."""
-    return _Attention.apply(query, key, value, layout, kernel, scale)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SharedPrefix,
+    kernel: Kernel,
+    scale: float,
+    layer: int | None = None,
+) -> Tensor:
+    """Output [T, heads, D] of a row; differentiable, once. layer: where the layout has the prompts of each."""
+    before = (None, None) if layout.prompts is None or layer is None else layout.prompts[layer]
+    return _Attention.apply(query, key, value, *before, layout, kernel, scale)
 
 
 class _Attention(torch.autograd.Function):
+    """The prompts' keys and values are the first of the row, or those of a row before: `before`."""
+
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefix, kernel: Kernel, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_before: Tensor | None,
+        value_before: Tensor | None,
+        layout: SharedPrefix,
+        kernel: Kernel,
+        scale: float,
     ) -> Tensor:
         out, lse = kernel.forward(query, key, value, layout.itself, scale)
         if layout.on_prompts is not None:
             N = layout.shared
-            other, other_lse = kernel.forward(query[N:], key[:N], value[:N], layout.on_prompts, scale)
+            prompts = _prompts(N, key, value, key_before, value_before)
+            other, other_lse = kernel.forward(query[N:], *prompts, layout.on_prompts, scale)
             total = torch.logaddexp(lse[N:], other_lse)
             share, other_share = ((part - total).exp()[..., None] for part in (lse[N:], other_lse))
             out[N:] = share * out[N:] + other_share * other
             lse[N:] = total
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(query, key, value, key_before, value_before, out, lse)
         ctx.layout, ctx.kernel, ctx.scale = layout, kernel, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, key_before, value_before, out, lse = ctx.saved_tensors
         layout, kernel, scale = ctx.layout, ctx.kernel, ctx.scale
         dq, dk, dv = kernel.backward(grad, query, key, value, out, lse, layout.itself, scale)
+        dk_before = dv_before = None
         if layout.on_prompts is not None:
             N = layout.shared
-            completions = [rows[N:] for rows in (grad, query)]
-            other = kernel.backward(*completions, key[:N], value[:N], out[N:], lse[N:], layout.on_prompts, scale)
-            for mine, theirs in ((dq[N:], other[0]), (dk[:N], other[1]), (dv[:N], other[2])):
-                mine += theirs
-        return dq, dk, dv, None, None, None
+            prompts = _prompts(N, key, value, key_before, value_before)
+            dq_other, dk_other, dv_other = kernel.backward(
+                grad[N:], query[N:], *prompts, out[N:], lse[N:], layout.on_prompts, scale
+            )
+            dq[N:] += dq_other
+            if key_before is None:
+                dk[:N] += dk_other
+                dv[:N] += dv_other
+            else:
+                dk_before, dv_before = dk_other, dv_other
+        return dq, dk, dv, dk_before, dv_before, None, None, None
+
+
+def _prompts(
+    N: int, key: Tensor, value: Tensor, key_before: Tensor | None, value_before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the prompts."""
+    if key_before is None or value_before is None:
+        return key[:N], value[:N]
+    return key_before, value_before

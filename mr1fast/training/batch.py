@@ -15,6 +15,7 @@ from mr1fast.losses.logits import GRPOLossOutput
 from mr1fast.losses.weights import loss_weights
 from mr1fast.model.checks import image_starts
 from mr1fast.model.policy import Policy
+from mr1fast.model.prefix import Prefix
 from mr1fast.model.prompts import take_prompts
 
 _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
@@ -34,9 +35,12 @@ class Batch:
     token_weight: Tensor | None = None  # [B, L] float32, see `weighted`
     sampling_per_token_logps: Tensor | None = None  # [B, L] float32, of the sampler; good for the first update only
 
-    def hidden(self, policy: Policy) -> Tensor:
-        """[N, H], of the N tokens that count, one completion after another; differentiable."""
-        return policy.completion_hidden(self.inputs, self.completion_ids, self.completion_mask)
+    def hidden(self, policy: Policy, prefix: Prefix | None = None) -> Tensor:
+        """[N, H], of the N tokens that count, one completion after another; differentiable.
+
+        prefix: of these prompts by this policy, if they have run.
+        """
+        return policy.completion_hidden(self.inputs, self.completion_ids, self.completion_mask, prefix)
 
     def packed(self, per_token: _Tensor) -> _Tensor:
         """[N] of [B, L], of what counts."""
@@ -127,15 +131,21 @@ def weighted(batch: Batch, loss: Mapping[str, Any], whole: Whole) -> tuple[Batch
 
 
 def grpo_batch_loss(
-    policy: Policy, batch: Batch, *, beta: float, temperature: float, **keywords: Any
+    policy: Policy,
+    batch: Batch,
+    prefix: Prefix | None = None,
+    *,
+    beta: float,
+    temperature: float,
+    **keywords: Any,
 ) -> GRPOLossOutput:
     """The loss of a batch, by default the paper's; `weighted` gives the keywords for a piece of one.
 
-    Per-token outputs are [N], of the tokens that count.
+    Per-token outputs are [N], of the tokens that count. prefix: see `Batch.hidden`.
     """
     assert batch.advantages is not None
     return linear_grpo_loss(
-        batch.hidden(policy),
+        batch.hidden(policy, prefix),
         policy.head_weight,
         batch.packed(batch.completion_ids),
         batch.advantages,
@@ -177,6 +187,11 @@ def pieces_of(batch: Batch, *, equal: int | None = None, most_tokens: int | None
         pieces[chosen].append(prompt)
         room[chosen] -= sizes[prompt]
     return [sorted(piece) for piece in pieces]
+
+
+def is_one_piece(batch: Batch, *, equal: int | None, most_tokens: int | None) -> bool:
+    """Whether `pieces_of` returns the whole batch, and of any with these inputs and no longer completions."""
+    return equal == 1 if equal is not None else sum(tokens_of(batch)) <= (most_tokens or 0)
 
 
 def tokens_of(batch: Batch) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mr1fast.data.example import Example
+from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Rollout
 from mr1fast.options.learning_options import MOST_BATCHES
 from mr1fast.training.batch import Batch
@@ -112,6 +113,7 @@ class StepData:
     rewards: list[float]  # [B], weighted sums; empty for supervised fine-tuning
     metrics: dict[str, float]
     rows: list[int] = field(default_factory=list)  # [P], of the data set
+    prefix: Prefix | None = None  # of the prompts, as the policy ran them to sample; good for the first update only
 
 
 def refill(groups: Groups, sample: Callable[[int, int], Groups]) -> tuple[Groups, list[int]]:

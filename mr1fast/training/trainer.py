@@ -15,6 +15,7 @@ from mr1fast.data.example import Example, Examples
 from mr1fast.losses.kl_weight import KLSchedule
 from mr1fast.losses.logits import group_advantages
 from mr1fast.model.policy import Policy
+from mr1fast.model.prefix import Prefix
 from mr1fast.model.rollout import Sampler
 from mr1fast.options.config import TaskConfig
 from mr1fast.options.reward_weights import load_rewards
@@ -25,6 +26,7 @@ from mr1fast.training.batch import (
     batch_logps,
     batch_on,
     grpo_batch_loss,
+    is_one_piece,
     pieces_of,
     sft_batch_loss,
     weighted,
@@ -102,6 +104,8 @@ class Trainer:
             metrics |= self.update(self.step_data)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
             reason = f"{broken[0]} is {metrics[broken[0]]}" if broken else ""
+        else:
+            self.step_data = dataclasses.replace(self.step_data, prefix=None)
         metrics |= self.step_data.metrics
         self._count(reason)
         self.kl_schedule.update(metrics.get("kl", math.nan), n_steps=1)
@@ -133,7 +137,7 @@ class Trainer:
 
     def _rollout(self, rows: list[int]) -> StepData:
         config, G, unanswered_before = self.config, self.config.num_generations, unanswered()
-        sampled, inputs = self._sample(rows, self.processes.share(range(config.prompts_per_step)))
+        sampled, inputs, prefix = self._sample(rows, self.processes.share(range(config.prompts_per_step)))
         groups = sampled
         if config.dynamic_sampling:
             sampled, chosen = refill(sampled, self._further)
@@ -161,37 +165,51 @@ class Trainer:
             metrics |= self.shortage.metrics(sampled, groups)
         metrics["rewards/unanswered"] = sum(self.processes.gather(unanswered() - unanswered_before))
         completions, rows = self.processes.whole(groups.rollout.completions, G), self.processes.whole(groups.rows)
-        return StepData(batch, completions, total.tolist(), metrics, rows)
+        return StepData(batch, completions, total.tolist(), metrics, rows, prefix)
 
-    def _sample(self, rows: list[int], places: Sequence[int]) -> tuple[Groups, dict[str, Tensor]]:
-        """Sample and reward completions of these prompts. Also their inputs.
+    def _sample(self, rows: list[int], places: Sequence[int]) -> tuple[Groups, dict[str, Tensor], Prefix | None]:
+        """Sample and reward completions of these prompts. Also their inputs and, if the update is to use it, prefix.
 
         places: of these among those of this step.
         """
         config, G = self.config, self.config.num_generations
         examples = self.examples(rows)
         inputs = self.policy.encode(examples)
-        with self.policy.gathered(), torch.no_grad():
+        kept = self._keeps_prefix(inputs)
+        with self.policy.gathered():
+            with torch.set_grad_enabled(kept):
+                prefix = self.policy.encode_prefix(inputs)
             rollout = self.sampler.generate(
                 examples,
                 num_generations=G,
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
-                prefix=self.policy.encode_prefix(inputs),
+                prefix=prefix,
                 streams=[f"{config.seed}/{self.finished_steps}/{place}" for place in places],
             )
         self.phases.begin("rewards")
         self._count_tokens(inputs, G, rollout.completion_mask)
         scores = score(self.rewards, rollout.completions, [example for example in examples for _ in range(G)])
         groups = Groups(rows, examples, rollout, scores, weighted_sum(self.rewards, scores))
-        return groups, inputs
+        return groups, inputs, prefix if kept else None
+
+    def _keeps_prefix(self, inputs: dict[str, Tensor]) -> bool:
+        """Whether prompts, run to sample, need not run again in the update: it has them all in one pass, and would keep
+        all activations of that anyway.
+        """
+        config, policy, G = self.config, self.policy, self.config.num_generations
+        if config.dynamic_sampling or policy.checkpointing or policy.is_sharded or not policy.shares_prefix:
+            return False
+        longest = torch.ones(len(inputs["input_ids"]) * G, config.max_completion_length, dtype=torch.bool)
+        batch = Batch(inputs, G, longest.long(), longest.to(policy.device))
+        return is_one_piece(batch, equal=self.equal_pieces, most_tokens=config.tokens_per_microbatch)
 
     def _further(self, place: int, count: int) -> Groups:
         """The groups of the prompts that come next in the order; the next step begins after them."""
         self.phases.begin("rollout")
         rows = self._rows_from(self.finished_steps // self.config.num_iterations + 1, count)
-        groups, _ = self._sample(rows, range(place, place + count))
+        groups, *_ = self._sample(rows, range(place, place + count))
         self.further_prompts += count
         return groups
 
@@ -264,7 +282,8 @@ class Trainer:
             if config.method == "sft":
                 loss = sft_batch_loss(self.policy, piece)
             else:
-                output = grpo_batch_loss(self.policy, piece, beta=self.beta, temperature=config.temperature, **keywords)
+                weights = {"beta": self.beta, "temperature": config.temperature, **keywords}
+                output = grpo_batch_loss(self.policy, piece, data.prefix, **weights)
                 loss = output.loss
                 rows.append(output.metrics())
                 counted.append(piece.completion_mask.sum().item())
@@ -290,7 +309,7 @@ class Trainer:
             metrics["grad_norm"] = math.nan
             self.optimizer.zero_grad()
         used = dataclasses.replace(batch, old_per_token_logps=old, sampling_per_token_logps=None)
-        self.step_data = dataclasses.replace(data, batch=used)
+        self.step_data = dataclasses.replace(data, batch=used, prefix=None)
         return metrics
 
     def _count(self, reason: str) -> None:
