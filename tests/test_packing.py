@@ -42,23 +42,26 @@ def dense(query, key, value, prompts, completions, scale):
 
 @pytest.mark.parametrize("kernel", KERNELS[1:], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
-def test_attention_on_a_shared_prefix_equals_a_dense_mask(kernel, heads):
+@pytest.mark.parametrize("prompts_before", [False, True])
+def test_attention_on_a_shared_prefix_equals_a_dense_mask(kernel, heads, prompts_before):
     """One group of short and long completions, one without any token to run, one of a single completion."""
     prompts, completions = [5, 9, 5, 30], [[1, 3, 40], [], [2], [30, 31, 12, 1]]
     runs = [length for of_prompt in completions for length in of_prompt]
-    device = torch.device("cpu")
-    layout = SharedPrefix(
-        sum(prompts),
-        Segments([*prompts, *runs], causal=True, device=device),
-        Segments([*map(sum, completions)], prompts, causal=False, device=device),
-    )
+    device, N = torch.device("cpu"), sum(prompts)
+    on_prompts = Segments([*map(sum, completions)], prompts, causal=False, device=device)
     rng = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(sum(prompts) + sum(runs), n, 8, generator=rng, dtype=torch.float64, requires_grad=True)
+        torch.randn(N + sum(runs), n, 8, generator=rng, dtype=torch.float64, requires_grad=True)
         for n in (heads[0], heads[1], heads[1])
     )
-    found = attention(query, key, value, layout, kernel, 0.3)
     expected = dense(query, key, value, prompts, completions, 0.3)
+    if prompts_before:
+        itself = Segments(runs, causal=True, device=device)
+        layout = SharedPrefix(0, itself, on_prompts, [(key[:0], value[:0]), (key[:N], value[:N])])
+        found, expected = attention(query[N:], key[N:], value[N:], layout, kernel, 0.3, layer=1), expected[N:]
+    else:
+        layout = SharedPrefix(N, Segments([*prompts, *runs], causal=True, device=device), on_prompts)
+        found = attention(query, key, value, layout, kernel, 0.3)
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape, generator=rng, dtype=torch.float64)
     gradients, theirs = (torch.autograd.grad((out * weight).sum(), (query, key, value)) for out in (found, expected))
@@ -94,7 +97,8 @@ def test_kernels_for_a_gpu_take_what_they_are_given(monkeypatch):
             return eager.backward(grad, q, k, v, out, lse.t(), made, scale)
 
     monkeypatch.setattr(varlen, "aten", Aten)
-    test_attention_on_a_shared_prefix_equals_a_dense_mask(flash, (4, 2))
+    for prompts_before in (False, True):
+        test_attention_on_a_shared_prefix_equals_a_dense_mask(flash, (4, 2), prompts_before)
 
 
 def test_pytorchs_flash_attention_has_these_arguments():

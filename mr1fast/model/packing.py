@@ -27,8 +27,9 @@ class Packed:
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [3, 1, T] int64, as if each completion followed its prompt alone
     layout: SharedPrefix
-    predicting: Tensor  # [N] int64: the place in the row that predicts each counted token of the completions; with a
-    # prefix, the place among the last tokens of the P prompts and then the row
+    # [N] int64: the place that predicts each counted token of the completions, in the row or, if the prompts have run
+    # before, in their P last tokens with the row behind them.
+    predicting: Tensor
 
     @classmethod
     def of(
