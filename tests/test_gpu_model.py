@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mr1fast.model import rollout
 from mr1fast.model.liger import use_liger
-from mr1fast.model.rollout import Pace, Sampler
+from mr1fast.model.rollout import Sampler
+from mr1fast.model.steps import Captured, Pace
 from tests.tiny import tiny_inputs, tiny_model, tiny_policy
 
 DEVICE = "cuda"
@@ -22,7 +22,7 @@ def test_a_captured_step_samples_the_same():
         )
         for pace in (Pace(40, 0.0, 40), Pace(8, 0.25, 16, graph=True), Pace(4, 0.0, 40, graph=True))
     )
-    assert rollout.Captured.possible
+    assert Captured.possible
     for other in (static, captured):
         assert torch.equal(other.completion_ids, plain.completion_ids)
         torch.testing.assert_close(other.per_token_logps, plain.per_token_logps, atol=1e-4, rtol=1e-4)

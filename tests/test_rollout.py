@@ -6,12 +6,12 @@ import torch
 from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.errors import UserError
-from mr1fast.model import decoding
-from mr1fast.model import rollout as module
+from mr1fast.model import decoding, steps
 from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.prompts import encode_prompts, take_prompts
-from mr1fast.model.rollout import Pace, Rollout, Sampler
+from mr1fast.model.rollout import Rollout, Sampler
+from mr1fast.model.steps import Pace
 from mr1fast.training.batch import (
     Batch,
     Whole,
@@ -209,12 +209,20 @@ def test_without_names_torch_seeds_the_streams():
 
 @pytest.mark.parametrize(
     ("pace", "window"),
-    [(Pace(1, 0.0, 4), None), (Pace(2, 0.3, 1), 3), (GRAPH, None), (GRAPH, 3)],
+    [
+        (Pace(1, 0.0, 4), None),
+        (Pace(2, 0.3, 1), 3),
+        (GRAPH, None),
+        (GRAPH, 3),
+        (Pace(1, 0.0, 4, merge=True), None),
+        (Pace(3, 0.3, 5, merge=True), 3),
+        (Pace(12, 0.0, 12, merge=True), None),
+    ],
 )
 def test_the_pace_changes_nothing(pace, window, monkeypatch, poisoned):
     """With the static cache of a CUDA graph, too, whose step runs here without being captured."""
     captured = []
-    monkeypatch.setattr(module, "Captured", lambda step: captured.append(step) or step)
+    monkeypatch.setattr(steps, "Captured", lambda step: captured.append(step) or step)
     resized, resize = [], decoding.Decoding.resize
     monkeypatch.setattr(decoding.Decoding, "resize", lambda *args: resized.append(args) or resize(*args))
     policy, inputs = placed(tiny_model(window=window))
@@ -225,6 +233,25 @@ def test_the_pace_changes_nothing(pace, window, monkeypatch, poisoned):
     same(sample(policy, inputs, G=8, L=12, pace=pace), plain)
     assert resized
     assert len(captured) == (len(resized) + 1 if pace.graph else 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+def test_completions_run_once_as_long_as_they_are_the_same(temperature, monkeypatch):
+    policy, inputs = placed()
+    run, next_hidden = [], policy.next_hidden
+    monkeypatch.setattr(policy, "next_hidden", lambda state, ids: run.append(len(ids)) or next_hidden(state, ids))
+    rollout = sample(policy, inputs, G=8, L=12, temperature=temperature, pace=Pace(1, 0.0, 12, merge=True))
+    rows = row_by_row(rollout)
+    expected = [len({(i // 8, *row[:t]) for i, row in enumerate(rows) if len(row) > t}) for t in range(1, 12)]
+    assert run == [count for count in expected if count]
+    assert run[0] < 32
+    assert temperature or max(run) <= 4
+
+
+def test_distinct():
+    first, of = steps.distinct(torch.tensor([7, 3, 7, 9, 3, 0]))
+    assert first.tolist() == [0, 1, 3, 5]
+    assert of.tolist() == [0, 1, 0, 2, 1, 3]
 
 
 @pytest.fixture
