@@ -13,12 +13,13 @@ from PIL import Image
 from mr1fast import reproduce
 from mr1fast.errors import UserError
 from mr1fast.losses.kl_weight import kl_weight
-from mr1fast.model.load import EMBEDDED
+from mr1fast.model.load import EMBEDDED, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.parse import parse_arguments
 from mr1fast.options.preset import PRESETS
 from mr1fast.reproduction import experiments, runner, train
 from mr1fast.reproduction.arms import ARMS, BETA_MAX, SETTING, STEPS, TESTS, VEHICLES, label, mean_weight, rated_weight
+from mr1fast.reproduction.encoded import RunOnce
 from mr1fast.reproduction.experiments import BASE_RUN, DEFAULT, EXPERIMENTS, Comparison, Run, runs_of
 from mr1fast.reproduction.full_scale import DRAWN, FullScale
 from mr1fast.reproduction.records import Records
@@ -166,6 +167,23 @@ def test_prompts_encoded_once_are_those_that_a_policy_encodes(monkeypatch):
     monkeypatch.setattr("mr1fast.reproduction.encoded.MOST", len(policy.known))
     policy.encode([replace(problems[0], problem="How many?")])
     assert len(policy.known) == 1
+
+
+@torch.no_grad()
+def test_prompts_that_ran_once_have_the_hidden_states_of_those_that_run(monkeypatch):
+    base, runs = RunOnce(load_model(), load_processor()), []
+    base.base.model.visual.register_forward_hook(lambda _, given, __: runs.append(len(given[0]) // 64))  # images
+    problems = [one for test in TESTS[:2] for one in train._problems(test)[:5]]  # of several lengths
+    for batch, new in ((problems[:6], 6), (problems[::-1], 4), (problems[3:5], 0), (problems[9:], 0)):
+        inputs = base.encode(batch)
+        ids, mask = base.encode_completions([one.solution for one in batch for _ in range(2)])
+        runs.clear()
+        found = base.completion_hidden(inputs, ids, mask)
+        assert sum(runs) == new
+        torch.testing.assert_close(found, Policy.completion_hidden(base, inputs, ids, mask), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("mr1fast.reproduction.encoded.MOST", len(base.prefixes))
+    base.completion_hidden(base.encode([replace(problems[0], problem="How many?")]), ids[:2], mask[:2])
+    assert len(base.prefixes) == 1
 
 
 @pytest.mark.slow

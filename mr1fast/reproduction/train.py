@@ -23,7 +23,7 @@ from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.config import TaskConfig, TrainConfig
 from mr1fast.reproduction.arms import SETTING, STEPS, TESTS, TRAIN_SAMPLES, Arm, Test
-from mr1fast.reproduction.encoded import EncodedOnce
+from mr1fast.reproduction.encoded import EncodedOnce, RunOnce
 from mr1fast.reproduction.experiments import BASE_RUN, Run
 from mr1fast.training.trainer import Trainer
 
@@ -127,10 +127,8 @@ def _trainer(arm: Arm, config: TaskConfig, policy: Policy, model: str, task: str
 
 
 @cache
-def _base(model: str) -> EncodedOnce:
-    policy = EncodedOnce(load_model(model), load_processor(model), known={})
-    policy.freeze()
-    return policy
+def _base(model: str) -> RunOnce:
+    return RunOnce(load_model(model), load_processor(model))
 
 
 def _policy(model: str) -> Policy:
