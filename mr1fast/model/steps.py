@@ -103,9 +103,7 @@ class MergedSteps:
         """As for `Steps`."""
         self.policy, self.choice, self.room = policy, choice, room
         self.hidden: Tensor | None = prefix.last_hidden
-        self.row = (
-            prompts  # [N] int64, which of the D rows; where D is N, each completion has the row of its own number
-        )
+        self.row = prompts  # [N] int64, which of the D rows; where D is N, each has the row of its own number
         self.token = torch.zeros_like(prompts)  # [N], the last one of each
         self.decoding = Decoding(prefix, torch.arange(len(self.hidden), device=prompts.device), room=room)
 
