@@ -216,7 +216,10 @@ def attention(
     layer: int | None = None,
 ) -> Tensor:
     """Output [T, heads, D] of a row; differentiable, once. layer: where the layout has the prompts of each."""
-    before = (None, None) if layout.prompts is None or layer is None else layout.prompts[layer]
+    before: tuple[Tensor | None, Tensor | None] = None, None
+    if layout.prompts is not None:
+        assert layer is not None, "prompts that have run before are found by the layer"
+        before = layout.prompts[layer]
     return _Attention.apply(query, key, value, *before, layout, kernel, scale)
 
 
