@@ -92,16 +92,19 @@ def without_gpu(device: str) -> str | None:
     return "there is no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
 
 
-def matching(scenes: list[Scene], pattern: str) -> list[tuple[Scene, tuple[Case, ...]]]:
+def matching(scenes: list[Scene], pattern: str, alone: bool = False) -> list[tuple[Scene, tuple[Case, ...]]]:
     """The scenes with the cases whose "group, shape, dtype, name" contains every word of the pattern.
 
-    The cases that others refer to (`limit`, `against`) and memcpy stay where any other case of their scene does.
+    The cases that others refer to (`limit`, `against`) and memcpy stay where any other case of their scene does, unless
+    those are to be `alone`.
     """
     selected = []
     for scene in scenes:
         words = pattern.lower().split()
         wanted = [case for case in scene.cases if all(word in f"{scene.title}, {case.name}".lower() for word in words)]
-        needed = {name for case in wanted for name in (case.name, case.limit, case.against, "memcpy")}
+        needed = {case.name for case in wanted}
+        if not alone:
+            needed |= {name for case in wanted for name in (case.limit, case.against, "memcpy") if name}
         if wanted:
             selected.append((scene, tuple(case for case in scene.cases if case.name in needed)))
     return selected

@@ -132,7 +132,7 @@ stage linear "$PYTHON" -m benchmarks.run linear "${linear[@]}" --csv "$RESULTS/l
 # A rehearsal trains without Triton's interpreter, in which it would take minutes.
 # In a process each: on a card of 80 GB there is no room for a second trainer of 2B beside the first.
 stage step env -u TRITON_INTERPRET bash -ec 'results=$0; for of in "mr1fast trainer" "trl GRPOTrainer" GRPODTrainer; do
-        "$@" --filter "equal $of" --csv "$results/step ${of##* }.csv"
+        "$@" --alone --filter "equal $of" --csv "$results/step ${of##* }.csv"
     done' "$RESULTS" "$PYTHON" -m benchmarks.run step "${step[@]}"
 stage shapes "$PYTHON" -m benchmarks.run shapes "${quick[@]}" --csv "$RESULTS/shapes.csv" --plot "$RESULTS/shapes.png"
 sanitizer memcheck

@@ -40,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "groups", nargs="*", metavar="GROUP", help=f"group to measure: {', '.join(cases.GROUPS)} [default: all]"
     )
     parser.add_argument("--filter", default="", metavar="WORDS", help="measure only cases that contain all these words")
+    parser.add_argument("--alone", action="store_true", help="leave out the cases that those are compared with")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="measure only on this device [default: both]")
     parser.add_argument(
         "--quick", action="store_true", help="use tiny shapes and few calls, to see that everything runs"
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return compare.main(args)
     scenes = [scene for group in args.groups or cases.GROUPS for scene in cases.load(group, args.quick)]
     scenes = [scene for scene in scenes if args.device in (None, scene.device)]
-    selected = cases.matching(scenes, args.filter)
+    selected = cases.matching(scenes, args.filter, args.alone)
     if not selected:
         where = f" on {args.device}" if args.device else ""
         print(f"no case{where} matches {args.filter!r}; --list shows the cases", file=sys.stderr)
