@@ -32,6 +32,7 @@ from benchmarks.plan_check import random_advantages
 from mr1fast.data.example import Example
 from mr1fast.model import rollout
 from mr1fast.model.checks import VISION_TOKENS
+from mr1fast.model.liger import choose_liger
 from mr1fast.model.load import EMBEDDED, choose_dtype, load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.model.sampling import Choice, Streams
@@ -91,7 +92,9 @@ class Inputs:
     folder: Any  # of the model and its processor; `name` is its path
 
     def policy(self) -> Policy:
-        model = load_model(self.folder.name, device=self.shape.device, dtype=self.shape.dtype)
+        device = torch.device(self.shape.device)
+        liger = choose_liger("auto", device)  # as `python -m mr1fast.train` does
+        model = load_model(self.folder.name, device=device, dtype=self.shape.dtype, liger=liger)
         policy = Policy(model.eval(), self.processor())
         special = [policy.pad_id, *(getattr(policy.model.config, name) for name in VISION_TOKENS)]
         policy.banned_ids = torch.tensor(
@@ -183,13 +186,15 @@ class _Examples(list[Example]):
     name = "examples"
 
 
-def trainer_of(x: Inputs, processes: Processes = ALONE, *, share_prefix: bool = True) -> Trainer:
+def trainer_of(
+    x: Inputs, processes: Processes = ALONE, *, share_prefix: bool = True, pieces: int | None = None
+) -> Trainer:
     shape = x.shape
     config = replace(
         TrainConfig(task="vc", method="grpo", beta=0.04).for_task("vc"),
         prompts_per_step=shape.P,
         num_generations=shape.G,
-        gradient_accumulation_steps=shape.pieces,
+        gradient_accumulation_steps=pieces or shape.pieces,
         max_completion_length=shape.L,
         max_steps=10_000,
         learning_rate=1e-6,
@@ -212,8 +217,8 @@ def take_step(trainer: Trainer, lengths: Sequence[int]) -> dict[str, float]:
     return metrics
 
 
-def of_trainer(x: Inputs, *, share_prefix: bool = True) -> Call:
-    trainer = trainer_of(x, share_prefix=share_prefix)
+def of_trainer(x: Inputs, **options: Any) -> Call:
+    trainer = trainer_of(x, **options)
     times: dict[str, float] = {}
 
     def run() -> None:
@@ -279,6 +284,9 @@ def scenes(quick: bool) -> list[Scene]:
             Case("trl GRPOTrainer", of_peer("GRPOTrainer"), work, "tokens/s", against=OURS),
             Case("GRPODTrainer", of_peer("GRPODTrainer"), work, "tokens/s", against=OURS),
         )
+        if shape.pieces > 1:
+            whole = partial(of_trainer, pieces=1)
+            of_scene += (Case("mr1fast in a single pass", whole, work, "tokens/s", against=OURS),)
         title = f"{shape.name}, {shape.P} x {shape.G} x {shape.L}, {kind}"
         dtype = str(shape.dtype).removeprefix("torch.")
         return Scene(

@@ -100,10 +100,14 @@ MR1_KERNEL void MR1_THREADS(kClusterThreads, kResident) cluster_fwd_kernel(const
   // The store itself counts its bytes at the receiver, after it has been made (a release at cluster scope), and the
   // receiver's wait is the acquire: the part is all that is handed over, and no thread needs a fence. Each block ends
   // only after it has every part, so that nobody sends to a block that is gone; what it has sent needs nothing of it.
-  if (thread() < split.parts) send(&shared.parts[rank], part, thread(), &shared.parts_arrived);
+  // A block that holds a row alone sends nothing (compute-sanitizer takes that for an error): its one part stays with the
+  // thread that reads it.
+  const bool alone = split.parts == 1;
+  if (!alone && thread() < split.parts) send(&shared.parts[rank], part, thread(), &shared.parts_arrived);
+  if (alone && thread() == 0) shared.parts[0] = part;
 
   if (thread() < 32) {
-    wait_for_cluster(&shared.parts_arrived);
+    if (!alone) wait_for_cluster(&shared.parts_arrived);
     const Levels part = thread() < split.parts ? shared.parts[thread()].levels : no_levels();
     const Levels s = reduce_warp(part, rate);
     if (thread() == 0) {

@@ -20,7 +20,7 @@ def test_a_captured_step_samples_the_same():
         Sampler(policy, max_completion_length=40, pace=pace).generate(
             [], num_generations=8, prefix=prefix, streams=[str(i) for i in range(4)]
         )
-        for pace in (Pace(40, 0.0, 40), Pace(8, 0.25, 16, graph=True), Pace(4, 0.0, 40, graph=True))
+        for pace in (Pace(40, 0, 40), Pace(8, 40, 16, graph=True), Pace(4, 0, 40, graph=True))
     )
     assert Captured.possible
     for other in (static, captured):

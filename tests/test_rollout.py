@@ -68,7 +68,7 @@ def test_greedy_equals_generate_of_transformers(attention, seed, window):
     """Completions leave as soon as they end."""
     model, inputs = tiny_model(seed, attention, window=window), tiny_inputs(seed)
     policy = tiny_policy(model)
-    ours = sample(policy, policy.place(inputs), G=1, temperature=0, pace=Pace(1, 0.0, 2))
+    ours = sample(policy, policy.place(inputs), G=1, temperature=0, pace=Pace(1, 0, 2))
     theirs = model.generate(**inputs, max_new_tokens=12, suppress_tokens=BANNED)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(ours.completion_ids, theirs)
 
@@ -170,7 +170,7 @@ def test_the_seed_decides():
     assert first.shape != other.shape or not torch.equal(first, other)
 
 
-GRAPH = Pace(3, 0.0, 8, graph=True)
+GRAPH = Pace(3, 0, 8, graph=True)
 
 
 def same(ours: Rollout, theirs: Rollout) -> None:
@@ -210,13 +210,13 @@ def test_without_names_torch_seeds_the_streams():
 @pytest.mark.parametrize(
     ("pace", "window"),
     [
-        (Pace(1, 0.0, 4), None),
-        (Pace(2, 0.3, 1), 3),
+        (Pace(1, 0, 4), None),
+        (Pace(2, 40, 1), 3),
         (GRAPH, None),
         (GRAPH, 3),
-        (Pace(1, 0.0, 4, merge=True), None),
-        (Pace(3, 0.3, 5, merge=True), 3),
-        (Pace(12, 0.0, 12, merge=True), None),
+        (Pace(1, 0, 4, merge=True), None),
+        (Pace(3, 40, 5, merge=True), 3),
+        (Pace(12, 0, 12, merge=True), None),
     ],
 )
 def test_the_pace_changes_nothing(pace, window, monkeypatch, poisoned):
@@ -226,7 +226,7 @@ def test_the_pace_changes_nothing(pace, window, monkeypatch, poisoned):
     resized, resize = [], decoding.Decoding.resize
     monkeypatch.setattr(decoding.Decoding, "resize", lambda *args: resized.append(args) or resize(*args))
     policy, inputs = placed(tiny_model(window=window))
-    plain = sample(policy, inputs, G=8, L=12, pace=Pace(12, 0.0, 12))
+    plain = sample(policy, inputs, G=8, L=12, pace=Pace(12, 0, 12))
     assert not resized
     lengths = plain.completion_mask.sum(1)
     assert len(lengths.unique()) > 2
@@ -240,7 +240,7 @@ def test_completions_run_once_as_long_as_they_are_the_same(temperature, monkeypa
     policy, inputs = placed()
     run, next_hidden = [], policy.next_hidden
     monkeypatch.setattr(policy, "next_hidden", lambda state, ids: run.append(len(ids)) or next_hidden(state, ids))
-    rollout = sample(policy, inputs, G=8, L=12, temperature=temperature, pace=Pace(1, 0.0, 12, merge=True))
+    rollout = sample(policy, inputs, G=8, L=12, temperature=temperature, pace=Pace(1, 0, 12, merge=True))
     rows = row_by_row(rollout)
     expected = [len({(i // 8, *row[:t]) for i, row in enumerate(rows) if len(row) > t}) for t in range(1, 12)]
     assert run == [count for count in expected if count]

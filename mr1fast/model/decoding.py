@@ -36,6 +36,7 @@ class Decoding:
         self.prefix, self.static, self.length = prefix, static, 0
         self.place = torch.zeros(1, dtype=torch.long, device=prompts.device)  # `length`, for the device
         self.padded = not bool(prefix.attention_mask.all())
+        self.biases: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}  # of this token, for each window
         self.position = prefix.next_position[prompts]  # [N], M-RoPE's of the next token
         N = len(prompts)
         self.buffers = [
@@ -103,12 +104,18 @@ class Decoding:
         N, R = len(query), query.shape[2]
         slots = query if self.slots is None else query[self.slots]
         grouped = slots.view(P, self.group, K, R, D).transpose(1, 2).reshape(P, K, -1, D)
-        found, weight = attention(grouped, *prompt, self._prompt_bias(query, T, window), scale)
+        if layer == 0:
+            self.biases.clear()
+        if window not in self.biases:  # all layers of a window have the same
+            room = own[0].shape[2]
+            self.biases[window] = self._prompt_bias(query, T, window), self._own_bias(query, room, window)
+        bias, bias_own = self.biases[window]
+        found, weight = attention(grouped, *prompt, bias, scale)
         found = found.reshape(P, K, self.group, R, D).transpose(1, 2).reshape(-1, K, R, D)
         weight = weight.reshape(P, K, self.group, R).transpose(1, 2).reshape(-1, K, R)
         if self.slot_of is not None:
             found, weight = found[self.slot_of], weight[self.slot_of]
-        found_own, weight_own = attention(query, *own, self._own_bias(query, own[0].shape[2], window), scale)
+        found_own, weight_own = attention(query, *own, bias_own, scale)
         share = torch.sigmoid(weight_own.view(N, K, R) - weight)  # e^own / (e^own + e^prompt)
         return torch.lerp(found, found_own, share.to(found.dtype)[..., None])
 
@@ -130,25 +137,36 @@ class Decoding:
 
 
 def _bias(hidden: Tensor, like: Tensor) -> Tensor:
-    """Not -inf, which would make NaN of a query from which everything is hidden; its share is 0 in the end."""
-    least = torch.finfo(like.dtype).min / 2
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, least)[:, None, None]
+    """Not -inf, which would make NaN of a query from which everything is hidden; its share is 0 in the end.
+
+    Between rows lie a multiple of 16 bytes, which the attention on a GPU wants.
+    """
+    rows, keys = hidden.shape
+    bias = torch.zeros(rows, -(-keys // 8) * 8, dtype=like.dtype, device=like.device)[:, :keys]
+    return bias.masked_fill_(hidden, torch.finfo(like.dtype).min / 2)[:, None, None]
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(attention [B, K, Q, D], log-sum-exp [B, K, Q] of the scores, float32 at least); bias: [B or 1, 1, 1, keys]."""
+    B, K, Q, _ = query.shape
     if query.device.type == "cpu":
-        bias = None if bias is None else bias.expand(len(query), 1, query.shape[2], -1)
+        bias = None if bias is None else bias.expand(B, 1, Q, -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=bias, scale=scale
         )
+    if query.device.type == "cuda":  # one kernel in the place of fifteen, which for few queries take longer to start
+        bias = None if bias is None else bias.expand(B, K, Q, -1)
+        found, weight, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, keys, values, bias, compute_log_sumexp=True, scale=scale
+        )
+        return found, weight[:, :, :Q]  # it has a multiple of 32
     return plain_attention(query, keys, values, bias, scale)
 
 
 def plain_attention(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`attention` in torch's public operations, which can be captured; for few queries it reads memory and no more."""
+    """`attention` in torch's public operations, for other devices and for the planner's tensors without numbers."""
     scores = (query @ keys.transpose(2, 3)).float() * scale
     if bias is not None:
         scores = scores + bias

@@ -93,7 +93,7 @@ class Sampler:
             if len(alive) == 0:
                 break
             room = min(-(-(stop + pace.check) // pace.page) * pace.page, L)
-            leave = 0 < len(rows) - len(alive) >= pace.leave * len(rows)
+            leave = 0 < (len(rows) - len(alive)) * (L - stop) >= pace.leave
             if stop < L and (leave or room > steps.room):
                 steps.keep(alive, room)
                 streams.keep(alive.tolist())
