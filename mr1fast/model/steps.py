@@ -25,9 +25,9 @@ class Pace:
 
     check: tokens after which it asks which completions have ended, which waits for a GPU. leave: these leave the batch
     if, should they stay and others take as long as they may, at least this many tokens would be computed for nothing.
-    page: tokens for which memory is taken at a time. graph: launch a token's hundreds of kernels as one CUDA graph, which
-    is captured anew after every change of shape. merge: run completions of a prompt that are the same so far as one,
-    which asks after every token which they are.
+    page: tokens for which memory is taken at a time. graph: launch the hundreds of kernels of a token as one CUDA graph,
+    which is captured anew after every change of shape. merge: run completions of a prompt that are the same so far as
+    one, which asks after every token which they are.
     """
 
     check: int
@@ -37,8 +37,8 @@ class Pace:
     merge: bool = False
 
 
-# Measured (benchmarks/LOG.md). A change of shape costs a GPU 0.2 s, for a token without the graph and for its capture; a
-# completion more costs 0.012 ms a token.
+# Measured (benchmarks/LOG.md). A change of shape costs a GPU 0.2 s, for a token without the graph and for its capture;
+# a completion more costs 0.012 ms a token.
 PACES = {
     "cpu": Pace(check=2, leave=0, page=64, merge=True),
     "cuda": Pace(check=16, leave=16_384, page=512, graph=True),
