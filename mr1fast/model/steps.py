@@ -25,7 +25,7 @@ class Pace:
 
     check: tokens after which it asks which completions have ended, which waits for a GPU. leave: these leave the batch
     if, should they stay and others take as long as they may, at least this many tokens would be computed for nothing.
-    page: tokens for which memory is taken at a time. graph: launch the hundreds of kernels of a token as one CUDA graph,
+    page: tokens for which memory is taken at a time. graph: launch a token's hundreds of kernels as one CUDA graph,
     which is captured anew after every change of shape. merge: run completions of a prompt that are the same so far as
     one, which asks after every token which they are.
     """
