@@ -277,7 +277,7 @@ def scenes(quick: bool) -> list[Scene]:
 
     def scene(shape: Shape, kind: str) -> Scene:
         work = 1e9 * sum(shape.lengths(kind))
-        of_scene = (
+        of_scene: tuple[Case, ...] = (
             Case(OURS, of_trainer, work, "tokens/s", against=OURS),
             Case("mr1fast --no-share-prefix", partial(of_trainer, share_prefix=False), work, "tokens/s", against=OURS),
             Case("the matrix products alone", of_products, work, "tokens/s", against=OURS),
