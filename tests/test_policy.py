@@ -2,12 +2,14 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 
 from mr1fast.errors import UserError
+from mr1fast.model.patches import PatchProjection, multiply_patches
 from mr1fast.model.policy import Policy
 from mr1fast.model.rollout import Sampler
 from mr1fast.training.batch import Batch, batch_logps, grpo_batch_loss
@@ -35,6 +37,27 @@ def test_nobody_else_knows_the_inside_of_a_model():
                     found.append(f"{file}:{node.lineno}: .{node.attr}")
     assert len(files) > 60
     assert not found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_patches_are_multiplied_as_they_would_be_convolved(bias):
+    layer = torch.nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4), bias=bias).double()
+    vision = SimpleNamespace(patch_embed=SimpleNamespace(proj=layer))
+    patches = torch.randn(7, 3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    leaves = [patches, *layer.parameters()]
+    before = layer(patches)
+    expected = [before, *torch.autograd.grad(before.sin().sum(), leaves)]
+    names = [*layer.state_dict()]
+    multiply_patches(vision)
+    assert type(layer) is PatchProjection
+    assert [*layer.state_dict()] == names
+    after = layer(patches)
+    torch.testing.assert_close([after, *torch.autograd.grad(after.sin().sum(), leaves)], expected)
+
+
+def test_a_policy_multiplies_patches():
+    layer = tiny_policy(tiny_model()).model.model.visual.patch_embed.proj
+    assert type(layer) is PatchProjection
 
 
 # ---- images and their tokens ----------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from mr1fast.model.decoding import ATTENTION, Decoding
 from mr1fast.model.family import Model, known
 from mr1fast.model.hooks import attention_of
 from mr1fast.model.passes import packed_hidden, plain_hidden
+from mr1fast.model.patches import multiply_patches
 from mr1fast.model.prefix import Prefix
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.model.prompts import encode_prompts, end_of_turn
@@ -46,6 +47,7 @@ class Policy:
         self.model: Any = model
         self.processor = processor
         self._base = _base_model(model)
+        multiply_patches(self._base.model.visual)
         # How its layers are run, and within what each process has all weights: training.sharding changes these.
         self.body: Callable[..., Any] = self._base.model
         self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext
