@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,8 @@ class Policy:
         Not skip_special_tokens=True, which removes <think> and <answer> from models that registered them as special.
         """
         kept = completion_mask & ~torch.isin(completion_ids, self.end_ids)
-        return [self.processor.tokenizer.decode(row[keep]) for row, keep in zip(completion_ids.cpu(), kept.cpu())]
+        rows = zip(completion_ids.tolist(), kept.tolist())  # rows of tensors would take four times as long
+        return [self.processor.tokenizer.decode([*compress(row, keep)]) for row, keep in rows]
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 

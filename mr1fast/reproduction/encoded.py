@@ -19,6 +19,8 @@ from mr1fast.model.prefix import Prefix
 from mr1fast.model.prompts import IMAGES, take_prompts
 
 MOST = 3000  # prompts that are kept, of some 80 KB each
+NOT_TOKENS = (*IMAGES, "next_position")
+Encoded = dict[tuple, tuple[Example, dict[str, Tensor]]]  # by question and addresses of the images: one prompt each
 
 
 class EncodedOnce(Policy):
@@ -27,28 +29,34 @@ class EncodedOnce(Policy):
     known: what has been encoded, of all policies with this processor.
     """
 
-    def __init__(self, model: Any, processor: Any, known: dict[tuple, tuple[Example, dict[str, Tensor]]]):
+    def __init__(self, model: Any, processor: Any, known: Encoded):
         super().__init__(model, processor)
         self.known = known
 
     def encode(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        rows = [self._encoded(example) for example in examples]
+        keys = [(example.problem, *map(id, example.images)) for example in examples]
+        if new := {key: example for key, example in zip(keys, examples) if key not in self.known}:
+            if len(self.known) + len(new) > MOST:
+                self.known.clear()
+                new = dict(zip(keys, examples))
+            inputs = super().encode([*new.values()])
+            for i, (key, example) in enumerate(new.items()):  # while it is kept, no other has its address
+                self.known[key] = example, _unpadded(take_prompts(inputs, [i]))
+        rows = [self.known[key][1] for key in keys]
         longest = max(row["input_ids"].shape[-1] for row in rows)
         return {name: torch.cat([self._padded(name, row[name], longest) for row in rows]) for name in rows[0]}
 
-    def _encoded(self, example: Example) -> dict[str, Tensor]:
-        key = example.problem, *map(id, example.images)
-        if key not in self.known:
-            if len(self.known) >= MOST:
-                self.known.clear()
-            self.known[key] = example, super().encode([example])  # while it is kept, no other has its address
-        return self.known[key][1]
-
     def _padded(self, name: str, row: Tensor, longest: int) -> Tensor:
         """On the left, to so many tokens, with what `Policy.encode` has there."""
-        if name in (*IMAGES, "next_position"):
+        if name in NOT_TOKENS:
             return row
         return pad(row, (longest - row.shape[-1], 0), value=self.pad_id if name == "input_ids" else 0)
+
+
+def _unpadded(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One prompt, without padding on the left."""
+    padding = int((row["attention_mask"] == 0).sum())
+    return {name: tensor if name in NOT_TOKENS else tensor[..., padding:] for name, tensor in row.items()}
 
 
 class RunOnce(EncodedOnce):
