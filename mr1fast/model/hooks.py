@@ -1,4 +1,5 @@
-"""All that is changed in transformers, and only within these contexts; tested with transformers 5.23.
+"""All that is changed in transformers but for layers that are exchanged (patches.py, liger.py), and only within these
+contexts; tested with transformers 5.23.
 
 - `ALL_ATTENTION_FUNCTIONS` has two implementations more. `mr1fast_shared_prefix` is the language model's: it takes the
   layout of the row from the keyword `shared_prefix`, which the models hand on to their attention. The vision tower's
