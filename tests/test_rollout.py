@@ -235,6 +235,27 @@ def test_the_pace_changes_nothing(pace, window, monkeypatch, poisoned):
     assert len(captured) == (len(resized) + 1 if pace.graph else 0)
 
 
+def test_completions_leave_if_that_saves_enough(monkeypatch):
+    kept, resize = [], decoding.Decoding.resize
+    monkeypatch.setattr(decoding.Decoding, "resize", lambda *args: kept.append(len(args[1])) or resize(*args))
+    policy, inputs = placed()
+    lengths = sample(policy, inputs, G=8, L=12, pace=Pace(12, 0, 12)).completion_mask.sum(1)
+    assert not kept
+    found = []
+    for least in (0, 12, 24, 10**6):
+        kept.clear()
+        sample(policy, inputs, G=8, L=12, pace=Pace(2, least, 12))
+        expected, rows = [], 32
+        for stop in range(2, 12, 2):
+            alive = int((lengths > stop).sum())
+            if alive and 0 < (rows - alive) * (12 - stop) >= least:
+                expected.append(alive)
+                rows = alive
+        assert kept == expected, least
+        found.append(len(kept))
+    assert found[0] > found[1] > found[3] == 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 def test_completions_run_once_as_long_as_they_are_the_same(temperature, monkeypatch):
     policy, inputs = placed()
