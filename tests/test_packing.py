@@ -211,7 +211,8 @@ def test_packed_and_plain_pass_agree(case):
         found, ours = outputs_and_gradient(policy, batch, prefix)
         for name in ("loss", "per_token_logps", "entropies"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
-        assert (found.kl - expected.kl).norm() < 1e-5 * expected.kl.norm()  # a log-probability's error times e^(ref - logp)
+        error = (found.kl - expected.kl).norm()  # a log-probability's, times e^(ref - logp)
+        assert error < 1e-5 * expected.kl.norm()
         assert ours.keys() == gradients.keys()
         whole, theirs = (torch.cat([each[name].flatten() for name in gradients]) for each in (ours, gradients))
         assert (whole - theirs).norm() < 1e-5 * theirs.norm()
