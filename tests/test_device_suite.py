@@ -126,11 +126,13 @@ def test_the_results_of_an_earlier_run_stay(script, tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_cut_off_it_packs_what_there_is(sent, script, tmp_path, signals_as_in_a_terminal):
     out = tmp_path / "out"
+    script.write_text(SCRIPT.replace("plan 12 ", "plan 240 "))  # so that it is cut off, however busy the machine is
     process = subprocess.Popen(
         ["bash", str(script), str(out)], stdout=subprocess.DEVNULL, env=environment(), start_new_session=True
     )
     log = out / "device" / "slow.log"
     while not (log.exists() and "first" in log.read_text()):
+        assert process.poll() is None, "it has ended by itself"
         time.sleep(0.02)
     process.send_signal(sent)
     assert process.wait(timeout=20) == 128 + sent
