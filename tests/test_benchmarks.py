@@ -47,6 +47,14 @@ def test_options_that_leave_nothing(options, capsys):
     assert "--list shows the cases" in capsys.readouterr().err
 
 
+def test_a_case_brings_those_it_is_compared_with_unless_alone(capsys):
+    cases = []
+    for options in ([], ["--alone"]):
+        assert run.main(["step", "--quick", "--list", "--filter", "equal trl", *options]) == 0
+        cases.append(capsys.readouterr().out.strip().partition(": ")[2].split("; "))
+    assert cases == [["mr1fast trainer", "trl GRPOTrainer"], ["trl GRPOTrainer"]]
+
+
 def test_base_goes_without_files(capsys):
     with pytest.raises(SystemExit) as stop:
         run.main(["loss", "--base", "main", "--csv", "out.csv"])
