@@ -85,11 +85,11 @@ def _reproduce(names: Sequence[str], runs: Sequence[Run], folder: Path, model: s
     from mr1fast.reproduction.write import write_results
 
     if not redraw:
-        from mr1fast.reproduction.runner import run_arms
-        from mr1fast.reproduction.train import fingerprint
+        from mr1fast.reproduction.runner import fingerprint, processes, run_arms
 
-        base = model or str(_made_base(folder / "base"))
-        run_arms(runs, Records(folder, fingerprint(base)), base)
+        with processes(len(runs)) as executor:  # before there is a base, for which they need not wait
+            base = model or str(_made_base(folder / "base"))
+            run_arms(executor, runs, Records(folder, fingerprint(base, executor.map)), base)
     found = Records(folder).all(runs)
     for file in write_results(found, [EXPERIMENTS[name] for name in names], folder):
         print(file)

@@ -24,6 +24,7 @@ from mr1fast.reproduction.experiments import BASE_RUN, DEFAULT, EXPERIMENTS, Com
 from mr1fast.reproduction.full_scale import DRAWN, FullScale
 from mr1fast.reproduction.records import Records
 from mr1fast.reproduction.results import Results
+from mr1fast.reproduction.seconds import Estimate
 from mr1fast.reproduction.statistics import binomial_error, holm, paired, t_quantile
 from mr1fast.reproduction.tables import report
 from mr1fast.training.trainer import Trainer
@@ -75,6 +76,16 @@ def test_runs_are_made_once_and_seed_by_seed():
     assert [run.seed for run in runs[1:]] == [2] * (len(runs) // 2) + [0] * (len(runs) // 2)
     assert {run.arm for run in runs_of(["table1"], [0], ["sft"])} == {"base", "sft"}
     assert "beyond" not in DEFAULT
+
+
+def test_the_longest_arms_of_a_seed_come_first():
+    runs = runs_of(["table1"], [2, 0], ["sft", "grpo-d"])
+    ordered = Estimate().ordered(runs)
+    assert [run.name for run in ordered] == [
+        *("base", "gr-grpo-d-2", "vc-grpo-d-2", "vc-sft-2", "gr-sft-2"),
+        *("gr-grpo-d-0", "vc-grpo-d-0", "vc-sft-0", "gr-sft-0"),
+    ]
+    assert Estimate().ordered([]) == []
 
 
 # ---- what differences say --------------------------------------------------------------------------------------------
@@ -190,10 +201,10 @@ def test_prompts_that_ran_once_have_the_hidden_states_of_those_that_run(monkeypa
 def test_the_fingerprint_is_of_what_is_computed(monkeypatch):
     model = str(EMBEDDED)
     monkeypatch.setattr(train, "TESTS", TESTS[:1])
-    first = train.fingerprint(model)
-    assert train.fingerprint(model) == first
+    first = runner.fingerprint(model)
+    assert runner.fingerprint(model) == first
     monkeypatch.setattr(Trainer, "learning_rate", 1e-3)
-    assert train.fingerprint(model) != first
+    assert runner.fingerprint(model) != first
 
 
 run_an_arm = runner._run
@@ -209,10 +220,11 @@ def test_arms_run_in_processes_and_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "_run", run_an_arm_on_few_problems)
     runs = [BASE_RUN, Run("vc", "sft", 0)]
     records = Records(tmp_path, "this")
-    runner.run_arms(runs, records, str(EMBEDDED), steps=1)
-    assert "[2/2] " in capsys.readouterr().out
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
-    runner.run_arms(runs, records, str(EMBEDDED), steps=1)
+    with runner.processes(2) as executor:
+        runner.run_arms(executor, runs, records, str(EMBEDDED), steps=1)
+        assert "[2/2] " in capsys.readouterr().out
+        before = {file: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
+        runner.run_arms(executor, runs, records, str(EMBEDDED), steps=1)
     assert "2 of 2 arms have been run before" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()} == before
 

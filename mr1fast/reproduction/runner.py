@@ -1,14 +1,21 @@
-"""Runs the arms that are not finished, one process for each core, and says how long that will still take."""
+"""Runs the arms that are not finished, one process for each core, and says how long that will still take.
+
+Only these processes import torch: it takes seconds, which they spend while the base is being made.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mr1fast.errors import UserError
@@ -16,6 +23,8 @@ from mr1fast.reproduction.arms import SETTING, STEPS, TESTS, TRAIN_SAMPLES
 from mr1fast.reproduction.experiments import BASE_RUN, Run
 from mr1fast.reproduction.records import Records
 from mr1fast.reproduction.seconds import Estimate, spelt
+
+FINGERPRINTED = [Run("gr", "grpo-d", 0), Run("vc", "sft-reasoning", 0)]
 
 
 def cores() -> int:
@@ -32,23 +41,18 @@ def settings_of(run: Run, steps: int = STEPS) -> dict[str, Any]:
     return {"tests": tests, "twist": run.recipe.twist, "options": setting}
 
 
-def run_arms(runs: Sequence[Run], records: Records, model: str, steps: int = STEPS) -> None:
-    """Run those without a record. Raises UserError if a process is killed; KeyboardInterrupt ends all of them."""
-    settings = {run: settings_of(run, steps) for run in runs}
-    finished = records.finished(runs, settings)
-    todo = [run for run in runs if run not in finished]
-    estimate = Estimate.of(finished, steps)
-    if finished:
-        print(f"{len(finished)} of {len(runs)} arms have been run before")
-    if not todo:
-        return
-    workers = min(cores(), len(todo))
-    seconds = estimate.left(todo, workers)
-    print(f"running {len(todo)} arms, {workers} at a time: about {spelt(seconds)}", flush=True)
-    executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+@contextmanager
+def processes(most: int) -> Iterator[ProcessPoolExecutor]:
+    """One for each core, at most so many, which start at once.
+
+    Raises UserError if one of them is killed. KeyboardInterrupt ends all of them, as any exception does.
+    """
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(min(cores(), most), mp_context=context, initializer=_start)
     try:
-        waiting = {executor.submit(_run, run, records, settings[run], model, steps): run for run in todo}
-        _follow(waiting, todo, estimate, workers)
+        for _ in range(min(cores(), most)):
+            executor.submit(os.getpid)  # it starts a process for a task that none is free for
+        yield executor
     except BrokenProcessPool as error:
         reason = "a process that ran an arm was killed, perhaps for want of memory"
         raise UserError(f"{reason}; the same command goes on") from error
@@ -62,14 +66,60 @@ def run_arms(runs: Sequence[Run], records: Records, model: str, steps: int = STE
 
 def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback for each process
+    import transformers
+
+    import mr1fast.reproduction.train  # noqa: F401
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def fingerprint(model: str, apply: Callable[..., Any] = map) -> str:
+    """A digest of what this code and this model compute: two steps of two short trainings and their tests.
+
+    Code that computes the same is the same, whatever has been renamed or documented since; code that draws other
+    completions, learns other weights or judges otherwise is not. Numbers are rounded to three places. apply: `map`, or
+    that of `processes`.
+    """
+    content = [*apply(_two_steps, FINGERPRINTED, [model] * len(FINGERPRINTED))]
+    return hashlib.sha256(json.dumps([content, _digest(model)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _two_steps(run: Run, model: str) -> dict[str, Any]:
+    from mr1fast.reproduction.train import two_steps
+
+    return two_steps(run, model)
+
+
+def _digest(model: str) -> str:
+    """Of the weights."""
+    whole = hashlib.sha256()
+    for file in sorted(Path(model).glob("*.safetensors")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def run_arms(
+    executor: ProcessPoolExecutor, runs: Sequence[Run], records: Records, model: str, steps: int = STEPS
+) -> None:
+    """Run those without a record in the processes of this executor, which has one for each core."""
+    settings = {run: settings_of(run, steps) for run in runs}
+    finished = records.finished(runs, settings)
+    estimate = Estimate.of(finished, steps)
+    if finished:
+        print(f"{len(finished)} of {len(runs)} arms have been run before")
+    todo = estimate.ordered(run for run in runs if run not in finished)
+    if not todo:
+        return
+    workers = min(cores(), len(todo))
+    seconds = estimate.left(todo, workers)
+    print(f"running {len(todo)} arms, {workers} at a time: about {spelt(seconds)}", flush=True)
+    waiting = {executor.submit(_run, run, records, settings[run], model, steps): run for run in todo}
+    _follow(waiting, todo, estimate, workers)
 
 
 def _run(run: Run, records: Records, settings: Mapping[str, Any], model: str, steps: int) -> dict[str, Any]:
-    import transformers
-
     from mr1fast.reproduction.train import result_of_run
 
-    transformers.utils.logging.disable_progress_bar()
     result = result_of_run(run, model, steps)
     records.write(run, settings, result)
     return result

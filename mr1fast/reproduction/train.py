@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,29 +155,9 @@ def _figures_at(policy: Policy, tests: Sequence[Test], count: int) -> dict[str, 
     return {test.name: _tested(policy, test, count).figures() for test in tests}
 
 
-# ---- what it was computed by -----------------------------------------------------------------------------------------
-
-
-def fingerprint(model: str) -> str:
-    """A digest of what this code and this model compute: two steps of two short trainings and their tests.
-
-    Code that computes the same is the same, whatever has been renamed or documented since; code that draws other
-    completions, learns other weights or judges otherwise is not. Numbers are rounded to three places.
-    """
-    runs = [Run("gr", "grpo-d", 0), Run("vc", "sft-reasoning", 0)]
-    few = [replace(test, problems=8) for test in TESTS]
-    content = []
-    for run in runs:
-        result = result_of_run(run, model, steps=2, tests=few)
-        numbers = {name: round(value, 3) + 0.0 for name, value in result["curve"][-1].items()}  # no -0.0
-        content.append({"numbers": numbers, "completions": result["completions"], "tests": result["tests"]})
+def two_steps(run: Run, model: str) -> dict[str, Any]:
+    """Of a training and of its tests: its part of a fingerprint, see `runner.fingerprint`."""
+    result = result_of_run(run, model, steps=2, tests=[replace(test, problems=8) for test in TESTS])
     _problems.cache_clear()
-    return hashlib.sha256(json.dumps([content, _digest(model)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _digest(model: str) -> str:
-    """Of the weights."""
-    whole = hashlib.sha256()
-    for file in sorted(Path(model).glob("*.safetensors")):
-        whole.update(file.read_bytes())
-    return whole.hexdigest()
+    numbers = {name: round(value, 3) + 0.0 for name, value in result["curve"][-1].items()}  # no -0.0
+    return {"numbers": numbers, "completions": result["completions"], "tests": result["tests"]}
