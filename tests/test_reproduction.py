@@ -141,6 +141,7 @@ def test_tests_on_the_way_do_not_change_the_training(trained, monkeypatch):
     monkeypatch.setattr(train, "WATCH_STEPS", 1)
     watched = train.result_of_run(Run("gr", "grpo-mean", 0), str(EMBEDDED), steps=2, tests=FEW)
     assert len(watched["watched"]) == 2
+    assert all({*point} == {"step", "vc/vehicles", "gr/test"} for point in watched["watched"])
     assert (watched["curve"], watched["completions"]) == (trained["curve"], trained["completions"])
 
 

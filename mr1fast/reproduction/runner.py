@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,6 +18,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from mr1fast.errors import UserError
 from mr1fast.reproduction.arms import SETTING, STEPS, TESTS, TRAIN_SAMPLES
@@ -66,6 +69,7 @@ def processes(most: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback for each process
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, about which Python warns if a process is ended with it
     import transformers
 
     import mr1fast.reproduction.train  # noqa: F401

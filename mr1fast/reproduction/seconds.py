@@ -13,7 +13,7 @@ from mr1fast.reproduction.experiments import BASE_RUN, Run
 # with AVX2 only, both of whose cores were at work on arms and on nothing else (the 141 arms of `all`).
 STEP = {"sft": 0.13, "grpo on vc": 0.28, "grpo on gr": 0.44}
 TESTS = 4.0
-WATCHING = 5.0  # Fig. 1's arms are tested on the way
+WATCHING = 3.0  # Fig. 1's arms are tested on the way
 
 
 class Estimate:

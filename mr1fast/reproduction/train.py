@@ -19,13 +19,14 @@ from mr1fast.evaluation.result import EvalResult
 from mr1fast.model.load import load_model, load_processor
 from mr1fast.model.policy import Policy
 from mr1fast.options.config import TaskConfig, TrainConfig
-from mr1fast.reproduction.arms import SETTING, STEPS, TESTS, TRAIN_SAMPLES, Arm, Test
+from mr1fast.reproduction.arms import SETTING, STEPS, TEST_OF, TESTS, TRAIN_SAMPLES, Arm, Test
 from mr1fast.reproduction.encoded import EncodedOnce, RunOnce
 from mr1fast.reproduction.experiments import BASE_RUN, Run
 from mr1fast.training.trainer import Trainer
 
 WATCH_STEPS = 10  # between tests on the way
 WATCHED = 100  # problems of each of these
+ON_THE_WAY = {test.name for test in TEST_OF.values()}  # the two that Fig. 1 draws
 SHOWN = 8  # completions of each test that are kept, for fig3
 KEPT = ("loss", "kl", "beta", "entropy", "rewards/accuracy_reward/mean", "rewards/format_reward/mean")
 WRONG_ANSWERS = 0.2  # of "noise"
@@ -92,6 +93,7 @@ def result_of_run(run: Run, model: str, steps: int = STEPS, tests: Sequence[Test
     torch.set_num_threads(1)  # a model of this size is slower on more threads
     started = time.perf_counter()
     policy, curve, watched = _policy(model), [], []
+    on_the_way = [test for test in tests if test.name in ON_THE_WAY]
     if run != BASE_RUN:
         config = config_of(run, steps)
         trainer = _trainer(run.recipe, config, policy, model, run.task)
@@ -99,9 +101,10 @@ def result_of_run(run: Run, model: str, steps: int = STEPS, tests: Sequence[Test
             metrics = trainer.step()
             curve.append({"step": step} | {name: round(metrics[name], 5) for name in KEPT if name in metrics})
             if _is_watched(run) and step % WATCH_STEPS == 0 and step < config.max_steps:
-                watched.append({"step": step, **_figures_at(policy, tests, WATCHED)})
+                figures = {test.name: _tested(policy, test, WATCHED).figures() for test in on_the_way}
+                watched.append({"step": step, **figures})
     results = {test.name: _tested(policy, test, test.problems) for test in tests}
-    first = {name: EvalResult.of(result.answered[:WATCHED]).figures() for name, result in results.items()}
+    first = {test.name: EvalResult.of(results[test.name].answered[:WATCHED]).figures() for test in on_the_way}
     return {
         "curve": curve,
         # The end is judged by the same problems as what comes before it.
@@ -149,10 +152,6 @@ def _problems(test: Test) -> list[Example]:
 def _tested(policy: Policy, test: Test, count: int) -> EvalResult:
     longest = SETTING["max_completion_length"]
     return evaluate(policy, _problems(test)[:count], max_completion_length=longest, sampled=0, batch_size=100)
-
-
-def _figures_at(policy: Policy, tests: Sequence[Test], count: int) -> dict[str, dict[str, float]]:
-    return {test.name: _tested(policy, test, count).figures() for test in tests}
 
 
 def two_steps(run: Run, model: str) -> dict[str, Any]:
