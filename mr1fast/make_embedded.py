@@ -42,7 +42,7 @@ from mr1fast.model.policy import Policy
 from mr1fast.model.processor import Qwen2VLTextImageProcessor
 from mr1fast.options.program import Parser, at_least, exit_code
 from mr1fast.options.prompt import PROMPT_SUFFIX
-from mr1fast.reproduction.encoded import Encoded, EncodedOnce
+from mr1fast.reproduction.encoded import Encoded, EncodedOnce, Recent
 from mr1fast.reproduction.lessons import (
     DISOBEDIENT,
     OBEDIENT,
@@ -178,7 +178,7 @@ def learn_images(
         for split, count in curriculum.images.items()
     }
     watched = {split: held_out_examples(split, curriculum) for split in lessons}
-    known: Encoded = {}
+    known: Encoded = Recent()
     # Without the average, greedy accuracy jumps between checkpoints.
     average: Any = AveragedModel(model, avg_fn=lambda old, new, _: old.lerp(new, curriculum.new_weight))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))

@@ -19,7 +19,7 @@ from mr1fast.options.parse import parse_arguments
 from mr1fast.options.preset import PRESETS
 from mr1fast.reproduction import experiments, runner, train
 from mr1fast.reproduction.arms import ARMS, BETA_MAX, SETTING, STEPS, TESTS, VEHICLES, label, mean_weight, rated_weight
-from mr1fast.reproduction.encoded import RunOnce
+from mr1fast.reproduction.encoded import Recent, RunOnce
 from mr1fast.reproduction.experiments import BASE_RUN, DEFAULT, EXPERIMENTS, Comparison, Run, runs_of
 from mr1fast.reproduction.full_scale import DRAWN, FullScale
 from mr1fast.reproduction.records import Records
@@ -164,38 +164,46 @@ def test_twists():
     assert replace(noisy[wrong[0]], solution=problems[wrong[0]].solution) == problems[wrong[0]]
 
 
-def test_prompts_encoded_once_are_those_that_a_policy_encodes(monkeypatch):
+def test_batches_encoded_once_are_those_that_a_policy_encodes(monkeypatch):
     policy = train._policy(str(EMBEDDED))
     problems = [one for test in TESTS[:2] for one in train._problems(test)[:5]]  # of several lengths
+    batches = problems, problems[::-1], problems[6:7]
     for _ in range(2):
-        for batch in (problems, problems[::-1], problems[6:7]):
+        for batch in batches:
             expected, found = Policy.encode(policy, batch), policy.encode(batch)
             assert found.keys() == expected.keys()
             for name in expected:
                 torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+    reworded = [replace(problems[6], problem="How many?")]
+    assert policy.encode(reworded)["input_ids"].shape != policy.encode(problems[6:7])["input_ids"].shape
     monkeypatch.setattr(Policy, "encode", None)
-    policy.encode(problems)
-    monkeypatch.undo()
-    monkeypatch.setattr("mr1fast.reproduction.encoded.MOST", len(policy.known))
-    policy.encode([replace(problems[0], problem="How many?")])
-    assert len(policy.known) == 1
+    for batch in batches:
+        policy.encode(list(batch))
 
 
 @torch.no_grad()
-def test_prompts_that_ran_once_have_the_hidden_states_of_those_that_run(monkeypatch):
+def test_batches_that_ran_once_have_the_hidden_states_of_those_that_run(monkeypatch):
     base, runs = RunOnce(load_model(), load_processor()), []
     base.base.model.visual.register_forward_hook(lambda _, given, __: runs.append(len(given[0]) // 64))  # images
     problems = [one for test in TESTS[:2] for one in train._problems(test)[:5]]  # of several lengths
-    for batch, new in ((problems[:6], 6), (problems[::-1], 4), (problems[3:5], 0), (problems[9:], 0)):
+    for batch, new in ((problems[:6], 6), (problems[::-1], 10), (problems[:6], 0)):
         inputs = base.encode(batch)
         ids, mask = base.encode_completions([one.solution for one in batch for _ in range(2)])
         runs.clear()
         found = base.completion_hidden(inputs, ids, mask)
         assert sum(runs) == new
         torch.testing.assert_close(found, Policy.completion_hidden(base, inputs, ids, mask), rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("mr1fast.reproduction.encoded.MOST", len(base.prefixes))
-    base.completion_hidden(base.encode([replace(problems[0], problem="How many?")]), ids[:2], mask[:2])
-    assert len(base.prefixes) == 1
+
+
+def test_the_batches_that_were_asked_for_last_are_kept(monkeypatch):
+    monkeypatch.setattr("mr1fast.reproduction.encoded.MOST", 2)
+    recent, computed = Recent(), []
+
+    def get(key):
+        return recent.get(key, None, lambda: computed.append(key) or 10 * key)
+
+    assert [get(key) for key in (1, 2, 1, 3, 1, 2)] == [10, 20, 10, 30, 10, 20]
+    assert computed == [1, 2, 3, 2]
 
 
 @pytest.mark.slow
