@@ -100,7 +100,8 @@ def _made_base(folder: Path) -> Path:
     if not (folder / "model.safetensors").exists():
         print(f"making the base in {folder}, which takes some minutes", flush=True)
         command = [sys.executable, "-m", "mr1fast.make_embedded", "--disobedient", "--output", str(folder)]
-        if code := subprocess.run(command, check=False).returncode:
+        # In a session of its own Ctrl-C does not reach it, which would print a traceback: it is ended here.
+        if code := subprocess.run(command, check=False, start_new_session=True).returncode:
             raise UserError(f"the base could not be made: {' '.join(command)} ended with exit code {code}")
     return folder
 

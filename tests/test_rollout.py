@@ -158,6 +158,7 @@ def test_what_is_sampled():
     assert (ids[~mask] == PAD).all()
     assert (rollout.per_token_logps[~mask] == 0).all()
     assert (rollout.per_token_logps[mask] <= 0).all()
+    assert not any(each.is_inference() for each in (ids, mask, rollout.per_token_logps))  # autograd may save them
     for row, keep in zip(ids.tolist(), mask.tolist()):
         end = row.index(EOS) + 1 if EOS in row else len(row)
         assert keep == [t < end for t in range(len(row))]
