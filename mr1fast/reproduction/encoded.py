@@ -52,7 +52,7 @@ class EncodedOnce(Policy):
 
     def encode(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         key = tuple((example.problem, *map(id, example.images)) for example in examples)
-        return self.known.get(key, examples, lambda: super(EncodedOnce, self).encode(examples))
+        return self.known.get(key, [*examples], lambda: super(EncodedOnce, self).encode(examples))
 
 
 class RunOnce(EncodedOnce):

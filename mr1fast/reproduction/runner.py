@@ -50,10 +50,10 @@ def processes(most: int) -> Iterator[ProcessPoolExecutor]:
 
     Raises UserError if one of them is killed. KeyboardInterrupt ends all of them, as any exception does.
     """
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(min(cores(), most), mp_context=context, initializer=_start)
+    count, context = min(cores(), most), multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_start)
     try:
-        for _ in range(min(cores(), most)):
+        for _ in range(count):
             executor.submit(os.getpid)  # it starts a process for a task that none is free for
         yield executor
     except BrokenProcessPool as error:
