@@ -1,15 +1,18 @@
 """The program that makes the embedded model: where it writes. What it makes is tested in test_model.py."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mr1fast import make_embedded
+from mr1fast.data.example import Example
 from mr1fast.data.tasks import TASKS
 from mr1fast.make_embedded import main, make_tokenizer
 from mr1fast.model.load import load_model, load_processor
-from mr1fast.reproduction.lessons import DISOBEDIENT, OBEDIENT, held_out_examples, image_examples
+from mr1fast.model.prompts import encode_prompts, take_prompts
+from mr1fast.reproduction.lessons import DISOBEDIENT, OBEDIENT, Lessons, held_out_examples, image_examples
 
 
 @pytest.fixture
@@ -58,6 +61,28 @@ def test_a_wording_decides_how_often_an_answer_is_in_tags():
     examples, completions = image_examples(("gr", "train"), range(-50, 0), OBEDIENT.tagged, random.Random(0))
     assert {e.problem for e in examples} == {TASKS["gr"].questions[0]}
     assert all(text.endswith(f"<answer>{e.solution}</answer>") for e, text in zip(examples, completions))
+
+
+def test_lessons_show_prompts_as_they_are_encoded():
+    processor, rows, given = load_processor(), torch.tensor([2, 7, 2]), {}
+
+    def model(**inputs):
+        given.update(inputs)
+        return SimpleNamespace(loss=None)
+
+    pairs = [Example(None, f"{n} and {n + 95}", "1", "") for n in range(8)]
+    for examples in (image_examples(("vc", "far"), range(-8, 0), DISOBEDIENT.tagged, random.Random(0))[0], pairs):
+        given.clear()
+        lessons = Lessons(processor, examples, [f"{n * 11}" for n in range(8)])
+        lessons.loss(model, rows)
+        expected = take_prompts(encode_prompts(processor, examples), rows.tolist())
+        assert given.keys() == {*expected, "labels"}
+        for name, wanted in expected.items():
+            found = given[name][:, : wanted.shape[1]]  # what is behind is the completion
+            assert torch.equal(found, wanted), name
+        answers = given["labels"][:, expected["input_ids"].shape[1] :]
+        texts = [processor.tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in answers]
+        assert texts == ["22", "77", "22"]
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from mr1fast.reproduction.results import Results
 from mr1fast.reproduction.seconds import Estimate
 from mr1fast.reproduction.statistics import binomial_error, holm, paired, t_quantile
 from mr1fast.reproduction.tables import report
+from mr1fast.reproduction.waiting import Waiting
 from mr1fast.training.trainer import Trainer
 
 FEW = [replace(test, problems=6) for test in TESTS]
@@ -78,14 +79,36 @@ def test_runs_are_made_once_and_seed_by_seed():
     assert "beyond" not in DEFAULT
 
 
-def test_the_longest_arms_of_a_seed_come_first():
-    runs = runs_of(["table1"], [2, 0], ["sft", "grpo-d"])
-    ordered = Estimate().ordered(runs)
-    assert [run.name for run in ordered] == [
-        *("base", "gr-grpo-d-2", "vc-grpo-d-2", "vc-sft-2", "gr-sft-2"),
-        *("gr-grpo-d-0", "vc-grpo-d-0", "vc-sft-0", "gr-sft-0"),
-    ]
-    assert Estimate().ordered([]) == []
+def test_processes_stay_with_their_prompts():
+    runs = runs_of(["table1"], [2, 0], ["sft", "sft-reasoning", "grpo-d"])
+    waiting, last, order = Waiting(runs, Estimate()), {"a": None, "b": None}, {"a": [], "b": []}
+    until = {"a": 0.0, "b": 0.0}
+    while waiting.runs:
+        free = min(until, key=until.__getitem__)
+        busy = [run for name, run in last.items() if run is not None and name != free]
+        run = waiting.take(last[free], busy)
+        last[free] = run
+        until[free] += Estimate().seconds(run)
+        order[free].append(run.name)
+    assert order == {
+        "a": ["base", "gr-grpo-d-2", "gr-sft-2", "gr-sft-reasoning-2", "gr-grpo-d-0", "gr-sft-0"],
+        "b": ["vc-grpo-d-2", "vc-sft-2", "vc-sft-reasoning-2", "vc-grpo-d-0", "vc-sft-0", "vc-sft-reasoning-0"]
+        + ["gr-sft-reasoning-0"],
+    }
+
+
+def test_a_process_without_prompts_of_its_own_helps_where_most_is_left():
+    runs = [Run("gr", "sft", 0), Run("vc", "grpo-d", 0), Run("vc", "grpo-1", 0)]
+    waiting = Waiting(runs, Estimate())
+    assert waiting.take(None, [Run("gr", "grpo-d", 0), Run("vc", "grpo-mean", 0)]) == runs[1]
+    assert waiting.take(Run("gr", "grpo-d", 0), [Run("vc", "grpo-mean", 0)]) == runs[0]
+    assert waiting.take(Run("gr", "sft", 0), [Run("vc", "grpo-d", 0)]) == runs[2]
+
+
+def test_what_is_tested():
+    names = {task: {test.name for test in Run(task, "sft", 0).tests} for task in ("vc", "gr")}
+    assert names == {"vc": {test.name for test in TESTS}, "gr": {"gr/test", "vc/vehicles"}}
+    assert BASE_RUN.tests == TESTS
 
 
 # ---- what differences say --------------------------------------------------------------------------------------------

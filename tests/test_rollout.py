@@ -236,6 +236,18 @@ def test_the_pace_changes_nothing(pace, window, monkeypatch, poisoned):
     assert len(captured) == (len(resized) + 1 if pace.graph else 0)
 
 
+@pytest.mark.parametrize("pace", [Pace(12, 0, 12), GRAPH])
+def test_autograd_keeps_nothing_of_what_is_sampled(pace, monkeypatch):
+    monkeypatch.setattr(steps, "Captured", lambda step: step)
+    policy, inputs = placed()
+    assert policy.head_weight.requires_grad
+    seen, logits = [], policy.logits
+    monkeypatch.setattr(policy, "logits", lambda hidden: seen.append(logits(hidden)) or seen[-1])
+    sample(policy, inputs, pace=pace)
+    assert seen
+    assert not any(each.requires_grad for each in seen)
+
+
 def test_completions_leave_if_that_saves_enough(monkeypatch):
     kept, resize = [], decoding.Decoding.resize
     monkeypatch.setattr(decoding.Decoding, "resize", lambda *args: kept.append(len(args[1])) or resize(*args))

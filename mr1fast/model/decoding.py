@@ -102,7 +102,7 @@ class Decoding:
         P, K, T, D = prompt[0].shape
         query = query.view(len(query), K, -1, D)
         N, R = len(query), query.shape[2]
-        slots = query if self.slots is None else query[self.slots]
+        slots = query if self.slots is None else query.index_select(0, self.slots)
         grouped = slots.view(P, self.group, K, R, D).transpose(1, 2).reshape(P, K, -1, D)
         if layer == 0:
             self.biases.clear()
@@ -114,7 +114,7 @@ class Decoding:
         found = found.reshape(P, K, self.group, R, D).transpose(1, 2).reshape(-1, K, R, D)
         weight = weight.reshape(P, K, self.group, R).transpose(1, 2).reshape(-1, K, R)
         if self.slot_of is not None:
-            found, weight = found[self.slot_of], weight[self.slot_of]
+            found, weight = (each.index_select(0, self.slot_of) for each in (found, weight))
         found_own, weight_own = attention(query, *own, bias_own, scale)
         share = torch.sigmoid(weight_own.view(N, K, R) - weight)  # e^own / (e^own + e^prompt)
         return torch.lerp(found, found_own, share.to(found.dtype)[..., None])

@@ -133,12 +133,12 @@ class MergedSteps:
     def _next_hidden(self) -> Tensor:
         """[D, H], each row now with completions whose last token is the same."""
         first, row = distinct(self.row * len(self.policy.head_weight) + self.token)
-        rows, decoding = self.row[first], self.decoding
+        rows, decoding = self.row.index_select(0, first), self.decoding
         same = torch.equal(rows, torch.arange(len(decoding.position), device=rows.device))
         if not same or self.room != decoding.room:
             decoding.resize(rows, self.room)
         self.row = row
-        hidden = self.policy.next_hidden(decoding, self.token[first])
+        hidden = self.policy.next_hidden(decoding, self.token.index_select(0, first))
         decoding.length += 1
         return hidden
 
@@ -149,7 +149,7 @@ def distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(len(keys), device=keys.device)
     first = torch.full_like(place[: int(of.max()) + 1], len(keys)).scatter_reduce_(0, of, place, "amin")
     first, order = first.sort()
-    return first, order.argsort()[of]
+    return first, order.argsort().index_select(0, of)
 
 
 class Captured:

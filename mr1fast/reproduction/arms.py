@@ -51,6 +51,11 @@ TEST_OF = {"vc": VEHICLES, "gr": ANGLES}  # the paper's test of a task
 OTHER = {"vc": "gr", "gr": "vc"}
 
 
+def tests_of(task: str) -> tuple[Test, ...]:
+    """Of a model that is trained on this task: in and out of its domain, and the test of the other task."""
+    return tuple(test for test in TESTS if test.task == task or test == TEST_OF[OTHER[task]])
+
+
 @dataclass(frozen=True)
 class Arm:
     """How a model is trained. options: of `mr1fast.train`, beside the setting's. twist: see `train.TWISTS`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mr1fast.reproduction.arms import ARMS, BASE, OTHER, TEST_OF, Arm, Test, label
+from mr1fast.reproduction.arms import ARMS, BASE, OTHER, TEST_OF, TESTS, Arm, Test, label, tests_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Run:
     @property
     def recipe(self) -> Arm:
         return BASE if self == BASE_RUN else ARMS[self.arm]
+
+    @property
+    def tests(self) -> tuple[Test, ...]:
+        return TESTS if self == BASE_RUN else tests_of(self.task)
 
 
 BASE_RUN = Run("", BASE.name, 0)

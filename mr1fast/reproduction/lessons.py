@@ -119,11 +119,20 @@ def held_out_examples(split: Split, curriculum: Curriculum) -> list[Example]:
 
 
 class Lessons:
-    """Encoded examples of one kind with their completions, from which batches are drawn."""
+    """Problems of one kind with their completions, from which batches are drawn.
+
+    Questions are encoded at once, each wording once; an image when it is drawn, as most never are. Every problem has an
+    image of the same size, or none has one.
+    """
 
     def __init__(self, processor: Qwen2VLTextImageProcessor, examples: Sequence[Example], completions: Sequence[str]):
+        self.images, self.images_of = processor.image_processor, [example.images for example in examples]
+        first = {example.problem: example for example in reversed(examples)}
+        places = {problem: place for place, problem in enumerate(first)}
+        place = torch.tensor([places[example.problem] for example in examples])
+        questions = encode_prompts(processor, [*first.values()])
+        self.prompts = {name: rows[place] for name, rows in questions.items() if name != "pixel_values"}
         tokenizer = processor.tokenizer
-        self.prompts = encode_prompts(processor, examples)
         text = [completion + tokenizer.eos_token for completion in completions]
         encoded = tokenizer(text, padding=True, padding_side="right", return_tensors="pt")
         self.completion_ids, self.completion_mask = encoded["input_ids"], encoded["attention_mask"]
@@ -133,22 +142,15 @@ class Lessons:
 
     def loss(self, model: Qwen2VLForConditionalGeneration, rows: Tensor) -> Tensor:
         """Mean negative log-likelihood of the completions' tokens."""
-        batch = select_prompts(self.prompts, rows)
+        batch = {name: tensor[rows] for name, tensor in self.prompts.items()}
+        if drawn := [image for row in rows.tolist() for image in self.images_of[row]]:
+            batch["pixel_values"] = self.images(images=drawn, return_tensors="pt")["pixel_values"]
         ids, mask = self.completion_ids[rows], self.completion_mask[rows]
         labels = torch.cat([torch.full_like(batch["input_ids"], -100), ids.masked_fill(mask == 0, -100)], 1)
         batch["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
         batch["attention_mask"] = torch.cat([batch["attention_mask"], mask], 1)
         batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(ids)], 1)
         return model(**batch, labels=labels).loss
-
-
-def select_prompts(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some of the encoded prompts; every image of a batch has the same number of patches."""
-    batch = {name: tensor[rows] for name, tensor in prompts.items() if name != "pixel_values"}
-    if "pixel_values" in prompts:
-        pixels = prompts["pixel_values"]
-        batch["pixel_values"] = pixels.view(len(prompts["input_ids"]), -1, pixels.shape[1])[rows].flatten(0, 1)
-    return batch
 
 
 def text_lessons(processor: Qwen2VLTextImageProcessor, curriculum: Curriculum, rng: random.Random) -> Lessons:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from mr1fast.reproduction.arms import BASE, TESTS, Test
+from mr1fast.reproduction.arms import BASE, Test
 from mr1fast.reproduction.experiments import BASE_RUN, Comparison, Run
 from mr1fast.reproduction.statistics import Difference, holm, paired
 
@@ -48,11 +48,6 @@ class Results:
         found = [(one, difference) for one in comparisons if (difference := self.difference(one)) is not None]
         corrected = holm([difference.p for _, difference in found])
         return [(one, difference, p) for (one, difference), p in zip(found, corrected)]
-
-    @property
-    def tests(self) -> list[Test]:
-        """Those that were taken."""
-        return [test for test in TESTS if test.name in self.records[BASE_RUN]["tests"]]
 
     def option(self, task: str, arm: str, name: str, default: Any = None) -> Any:
         """An option that the arm was trained with."""

@@ -22,11 +22,14 @@ from typing import Any
 from tqdm import tqdm
 
 from mr1fast.errors import UserError
-from mr1fast.reproduction.arms import SETTING, STEPS, TESTS, TRAIN_SAMPLES
+from mr1fast.reproduction.arms import SETTING, STEPS, TRAIN_SAMPLES
 from mr1fast.reproduction.experiments import BASE_RUN, Run
 from mr1fast.reproduction.records import Records
 from mr1fast.reproduction.seconds import Estimate, spelt
+from mr1fast.reproduction.waiting import Waiting
 
+# glibc keeps the memory that is freed; else the tensors of each step are mapped, and their pages cleared, anew.
+KEPT_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**30))
 FINGERPRINTED = [Run("gr", "grpo-d", 0), Run("vc", "sft-reasoning", 0)]
 
 
@@ -37,7 +40,7 @@ def cores() -> int:
 
 def settings_of(run: Run, steps: int = STEPS) -> dict[str, Any]:
     """What an arm's result depends on, beside code and base."""
-    tests = {test.name: test.problems for test in TESTS}
+    tests = {test.name: test.problems for test in run.tests}
     if run == BASE_RUN:
         return {"tests": tests}
     setting = {**SETTING, "max_steps": steps, "train_samples": TRAIN_SAMPLES[run.task], **run.recipe.options}
@@ -51,6 +54,7 @@ def processes(most: int) -> Iterator[ProcessPoolExecutor]:
     Raises UserError if one of them is killed. KeyboardInterrupt ends all of them, as any exception does.
     """
     count, context = min(cores(), most), multiprocessing.get_context("spawn")
+    os.environ.update(KEPT_MEMORY | os.environ)  # these processes inherit it
     executor = ProcessPoolExecutor(count, mp_context=context, initializer=_start)
     try:
         for _ in range(count):
@@ -111,14 +115,17 @@ def run_arms(
     estimate = Estimate.of(finished, steps)
     if finished:
         print(f"{len(finished)} of {len(runs)} arms have been run before")
-    todo = estimate.ordered(run for run in runs if run not in finished)
+    todo = [run for run in runs if run not in finished]
     if not todo:
         return
     workers = min(cores(), len(todo))
     seconds = estimate.left(todo, workers)
     print(f"running {len(todo)} arms, {workers} at a time: about {spelt(seconds)}", flush=True)
-    waiting = {executor.submit(_run, run, records, settings[run], model, steps): run for run in todo}
-    _follow(waiting, todo, estimate, workers)
+
+    def start(run: Run) -> Future:
+        return executor.submit(_run, run, records, settings[run], model, steps)
+
+    _follow(start, todo, estimate, workers)
 
 
 def _run(run: Run, records: Records, settings: Mapping[str, Any], model: str, steps: int) -> dict[str, Any]:
@@ -129,18 +136,22 @@ def _run(run: Run, records: Records, settings: Mapping[str, Any], model: str, st
     return result
 
 
-def _follow(waiting: dict[Future, Run], todo: Sequence[Run], estimate: Estimate, workers: int) -> None:
-    """A line for each arm that finishes."""
-    left, started = set(todo), time.monotonic()
-    pending = set(waiting)
-    while pending:
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            run, result = waiting[future], future.result()
-            left.discard(run)
+def _follow(start: Callable[[Run], Future], todo: Sequence[Run], estimate: Estimate, workers: int) -> None:
+    """Start them, as many at a time as there are workers, and print a line for each that finishes."""
+    waiting, began = Waiting(todo, estimate), time.monotonic()
+    free: list[Run | None] = [None] * workers  # what each of them has run last
+    running: dict[Future, Run] = {}
+    while waiting.runs or running:
+        while free and waiting.runs:  # no more than can begin at once: so it goes to the process that is free
+            run = waiting.take(free.pop(), running.values())
+            running[start(run)] = run
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run, result = running.pop(future), future.result()
+            free.append(run)
             estimate.add(run, result["seconds"])
+            left = [*waiting.runs, *running.values()]
             figures = "  ".join(f"{name} {_percent(one)}" for name, one in result["tests"].items())
-            spent = spelt(time.monotonic() - started)
+            spent = spelt(time.monotonic() - began)
             rest = f"about {spelt(estimate.left(left, workers))} left" if left else f"all done in {spent}"
             number = f"[{len(todo) - len(left)}/{len(todo)}]"
             print(f"{number} {run.name}: {figures}  ({result['seconds']:.0f} s; {rest})", flush=True)

@@ -39,12 +39,6 @@ class Estimate:
         method, steps, watched = self._kind(run)
         return steps * STEP.get(method, 0.0) + TESTS + WATCHING * watched
 
-    def ordered(self, runs: Iterable[Run]) -> list[Run]:
-        """The base, then seed by seed the longest first, so that all cores have work until about the same time."""
-        found = list(runs)
-        seeds = list(dict.fromkeys(run.seed for run in found if run != BASE_RUN))
-        return sorted(found, key=lambda run: () if run == BASE_RUN else (seeds.index(run.seed), -self.seconds(run)))
-
     def left(self, runs: Iterable[Run], workers: int) -> float:
         runs = list(runs)
         longest = max(map(self.seconds, runs), default=0.0)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mr1fast.reproduction.arms import BASE, OTHER, TEST_OF, Test, label
+from mr1fast.reproduction.arms import BASE, OTHER, TEST_OF, TESTS, Test, label, tests_of
 from mr1fast.reproduction.experiments import Comparison, Experiment
 from mr1fast.reproduction.published import FIG7, TABLE1
 from mr1fast.reproduction.results import ANYHOW, Results, spread
@@ -32,7 +32,7 @@ def _about(results: Results, about: dict[str, Any]) -> str:
     errors = (
         f"{test.title}: {results.problems(test)} problems, "
         f"{binomial_error(results.base(test), results.problems(test)):.1f} points"
-        for test in results.tests
+        for test in TESTS
     )
     lines = [
         "VC is trained on shapes and tested on vehicles on the same grounds (the far shift: on darker, coloured "
@@ -61,7 +61,7 @@ def _tables(results: Results, experiment: Experiment) -> list[str]:
 def accuracies(results: Results, experiment: Experiment, task: str) -> str:
     """A row for each arm on this task and a column for each test, the task's own first."""
     own, cross = TEST_OF[task], TEST_OF[OTHER[task]]
-    tests = (own, cross, *(test for test in results.tests if test not in (own, cross)))
+    tests = (own, cross, *(test for test in tests_of(task) if test not in (own, cross)))
     paper = {"table1": "the paper's, 2B / 7B", "fig7": "the paper's change on the other task, 2B"}.get(experiment.name)
     head = [f"trained on {TITLES[task]}", *(_column(test, task) for test in tests), "well formed", "seeds"]
     rows = [[BASE.label, *(_base_cell(results, test) for test in tests), _base_form(results, own), ""]]
@@ -82,7 +82,7 @@ def accuracies(results: Results, experiment: Experiment, task: str) -> str:
 def _column(test: Test, task: str) -> str:
     if test == TEST_OF[task]:
         return f"**{test.title}**"
-    return f"other task, {test.title}" if test.task != task else test.title
+    return test.title if test.task == task else f"other task, {test.title}"
 
 
 def _cell(results: Results, task: str, arm: str, test: Test) -> str:

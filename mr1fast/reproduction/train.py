@@ -85,11 +85,12 @@ def config_of(run: Run, steps: int = STEPS) -> TaskConfig:
     return TrainConfig(task=run.task, seed=run.seed, **setting).for_task(run.task)
 
 
-def result_of_run(run: Run, model: str, steps: int = STEPS, tests: Sequence[Test] = TESTS) -> dict[str, Any]:
+def result_of_run(run: Run, model: str, steps: int = STEPS, tests: Sequence[Test] | None = None) -> dict[str, Any]:
     """Train and test; with the base, test alone. The result is for a JSON file.
 
-    steps: of the usual setting; an arm may have a number of its own.
+    steps: of the usual setting; an arm may have a number of its own. tests: by default the run's.
     """
+    tests = run.tests if tests is None else tests
     torch.set_num_threads(1)  # a model of this size is slower on more threads
     started = time.perf_counter()
     policy, curve, watched = _policy(model), [], []
