@@ -49,6 +49,7 @@ ANGLES = Test("gr", "test", "GR", 200)
 TESTS = (VEHICLES, ANGLES, SHAPES, FAR)
 TEST_OF = {"vc": VEHICLES, "gr": ANGLES}  # the paper's test of a task
 OTHER = {"vc": "gr", "gr": "vc"}
+TITLES = {"vc": "VC", "gr": "GR"}
 
 
 def tests_of(task: str) -> tuple[Test, ...]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mr1fast.evaluation.curves import COLOURS
 from mr1fast.evaluation.drawing import drawing
 from mr1fast.options.reward_weights import DEFAULT_REWARDS, parse_reward_weights
-from mr1fast.reproduction.arms import OTHER, TEST_OF, Test, label
+from mr1fast.reproduction.arms import OTHER, TEST_OF, TITLES, Test, label
 from mr1fast.reproduction.experiments import BASE_RUN, MAIN, Experiment, Run
 from mr1fast.reproduction.published import FIG7
 from mr1fast.reproduction.qualitative import draw_answers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOUR = dict(zip(MAIN, COLOURS))
-SHORT = {"vc": "VC (vehicles)", "gr": "GR"}
+TESTED_ON = {"vc": "VC (vehicles)", "gr": "GR"}  # titles of the splits
 
 
 def draw(experiment: Experiment, results: Results, folder: Path) -> Path | None:
@@ -71,7 +71,7 @@ def _fig1(results: Results, experiment: Experiment) -> Figure | None:
         for arm in experiment.arms[task]:
             for key, style in ((ACCURACY, "-"), (ANYHOW, ":")):
                 _watched(axis, results, task, arm, TEST_OF[test], key, style)
-        _finish(axis, f"trained on {SHORT[task]}, tested on {SHORT[test]}", "optimizer step")
+        _finish(axis, f"trained on {TITLES[task]}, tested on {TESTED_ON[test]}", "optimizer step")
     axes[0].legend(fontsize=8.5, frameon=False)
     return figure
 
@@ -104,7 +104,7 @@ def _fig5(results: Results, experiment: Experiment) -> Figure | None:
                 values = [[point[f"rewards/{kind}_reward/mean"] for point in row] for row in rows]
                 steps = [point["step"] for point in rows[0]]
                 axis.plot(steps, np.array(values).mean(0), color=_colour(arm), lw=1.6, label=label(arm))
-        _finish(axis, f"{SHORT[task]}: {kind} reward", "optimizer step", "reward")
+        _finish(axis, f"{TITLES[task]}: {kind} reward", "optimizer step", "reward")
     axes[0].legend(fontsize=8.5, frameon=False)
     return figure
 
@@ -114,21 +114,21 @@ def _fig5(results: Results, experiment: Experiment) -> Figure | None:
 
 def _fig4(results: Results, experiment: Experiment) -> Figure | None:
     ((task, arms),) = experiment.arms.items()
-    figure, axes = _panels(1, f"Weight of the format reward, {SHORT[task]}", 5.2)
+    figure, axes = _panels(1, f"Weight of the format reward, {TITLES[task]}", 5.2)
     there = [arm for arm in arms if results.seeds(task, arm)]
     rewards = {arm: str(results.option(task, arm, "reward_weights", DEFAULT_REWARDS)) for arm in there}
     alphas = {arm: parse_reward_weights(text, arm).get("format", 0.0) for arm, text in rewards.items()}
     if not alphas:
         return None
     _over(axes[0], results, task, alphas, TEST_OF[task])
-    _finish(axes[0], f"trained and tested on {SHORT[task]}", "α")
+    _finish(axes[0], f"trained and tested on {TITLES[task]}", "α")
     axes[0].legend(fontsize=8.5, frameon=False)
     return figure
 
 
 def _fig6(results: Results, experiment: Experiment) -> Figure | None:
     ((task, arms),) = experiment.arms.items()
-    figure, axes = _panels(2, f"Constant KL weights, trained on {SHORT[task]}", 5.0)
+    figure, axes = _panels(2, f"Constant KL weights, trained on {TITLES[task]}", 5.0)
     weights = {arm: results.option(task, arm, "beta") for arm in arms if results.seeds(task, arm) and arm != "grpo-d"}
     if not weights:
         return None
@@ -138,7 +138,7 @@ def _fig6(results: Results, experiment: Experiment) -> Figure | None:
             axis.axhline(spread(dynamic)[0], color=COLOUR["grpo-d"], lw=1.5, label="GRPO-D")
         axis.set_xscale("symlog", linthresh=0.04)
         axis.set_xticks([*weights.values()], [f"{beta:.2g}" for beta in weights.values()])
-        _finish(axis, f"tested on {SHORT[test]}", "β, constant")
+        _finish(axis, f"tested on {TESTED_ON[test]}", "β, constant")
     axes[0].legend(fontsize=8.5, frameon=False)
     return figure
 
@@ -188,7 +188,7 @@ def _change(axis: Axes, results: Results, task: str, arms: Sequence[str]) -> Non
     axis.bar([*paper], [*paper.values()], width, label="the paper, 2B", **look)
     axis.axhline(0, color="0.3", lw=0.8)
     axis.set_xticks(range(len(arms)), [label(arm).replace(", ", ",\n") for arm in arms])
-    _finish(axis, f"trained on {SHORT[task]}, tested on {SHORT[OTHER[task]]}", "", "relative change (%)")
+    _finish(axis, f"trained on {TITLES[task]}, tested on {TESTED_ON[OTHER[task]]}", "", "relative change (%)")
 
 
 def _fig3(results: Results, experiment: Experiment) -> Figure | None:

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mr1fast.reproduction.arms import BASE, OTHER, TEST_OF, TESTS, Test, label, tests_of
+from mr1fast.reproduction.arms import BASE, OTHER, TEST_OF, TESTS, TITLES, Test, label, tests_of
 from mr1fast.reproduction.experiments import Comparison, Experiment
 from mr1fast.reproduction.published import FIG7, TABLE1
 from mr1fast.reproduction.results import ANYHOW, Results, spread
 from mr1fast.reproduction.statistics import LEVEL, Difference, binomial_error
-
-TITLES = {"vc": "VC", "gr": "GR"}
 
 
 def report(results: Results, experiments: Iterable[Experiment], about: dict[str, Any]) -> str:
