@@ -27,8 +27,9 @@ class Waiting:
             groups[_prompts(run)].append(run)
 
         def rank(group: tuple[int, str]) -> tuple[bool, bool, float]:
-            seconds = sum(map(self.estimate.seconds, groups[group]))
-            return last is None or group != _prompts(last), at[group] > 0, at[group] and -seconds / (1 + at[group])
+            own = last is not None and group == _prompts(last)
+            left = sum(map(self.estimate.seconds, groups[group]))
+            return not own, at[group] > 0, -left / (1 + at[group]) if at[group] else 0.0
 
         run = max(groups[min(groups, key=rank)], key=self.estimate.seconds)
         self.runs.remove(run)
