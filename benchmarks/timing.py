@@ -32,7 +32,7 @@ from benchmarks.cases import Call, Case, Scene
 
 # The CPU's clock; --processor-time sets time.process_time, which stands still while others have the machine.
 now: Callable[[], float] = time.perf_counter
-SLOW = 5.0  # seconds; a case that takes longer is called no more often than it must be
+SLOW = 10.0  # seconds; a case that takes longer is called no more often than it must be
 LONGEST_DELAY = 0.2  # seconds before a call on a GPU; the first call, which may compile, would ask for far more
 
 
