@@ -23,16 +23,15 @@ class Rectangle:
 
     shape: (n, L). index: [n * L] int64, rows of a tensor [T, ...]; of padding, the first. start: the first row where
     segments of one length follow one another, so that they can be viewed and need not be gathered; else None.
-    padding: [n, L] bool; counted: [m] int64, the places that are no padding, and rows: [m] int64, what index has there.
-    All three are None where nothing is padded.
+    padding: [n, L] bool; counted: the places that are no padding, and what index has there, [m] int64 each. Both are
+    None where nothing is padded.
     """
 
     shape: tuple[int, int]
     index: Tensor
     start: int | None
     padding: Tensor | None
-    counted: Tensor | None
-    rows: Tensor | None
+    counted: tuple[Tensor, Tensor] | None
 
     @classmethod
     def of(cls, starts: list[int], lengths: list[int], device: torch.device) -> Rectangle:
@@ -41,11 +40,11 @@ class Rectangle:
         index = torch.tensor(starts, device=device)[:, None] + offsets
         if min(lengths) == shape[1]:
             adjacent = starts == [*range(starts[0], starts[0] + len(starts) * shape[1], shape[1])]
-            return cls(shape, index.flatten(), starts[0] if adjacent else None, None, None, None)
+            return cls(shape, index.flatten(), starts[0] if adjacent else None, None, None)
         padding = offsets >= torch.tensor(lengths, device=device)[:, None]
         counted = (~padding).flatten().nonzero()[:, 0]
         index = index.masked_fill(padding, 0).flatten()
-        return cls(shape, index, None, padding, counted, index[counted])
+        return cls(shape, index, None, padding, (counted, index[counted]))
 
     def take(self, rows: Tensor) -> Tensor:
         """[n, L, ...] of [T, ...]."""
@@ -57,10 +56,11 @@ class Rectangle:
         values = values.flatten(0, 1)
         if self.start is not None:
             rows[self._viewed] = values
-        elif self.counted is None or self.rows is None:
+        elif self.counted is None:
             rows.index_copy_(0, self.index, values)
         else:
-            rows.index_copy_(0, self.rows, values.index_select(0, self.counted))
+            places, index = self.counted
+            rows.index_copy_(0, index, values.index_select(0, places))
 
     @property
     def _viewed(self) -> slice:
